@@ -327,7 +327,11 @@ def _differences(expected, state):
 
 def _closest_architecture(state):
     """(name, differences) of the architecture with the fewest differences to the tensors."""
-    return min(
-        ((arch, _differences(_shapes(arch), state)) for arch in ARCHITECTURES),
-        key=lambda candidate: len(candidate[1]),
-    )
+    best = None
+    for arch in ARCHITECTURES:
+        differences = _differences(_shapes(arch), state)
+        if best is None or len(differences) < len(best[1]):
+            best = arch, differences
+        if not differences:
+            break
+    return best

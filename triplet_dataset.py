@@ -1,0 +1,338 @@
+"""Twin pairs to triplets: the family-wise split, the sampled set of triplets, the decoded crops.
+
+    dataset = TwinTripletDataset(id_to_images, pairs, percentage=10, seed=42)
+    anchor, positive, negative = dataset[0]     # network inputs, (3, 112, 112) float32 each
+    rows = dataset.triplets(np.arange(100))     # the same triplets as (100, 3) rows of dataset.load()
+
+A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair; two
+twins with n and m images make n(n-1)m + m(m-1)n of them. None is ever listed: triplet number k of a pair is
+worked out from k by division, and the sampled share of a pair is the first part of a pseudo-random
+permutation of its numbers, itself worked out by arithmetic. A billion triplets cost no memory, the same seed
+gives the same triplets on any machine, and 10 % of a pair's triplets contain the 5 % of the same seed.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from net import CROP_SIZE, InputError, to_input
+
+# ---- pseudo-random permutations ---------------------------------------------------------------------
+
+
+def hash_key(*words):
+    """A 64-bit key (uint64) from any words, the same on every machine."""
+    text = "\0".join(str(word) for word in words)
+    return np.uint64(int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
+
+
+def permute(position, size, key):
+    """Where a keyed pseudo-random permutation of range(size) sends each position; element-wise.
+
+    position int64 in [0, size), size int64 >= 1, key uint64, broadcast against each other -> int64.
+    A Feistel network over a grid of about sqrt(size) by sqrt(size) cells; results that fall beyond `size`
+    are sent through again until they fall inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+    CT-RSA 2002). Memory is that of the arguments: nothing of length `size` is made.
+    """
+    position, size, key = np.broadcast_arrays(*(np.asarray(x).astype(np.uint64) for x in (position, size, key)))
+    width = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
+    height = (size + width - np.uint64(1)) // width
+    result = position.copy()
+    todo = np.arange(result.size)
+    flat = result.reshape(-1)  # a view: `flat` and `result` are one array
+    size, key, width, height = (x.reshape(-1) for x in (size, key, width, height))
+    while todo.size:
+        w, h, k, small = width[todo], height[todo], key[todo], size[todo] < 1024
+        row, column = flat[todo] // w, flat[todo] % w
+        # Six rounds mix a large grid; one of 3 x 2 cells needs sixteen until all orders are equally likely.
+        for i in range(0, 16 if small.any() else 6, 2):
+            mixed = (column + _mix(row, k, i)) % w
+            column = mixed if i < 6 else np.where(small, mixed, column)
+            mixed = (row + _mix(column, k, i + 1)) % h
+            row = mixed if i < 6 else np.where(small, mixed, row)
+        flat[todo] = row * w + column
+        todo = todo[flat[todo] >= size[todo]]
+    return result.astype(np.int64)
+
+
+def _mix(value, key, number):
+    """The splitmix64 finaliser (Steele et al., OOPSLA 2014), shifted down so that a sum cannot overflow."""
+    z = value + key + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(1)
+
+
+# ---- pairs ------------------------------------------------------------------------------------------
+
+
+def check_pairs(pairs, id_to_images):
+    """The pairs to work with, and one-line warnings about what was left out.
+
+    pairs: [[ID, twin's ID], ...]. A pair listed again, in either order, is dropped with a counted warning;
+    a pair whose persons' images make no triplet (one image each, or a person without any) stays, since
+    only `count_triplets` can say so. Raises InputError for an empty list, an ID paired with itself and IDs
+    that `id_to_images` does not have: each is a slip that silently costs data or spoils labels.
+    """
+    if not pairs:
+        raise InputError("the list of twin pairs is empty: it needs at least one [ID, twin's ID]")
+    unique, repeated = {}, 0
+    for number, (a, b) in enumerate(pairs, 1):
+        if a == b:
+            raise InputError(f"pair {number}: ID {a!r} is paired with itself; correct or delete the entry")
+        for name in (a, b):
+            if name not in id_to_images:
+                raise InputError(f"pair {number}: ID {name!r} is not in the image list; add its images or delete it")
+        repeated += frozenset((a, b)) in unique
+        unique.setdefault(frozenset((a, b)), (a, b))
+    warnings = [f"{repeated} of {len(pairs)} pairs are listed more than once; each is used once"] if repeated else []
+    return list(unique.values()), warnings
+
+
+def count_triplets(n, m):
+    """Number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
+    return n * (n - 1) * m + m * (m - 1) * n
+
+
+def usable_pairs(pairs, id_to_images):
+    """The pairs whose images make at least one triplet."""
+    return [(a, b) for a, b in pairs if count_triplets(len(id_to_images[a]), len(id_to_images[b])) > 0]
+
+
+def find_families(pairs):
+    """{ID: family number}, a family being a connected component of the pair graph; numbered as they appear."""
+    parent = {}
+
+    def root(name):
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for a, b in pairs:
+        parent[root(b)] = root(a)
+    numbers = {}
+    return {name: numbers.setdefault(root(name), len(numbers)) for name in parent}
+
+
+def split_pairs(pairs, validation_split, seed, related=()):
+    """Split pairs into (train_pairs, val_pairs) by whole families, so that no ID stands on both sides.
+
+    The number of validation pairs is the one nearest to `validation_split` * len(pairs) that whole families
+    can make (the lower on a tie), with at least one family on each side; which families is up to the seed.
+    With a single family, or a share of 0, val_pairs is empty. `related`: further pairs that bind people into
+    one family without being split themselves, for instance pairs with too few images.
+    Raises InputError unless 0 <= validation_split < 1.
+    """
+    if not 0 <= validation_split < 1:
+        raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
+    families = find_families([*pairs, *related])
+    members = {}
+    for pair in pairs:
+        members.setdefault(families[pair[0]], []).append(pair)
+    if validation_split == 0 or len(members) < 2:
+        return list(pairs), []
+    groups = list(members.values())
+    order = permute(np.arange(len(groups)), len(groups), hash_key("split", seed))
+    groups = [groups[i] for i in order]
+    by_size = {}
+    for group in groups:
+        by_size.setdefault(len(group), []).append(group)
+
+    # Which totals can families make? A set of totals is an integer whose bit t says that t can be made;
+    # k families of one size go in as chunks of 1, 2, 4, ... of them.
+    steps, reachable = [], 1
+    for size, same in by_size.items():
+        left, chunk = len(same), 1
+        while left:
+            take = min(chunk, left)
+            steps.append((reachable, size, take))
+            reachable |= reachable << (size * take)
+            left, chunk = left - take, chunk * 2
+    target = validation_split * len(pairs)
+    total = min(
+        (t for t in range(1, len(pairs)) if reachable >> t & 1),
+        key=lambda t: (abs(t - target), t),
+    )
+    validation = set()
+    for before, size, take in reversed(steps):
+        if not before >> total & 1:  # this total could not be made without the chunk, so it is part of it
+            total -= size * take
+            for _ in range(take):
+                validation.update(by_size[size].pop())
+    return [p for p in pairs if p not in validation], [p for p in pairs if p in validation]
+
+
+# ---- crops ------------------------------------------------------------------------------------------
+
+
+def read_crop(path):
+    """(112, 112, 3) uint8 RGB array of an aligned crop. Raises InputError unless the file is just that."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such aligned crop; run the alignment stage again")
+    try:
+        with Image.open(path) as image:
+            mode, size = image.mode, image.size
+            if (mode, size) == ("RGB", (CROP_SIZE, CROP_SIZE)):
+                return np.array(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: unreadable crop ({error}); align it again with --realign") from error
+    raise InputError(f"{path}: {size[0]}x{size[1]} {mode}, but a crop is 112x112 RGB; run the alignment stage on it")
+
+
+def load_crops(paths, description="reading crops"):
+    """(N, 112, 112, 3) uint8 RGB tensor of all crops, each file read once, with a progress bar."""
+    crops = torch.empty((len(paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
+    view = crops.numpy()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for row, crop in enumerate(tqdm(pool.map(read_crop, paths), description, len(paths), unit="crop", leave=False)):
+            view[row] = crop
+    return crops
+
+
+# ---- triplets ---------------------------------------------------------------------------------------
+
+
+class TwinTripletDataset(Dataset):
+    """The sampled triplets of twin pairs.
+
+    id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [[ID, twin's ID], ...]; percentage: integer
+    1..100, the share of each pair's triplets, `(percentage * maximum + 99) // 100` of them.
+    `[i]` is (anchor, positive, negative), each a (3, 112, 112) float32 network input (see net.to_input).
+
+    Attributes: `paths`, the distinct images, and `ids`, the persons, in the order of the pairs; `person`
+    (N,), the row in `ids` of each image; `pairs`, the used ones; `n_skipped`, the number of pairs that make
+    no triplet; `n_possible`, all triplets at 100 %; `warnings`, lines for the user.
+
+    Raises InputError for what check_pairs refuses, for a percentage out of range, for an image listed under
+    two IDs, and when no pair makes a triplet.
+    """
+
+    def __init__(self, id_to_images, pairs, percentage=100, seed=42):
+        if isinstance(percentage, bool) or percentage != int(percentage) or not 1 <= percentage <= 100:
+            raise InputError(f"percentage must be an integer from 1 to 100, not {percentage}")
+        pairs, self.warnings = check_pairs(pairs, id_to_images)
+        self.seed = seed
+        self.ids = list(dict.fromkeys(name for pair in pairs for name in pair))
+        images = [list(dict.fromkeys(id_to_images[name])) for name in self.ids]
+        listed = sum(len(id_to_images[name]) for name in self.ids)
+        self.paths = [path for person in images for path in person]
+        if listed > len(self.paths):
+            self.warnings.append(f"{listed - len(self.paths)} images are listed twice under one ID; each is used once")
+        counts = np.array([len(person) for person in images], np.int64)
+        self.person = np.repeat(np.arange(len(images)), counts)
+        self._check_owners()
+
+        row = {name: i for i, name in enumerate(self.ids)}
+        used = [(row[a], row[b]) for a, b in pairs if count_triplets(len(images[row[a]]), len(images[row[b]]))]
+        if not used:
+            raise InputError("no pair makes a triplet: one twin needs two images and the other at least one")
+        self.pairs = [(self.ids[a], self.ids[b]) for a, b in used]
+        self.n_skipped = len(pairs) - len(used)
+        if self.n_skipped:
+            self.warnings.append(f"{self.n_skipped} of {len(pairs)} pairs have too few images for a triplet; skipped")
+
+        # Per pair: both persons' first row and number of images, possible triplets, key; and where it ends.
+        first = np.cumsum(counts) - counts
+        self._persons = np.array(used, np.int64)
+        self._first, self._count = first[self._persons], counts[self._persons]
+        maxima = [count_triplets(int(n), int(m)) for n, m in self._count]  # Python's integers do not overflow
+        self._maximum = np.array(maxima, np.int64)
+        self._key = np.array([hash_key("triplets", seed, a, b) for a, b in self.pairs], np.uint64)
+        self._end = np.cumsum([(int(percentage) * maximum + 99) // 100 for maximum in maxima])
+        self.n_possible = sum(maxima)
+        self._crops, self._decoded = None, np.zeros(len(self.paths), bool)
+
+    def _check_owners(self):
+        owner = {}
+        for path, person in zip(self.paths, self.person, strict=True):
+            other = owner.setdefault(os.path.abspath(path), person)
+            if other != person:
+                raise InputError(
+                    f"{path}: listed under {self.ids[other]!r} and {self.ids[person]!r}; keep it under one ID"
+                )
+
+    def __len__(self):
+        return int(self._end[-1])
+
+    def triplets(self, numbers):
+        """(K,) triplet numbers in [0, len) -> (K, 3) int64 rows of `paths` (and of `load()`)."""
+        numbers = np.asarray(numbers, np.int64)
+        pair = np.searchsorted(self._end, numbers, side="right")
+        position = numbers - np.where(pair > 0, self._end[pair - 1], 0)
+        k = permute(position, self._maximum[pair], self._key[pair])
+
+        (n, m), (first, other) = self._count[pair].T, self._first[pair].T
+        swapped = k >= n * (n - 1) * m  # the second part of the numbers has its anchor in the second twin
+        k = k - np.where(swapped, n * (n - 1) * m, 0)
+        n, m = np.where(swapped, m, n), np.where(swapped, n, m)
+        first, other = np.where(swapped, other, first), np.where(swapped, first, other)
+
+        anchor, rest = np.divmod(k, (n - 1) * m)
+        positive, negative = np.divmod(rest, m)
+        positive = positive + (positive >= anchor)
+        return np.stack([first + anchor, first + positive, other + negative], 1)
+
+    def epoch(self, epoch, batch_size):
+        """Yield the (B, 3) triplets of every batch of an epoch, each sampled triplet once, in shuffled order.
+
+        The order follows from seed and epoch alone; the last batch may be smaller.
+        """
+        size, key = len(self), hash_key("epoch", self.seed, epoch)
+        window = max(1, 65536 // batch_size) * batch_size  # many batches worked out at once, few held
+        for start in range(0, size, window):
+            positions = np.arange(start, min(start + window, size))
+            rows = self.triplets(permute(positions, size, key))
+            yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+    def by_pair(self, chunk=1 << 17):
+        """Yield (rows, triplets) over all sampled triplets, pair by pair.
+
+        rows (n + m,) are the pair's images; triplets (K, 3), K <= chunk, index into `rows`. So the loss over
+        millions of triplets takes one small matrix of distances per pair.
+        """
+        for pair, end in enumerate(self._end):
+            begin = self._end[pair - 1] if pair else 0
+            (first, other), (n, m) = self._first[pair], self._count[pair]
+            rows = np.concatenate([np.arange(first, first + n), np.arange(other, other + m)])
+            for start in range(begin, end, chunk):
+                triplets = self.triplets(np.arange(start, min(start + chunk, end)))
+                own = (triplets >= first) & (triplets < first + n)
+                yield rows, np.where(own, triplets - first, triplets - other + n)
+
+    def touched(self):
+        """(images, IDs): how many distinct ones stand in at least one sampled triplet."""
+        seen = np.zeros(len(self.paths), bool)
+        usable = np.zeros(len(self.ids), bool)
+        usable[self._persons] = True
+        possible = int(usable[self.person].sum())
+        for start in range(0, len(self), 1 << 17):
+            if seen.sum() == possible:
+                break
+            seen[self.triplets(np.arange(start, min(start + (1 << 17), len(self))))] = True
+        return int(seen.sum()), len(np.unique(self.person[seen]))
+
+    def load(self):
+        """Decode every crop not yet decoded and return all: (N, 112, 112, 3) uint8 RGB tensor, rows as `paths`."""
+        if self._crops is None or not self._decoded.all():
+            self._crops = load_crops(self.paths)
+            self._decoded[:] = True
+        return self._crops
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"triplet {i} of {len(self)}")
+        rows = self.triplets([i % len(self)])[0]
+        if self._crops is None:
+            self._crops = torch.empty((len(self.paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
+        for row in rows[~self._decoded[rows]]:
+            self._crops[row] = torch.from_numpy(read_crop(self.paths[row]))
+            self._decoded[row] = True
+        return tuple(to_input(self._crops[torch.from_numpy(rows)]))
