@@ -261,9 +261,10 @@ def safe_names(names):
     """
 
     def plain(name):
-        reserved = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"
-        usable = re.fullmatch(r"[\w(@+=,)' -][\w.(@+=,)' -]{0,99}", name) and name == name.strip(" ")
-        return bool(usable) and not name.endswith(".") and not re.fullmatch(reserved, name, re.IGNORECASE)
+        reserved = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # device names on Windows
+        if not re.fullmatch(r"[\w(@+=,)'-]([\w.(@+=,)' -]*[\w(@+=,)'-])?", name):
+            return False
+        return len(name.encode()) <= 100 and not re.fullmatch(reserved, name, re.IGNORECASE)
 
     def hashed(name):
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -273,21 +274,24 @@ def safe_names(names):
     return {name: name if plain(name) and alike[name.casefold()] == 1 else hashed(name) for name in names}
 
 
-def plan_crops(id_to_images, folder):
-    """{ID: [(source, crop path), ...]}: `folder/<ID>/<source stem>.png`.
+def stem_names(paths):
+    """{path: file name without ending}: the path's stem, or if others share it, a part of the path's hash too.
 
-    Sources of one ID that share a stem all get a part of their path's hash, so the plan does not depend on
-    their order.
+    So the names do not depend on the order of the paths.
     """
-    folders = safe_names(list(id_to_images))
+    stems = Counter(Path(path).stem.casefold() for path in paths)
+    unique = {p: Path(p).stem if stems[Path(p).stem.casefold()] == 1 else f"{Path(p).stem}|{p}" for p in paths}
+    names = safe_names(unique.values())
+    return {path: names[name] for path, name in unique.items()}
+
+
+def plan_crops(id_to_images, folder):
+    """{ID: [(source, crop path), ...]}: `folder/<ID>/<source stem>.png`, each source once."""
+    folders = safe_names(id_to_images)
     plan = {}
     for identity, sources in id_to_images.items():
-        sources = list(dict.fromkeys(sources))
-        stems = Counter(Path(source).stem.casefold() for source in sources)
-        unique = {s: Path(s).stem if stems[Path(s).stem.casefold()] == 1 else f"{Path(s).stem}|{s}" for s in sources}
-        names = safe_names(list(unique.values()))
-        home = Path(folder) / folders[identity]
-        plan[identity] = [(source, home / f"{names[unique[source]]}.png") for source in sources]
+        names = stem_names(dict.fromkeys(sources))
+        plan[identity] = [(source, Path(folder) / folders[identity] / f"{name}.png") for source, name in names.items()]
     return plan
 
 

@@ -168,6 +168,22 @@ def to_input(crops):
     return bgr.to(torch.float32).sub_(127.5).div_(127.5)
 
 
+def pick_device(name="auto"):
+    """torch.device for "auto" (cuda if there is one, else cpu), "cuda", "cuda:N" or "cpu".
+
+    Also turns TF32 off for the process: reported figures are computed in full float32.
+    Raises InputError for a device that this machine does not have.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------
 
 

@@ -162,6 +162,36 @@ def check_pairs(pairs, id_to_images):
     return list(unique.values()), warnings
 
 
+class TwinImages:
+    """The distinct images of the people of twin pairs, numbered: the rows of every matrix of embeddings.
+
+    `ids`, the people in the order of the pairs; `paths`, all their images, person after person; `person` (N,),
+    the row in `ids` of each image; `first` and `count`, each person's first image and number of images; `pairs`
+    (P, 2), the pairs as rows of `ids`; `warnings`, lines for the user about repeated entries.
+    Raises InputError for what check_pairs refuses and for an image that is listed under two IDs.
+    """
+
+    def __init__(self, id_to_images, pairs):
+        pairs, self.warnings = check_pairs(pairs, id_to_images)
+        self.ids = list(dict.fromkeys(name for pair in pairs for name in pair))
+        images = [list(dict.fromkeys(id_to_images[name])) for name in self.ids]
+        repeated = sum(len(id_to_images[name]) for name in self.ids) - sum(len(person) for person in images)
+        if repeated:
+            self.warnings.append(f"{repeated} images are listed twice under one ID; each is used once")
+        self.paths = [path for person in images for path in person]
+        self.count = np.array([len(person) for person in images], np.int64)
+        self.first = np.cumsum(self.count) - self.count
+        self.person = np.repeat(np.arange(len(images)), self.count)
+        row = {name: i for i, name in enumerate(self.ids)}
+        self.pairs = np.array([(row[a], row[b]) for a, b in pairs], np.int64)
+        owner = {}
+        for path, person in zip(self.paths, self.person, strict=True):
+            other = owner.setdefault(os.path.abspath(path), person)
+            if other != person:
+                two = f"{self.ids[other]!r} and {self.ids[person]!r}"
+                raise InputError(f"{path}: listed under {two}; keep it under the one whose image it is")
+
+
 def count_triplets(n, m):
     """Number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
     return n * (n - 1) * m + m * (m - 1) * n
@@ -169,7 +199,8 @@ def count_triplets(n, m):
 
 def usable_pairs(pairs, id_to_images):
     """The pairs whose images make at least one triplet."""
-    return [(a, b) for a, b in pairs if count_triplets(len(id_to_images[a]), len(id_to_images[b])) > 0]
+    count = {name: len(set(id_to_images[name])) for pair in pairs for name in pair}
+    return [(a, b) for a, b in pairs if count_triplets(count[a], count[b])]
 
 
 def find_families(pairs):
@@ -274,63 +305,43 @@ class TwinTripletDataset(Dataset):
     1..100, the share of each pair's triplets, `(percentage * maximum + 99) // 100` of them.
     `[i]` is (anchor, positive, negative), each a (3, 112, 112) float32 network input (see net.to_input).
 
-    Attributes: `paths`, the distinct images, and `ids`, the persons, in the order of the pairs; `person`
-    (N,), the row in `ids` of each image; `pairs`, the used ones; `n_skipped`, the number of pairs that make
-    no triplet; `n_possible`, all triplets at 100 %; `warnings`, lines for the user.
+    Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages;
+    `n_skipped`, the number of the others; `n_possible`, all triplets at 100 %; `warnings`, lines for the user.
 
-    Raises InputError for what check_pairs refuses, for a percentage out of range, for an image listed under
-    two IDs, and when no pair makes a triplet.
+    Raises InputError for what TwinImages refuses, for a percentage out of range, and when no pair makes a
+    triplet.
     """
 
     def __init__(self, id_to_images, pairs, percentage=100, seed=42):
-        if isinstance(percentage, bool) or percentage != int(percentage) or not 1 <= percentage <= 100:
+        if type(percentage) is bool or not isinstance(percentage, int | np.integer) or not 1 <= percentage <= 100:
             raise InputError(f"percentage must be an integer from 1 to 100, not {percentage}")
-        pairs, self.warnings = check_pairs(pairs, id_to_images)
-        self.seed = seed
-        self.ids = list(dict.fromkeys(name for pair in pairs for name in pair))
-        images = [list(dict.fromkeys(id_to_images[name])) for name in self.ids]
-        listed = sum(len(id_to_images[name]) for name in self.ids)
-        self.paths = [path for person in images for path in person]
-        if listed > len(self.paths):
-            self.warnings.append(f"{listed - len(self.paths)} images are listed twice under one ID; each is used once")
-        counts = np.array([len(person) for person in images], np.int64)
-        self.person = np.repeat(np.arange(len(images)), counts)
-        self._check_owners()
-
-        row = {name: i for i, name in enumerate(self.ids)}
-        used = [(row[a], row[b]) for a, b in pairs if count_triplets(len(images[row[a]]), len(images[row[b]]))]
-        if not used:
+        images = TwinImages(id_to_images, pairs)
+        self.seed, self.warnings = seed, list(images.warnings)
+        maxima = [count_triplets(int(images.count[a]), int(images.count[b])) for a, b in images.pairs]
+        self.pairs = [(images.ids[a], images.ids[b]) for (a, b), n in zip(images.pairs, maxima, strict=True) if n]
+        self.n_skipped = len(images.pairs) - len(self.pairs)
+        if not self.pairs:
             raise InputError("no pair makes a triplet: one twin needs two images and the other at least one")
-        self.pairs = [(self.ids[a], self.ids[b]) for a, b in used]
-        self.n_skipped = len(pairs) - len(used)
         if self.n_skipped:
-            self.warnings.append(f"{self.n_skipped} of {len(pairs)} pairs have too few images for a triplet; skipped")
+            total = len(images.pairs)
+            self.warnings.append(f"{self.n_skipped} of {total} pairs have too few images for a triplet; skipped")
+            images = TwinImages(id_to_images, self.pairs)
+        self.images = images
 
         # Per pair: both persons' first row and number of images, possible triplets, key; and where it ends.
-        first = np.cumsum(counts) - counts
-        self._persons = np.array(used, np.int64)
-        self._first, self._count = first[self._persons], counts[self._persons]
-        maxima = [count_triplets(int(n), int(m)) for n, m in self._count]  # Python's integers do not overflow
+        maxima = [maximum for maximum in maxima if maximum]  # Python's integers, which do not overflow
+        self._first, self._count = images.first[images.pairs], images.count[images.pairs]
         self._maximum = np.array(maxima, np.int64)
         self._key = np.array([hash_key("triplets", seed, a, b) for a, b in self.pairs], np.uint64)
         self._end = np.cumsum([(int(percentage) * maximum + 99) // 100 for maximum in maxima])
         self.n_possible = sum(maxima)
-        self._crops, self._decoded = None, np.zeros(len(self.paths), bool)
-
-    def _check_owners(self):
-        owner = {}
-        for path, person in zip(self.paths, self.person, strict=True):
-            other = owner.setdefault(os.path.abspath(path), person)
-            if other != person:
-                raise InputError(
-                    f"{path}: listed under {self.ids[other]!r} and {self.ids[person]!r}; keep it under one ID"
-                )
+        self._crops, self._decoded = None, np.zeros(len(images.paths), bool)
 
     def __len__(self):
         return int(self._end[-1])
 
     def triplets(self, numbers):
-        """(K,) triplet numbers in [0, len) -> (K, 3) int64 rows of `paths` (and of `load()`)."""
+        """(K,) triplet numbers in [0, len) -> (K, 3) int64 rows of `images.paths` (and of `load()`)."""
         numbers = np.asarray(numbers, np.int64)
         pair = np.searchsorted(self._end, numbers, side="right")
         position = numbers - np.where(pair > 0, self._end[pair - 1], 0)
@@ -376,20 +387,17 @@ class TwinTripletDataset(Dataset):
 
     def touched(self):
         """(images, IDs): how many distinct ones stand in at least one sampled triplet."""
-        seen = np.zeros(len(self.paths), bool)
-        usable = np.zeros(len(self.ids), bool)
-        usable[self._persons] = True
-        possible = int(usable[self.person].sum())
+        seen = np.zeros(len(self.images.paths), bool)
         for start in range(0, len(self), 1 << 17):
-            if seen.sum() == possible:
+            if seen.all():  # often after the first part
                 break
             seen[self.triplets(np.arange(start, min(start + (1 << 17), len(self))))] = True
-        return int(seen.sum()), len(np.unique(self.person[seen]))
+        return int(seen.sum()), len(np.unique(self.images.person[seen]))
 
     def load(self):
-        """Decode every crop not yet decoded and return all: (N, 112, 112, 3) uint8 RGB tensor, rows as `paths`."""
+        """Decode all crops, once; returns them as (N, 112, 112, 3) uint8 RGB tensor, rows as `images.paths`."""
         if self._crops is None or not self._decoded.all():
-            self._crops = load_crops(self.paths)
+            self._crops = load_crops(self.images.paths)
             self._decoded[:] = True
         return self._crops
 
@@ -398,8 +406,8 @@ class TwinTripletDataset(Dataset):
             raise IndexError(f"triplet {i} of {len(self)}")
         rows = self.triplets([i % len(self)])[0]
         if self._crops is None:
-            self._crops = torch.empty((len(self.paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
+            self._crops = torch.empty((len(self.images.paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
         for row in rows[~self._decoded[rows]]:
-            self._crops[row] = torch.from_numpy(read_crop(self.paths[row]))
+            self._crops[row] = torch.from_numpy(read_crop(self.images.paths[row]))
             self._decoded[row] = True
         return tuple(to_input(self._crops[torch.from_numpy(rows)]))
