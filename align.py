@@ -443,6 +443,13 @@ def align_files(images_file, pairs, folder, aligned_json, landmarks_file, device
 # ---- command line -----------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser for `main(argv) -> exit code`: a wrong flag is an InputError of one line."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists all flags")
+
+
 def add_alignment_arguments(parser):
     """The flags that the three scripts share."""
     parser.add_argument("--landmarks", metavar="FILE", help=LANDMARKS_HELP)
@@ -481,7 +488,7 @@ def device_name(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="align.py",
         description="Cut aligned 112x112 face crops out of photographs, as AdaFace expects them.",
     )
@@ -497,8 +504,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run the stage; returns the exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         pairs = read_pairs(args.pairs) if args.pairs else None
         align_files(
             args.id_to_images,

@@ -11,7 +11,6 @@ families. A threshold t accepts score >= t; FMR and FNMR are the false match and
 ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` validates with the same functions.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from align import add_alignment_arguments, align_files, positive_int, stem_names
+from align import Parser, add_alignment_arguments, align_files, positive_int, stem_names
 from net import InputError, load_checkpoint, pick_device, replacing, to_input
 from triplet_dataset import TwinImages, find_families, load_crops, read_id_to_images, read_pairs, write_json
 
@@ -341,7 +340,7 @@ def comparison_table(rows):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate_twins.py", description="Measure how well checkpoints tell the twins of a test set apart."
     )
     parser.add_argument("--test_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
@@ -376,8 +375,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Evaluate; returns the exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         evaluate(args)
     except (InputError, OSError) as error:
         print(f"evaluate_twins.py: {error}", file=sys.stderr)

@@ -81,5 +81,14 @@ class TripletLoss(nn.Module):
             "violated_triplets": (to_positive > to_negative).float().mean(),
         }
 
+    def over(self, dataset, embeddings):
+        """`statistics` over all sampled triplets of a TwinTripletDataset, as floats, from its embeddings (N, D)."""
+        sums = {}
+        for rows, triplets in dataset.by_pair():
+            rows, triplets = (torch.from_numpy(x).to(embeddings.device) for x in (rows, triplets))
+            for name, value in self.statistics(*self.distances(embeddings[rows], triplets)).items():
+                sums[name] = sums.get(name, 0.0) + value.double() * len(triplets)
+        return {name: float(value) / len(dataset) for name, value in sums.items()}
+
     def extra_repr(self):
         return f"margin={self.margin}, distance={self.distance!r}"

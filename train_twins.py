@@ -1,0 +1,624 @@
+"""Fine-tune AdaFace on identical twins: align the photographs, then train with triplet loss.
+
+    python train_twins.py --id_to_images id_to_images.json --train_pairs train_twin_id_pairs.json \\
+      --pretrained pretrained/adaface_ir50_ms1mv2.ckpt                          # the full network
+    python train_twins.py ... --freeze_backbone --train_percentage 75           # only the embedding layer
+    python train_twins.py ... --skip_alignment --resume                         # go on after an interruption
+
+Reads the photographs of twin pairs and a pretrained network; writes the best epoch to --output_dir, and logs and
+curves to --log_dir. `evaluate_twins.py` then measures the checkpoints on other twins.
+
+The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off. So an embedding
+depends on its image alone, and an image is embedded once per step however many of its triplets use it. With a
+frozen backbone the backbone runs once per image for the whole run, and an epoch costs the embedding layer.
+"""
+
+import argparse
+import math
+import platform
+import re
+import signal
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from align import Parser, add_alignment_arguments, align_files, positive_int
+from evaluate_twins import COLOURS, embed, image_pairs, new_figure, save_figure, scores_of, verification_metrics
+from net import (
+    ARCHITECTURES,
+    InputError,
+    build_model,
+    load_checkpoint,
+    pick_device,
+    plain,
+    read_checkpoint,
+    save_checkpoint,
+    to_input,
+)
+from triplet_dataset import (
+    TwinTripletDataset,
+    check_pairs,
+    read_id_to_images,
+    read_pairs,
+    split_pairs,
+    usable_pairs,
+    write_json,
+)
+from triplet_loss import DISTANCES, TripletLoss
+
+# Settings that a resumed run may change: they do not alter what has been computed so far.
+CHANGEABLE = ("epochs", "patience", "device", "max_workers", "resume", "overwrite", "realign", "skip_alignment")
+
+
+# ---- parts of training ------------------------------------------------------------------------------
+
+
+def set_batchnorm_statistics(model, crops, device, batch_size=32):
+    """Give a network without pretrained weights the BatchNorm statistics of its training crops, by one pass.
+
+    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+        norm.train()
+    with torch.no_grad():
+        for part in crops.tensor_split(math.ceil(len(crops) / batch_size)):
+            model(to_input(part.to(device)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def make_optimizer(model, learning_rate, weight_decay):
+    """AdamW over the parameters that require gradients; no decay on BatchNorm, PReLU and biases.
+
+    Those are the one-dimensional parameters: pulling a scale or an offset toward zero is no regulariser.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def resident(tensor, device):
+    """The tensor on `device` if it takes less than half of the free memory there, else in pinned host memory."""
+    if device.type != "cuda":
+        return tensor
+    if tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor.to(device)
+    return tensor.pin_memory()
+
+
+def take(tensor, rows, device):
+    """tensor[rows] on `device`, for a tensor there or in (pinned) host memory; rows: int64 array."""
+    rows = torch.from_numpy(rows)
+    if tensor.device == device or device.type == "cpu":
+        return tensor[rows.to(tensor.device, non_blocking=True)]
+    return tensor[rows].pin_memory().to(device, non_blocking=True)
+
+
+class Images:
+    """What the trained part of the network sees of a dataset's images, and their embeddings.
+
+    In full mode the uint8 crops; in frozen mode the backbone's features (N, C, 7, 7) float32, computed once.
+    """
+
+    def __init__(self, model, crops, device, frozen, description):
+        self.model, self.device, self.frozen = model, device, frozen
+        if frozen:
+            parts = tqdm(crops.split(32), f"backbone, {description} images", unit="batch", leave=False)
+            with torch.no_grad():
+                crops = torch.cat([model.features(to_input(part.to(device))).cpu().contiguous() for part in parts])
+        self.data = resident(crops, device)
+
+    def embed_rows(self, rows):
+        """Embeddings (K, 512) of the images `rows` (K,), with gradients."""
+        batch = take(self.data, rows, self.device)
+        return self.model.head(batch)[0] if self.frozen else self.model(to_input(batch))[0]
+
+    def embed_all(self):
+        """Embeddings (N, 512) of all images, in float32, without gradients."""
+        if not self.frozen:
+            return embed(self.model, self.data, self.device)
+        with torch.no_grad():
+            return torch.cat([self.model.head(part.to(self.device))[0] for part in self.data.split(256)])
+
+
+# ---- the trainer ------------------------------------------------------------------------------------
+
+
+class TwinTrainer:
+    """Runs the two stages with the settings of `parse_args`; every flag is an attribute of `args`.
+
+        trainer = TwinTrainer(parse_args([...]))
+        trainer.align()      # photographs -> crops and --aligned_json; skipped by --skip_alignment
+        trainer.train()      # crops -> checkpoint, logs, curves; returns the content of training_log.json
+
+    Raises InputError for wrong input, before anything of an earlier run is touched.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        mode = "frozen" if args.freeze_backbone else "full"
+        self.run_name = args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
+        self.log_dir = Path(args.log_dir) / self.run_name
+        self.device = pick_device(args.device)
+        self.precision = self._choose_precision(args.precision)
+        self.criterion = TripletLoss(args.margin, args.distance)
+
+    def _choose_precision(self, name):
+        cuda = self.device.type == "cuda"
+        if name == "auto":
+            if not cuda:
+                return "fp32"
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if name == "fp16" and not cuda:
+            raise InputError("--precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
+        return name
+
+    # ---- stage 1
+
+    def align(self):
+        """Align the photographs of all training pairs and write --aligned_json."""
+        args = self.args
+        pairs = read_pairs(args.train_pairs)
+        align_files(
+            args.id_to_images,
+            pairs,
+            args.aligned_folder,
+            args.aligned_json,
+            args.landmarks,
+            str(self.device),
+            args.max_workers,
+            args.realign,
+        )
+
+    # ---- stage 2
+
+    def train(self):
+        """Fine-tune and write everything; returns the content of training_log.json."""
+        saved = self._earlier_run()
+        self._prepare_data()
+        self._prepare_model(saved)
+        self.config = self._describe()
+        if saved:
+            self._check_same_run(saved)
+        reason = self._stop_reason()
+        if reason:
+            print(f"{self.run_name} is finished ({reason}); its best epoch is {self.log['best_checkpoint']}")
+            return self.log
+        self._write_start()
+        self._prepare_images()
+        start = len(self.log["epochs"])
+        for epoch in range(start, self.args.epochs + 1):
+            self._finish_epoch(self._train_epoch(epoch) if epoch else self._measure_start())
+            if self._stop_reason():
+                break
+        self._report()
+        return self.log
+
+    def _earlier_run(self):
+        """last.pth of an earlier run of this name for --resume, else None."""
+        last = self.log_dir / "last.pth"
+        if self.args.resume:
+            return read_checkpoint(last) if last.is_file() else None
+        if (self.log_dir / "training_log.json").exists() and not self.args.overwrite:
+            raise InputError(
+                f"{self.log_dir}: holds a run of this name; --resume goes on with it, --overwrite replaces it, "
+                "--run_name NAME starts another"
+            )
+        return None
+
+    def _prepare_data(self):
+        args = self.args
+        images = read_id_to_images(args.aligned_json)
+        pairs, warnings = check_pairs(read_pairs(args.train_pairs), images)
+        usable = usable_pairs(pairs, images)
+        if not usable:
+            raise InputError(f"{args.aligned_json}: no pair makes a triplet (one twin needs two crops, the other one)")
+        self.n_skipped = len(pairs) - len(usable)
+        if self.n_skipped:
+            warnings.append(f"{self.n_skipped} of {len(pairs)} pairs have too few crops for a triplet; skipped")
+        train, val = split_pairs(usable, args.validation_split, args.seed, related=pairs)
+        if not val:
+            warnings.append(
+                "no validation: all pairs are one family or --validation_split is 0; the last epoch is kept"
+            )
+        self.train_set = TwinTripletDataset(images, train, args.train_percentage, args.seed)
+        self.val_set = TwinTripletDataset(images, val, 100, args.seed) if val else None
+        for warning in dict.fromkeys(warnings + self.train_set.warnings):
+            print(f"warning: {warning}")
+
+    def _prepare_model(self, saved):
+        args = self.args
+        torch.manual_seed(args.seed)
+        if saved:
+            self.model = load_checkpoint(self.log_dir / "last.pth", args.arch)
+        elif args.pretrained == "none":
+            self.model = build_model(args.arch)
+        else:
+            if not Path(args.pretrained).is_file():
+                raise InputError(
+                    f"{args.pretrained}: no such file; download AdaFace's weights (README, 'Weights') or give "
+                    "--pretrained FILE, or --pretrained none to start from random weights"
+                )
+            self.model = load_checkpoint(args.pretrained, args.arch)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.eval().requires_grad_(not args.freeze_backbone)
+        self.model.output_layer.requires_grad_(True)
+        self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.log = {"config": None, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
+        if saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.log.update(saved["log"])
+
+    def _prepare_images(self):
+        crops = self.train_set.load()
+        if self.args.pretrained == "none" and not self.log["epochs"]:
+            set_batchnorm_statistics(self.model, crops, self.device)
+        self.train_images = Images(self.model, crops, self.device, self.args.freeze_backbone, "training")
+        if self.val_set:
+            crops = self.val_set.load()
+            self.val_images = Images(self.model, crops, self.device, self.args.freeze_backbone, "validation")
+            self.genuine, self.twin = image_pairs(self.val_set.images)
+
+    def _describe(self):
+        """The content of config.json."""
+        images, ids = self.train_set.touched()
+        packages = ("torch", "torchvision", "numpy", "opencv-python", "pillow", "face-alignment")
+        return {
+            **vars(self.args),
+            "run_name": self.run_name,
+            "n_train_pairs": len(self.train_set.pairs),
+            "n_val_pairs": len(self.val_set.pairs) if self.val_set else 0,
+            "n_skipped_pairs": self.n_skipped,
+            "n_train_triplets": len(self.train_set),
+            "n_possible_train_triplets": self.train_set.n_possible,
+            "n_val_triplets": len(self.val_set) if self.val_set else 0,
+            "n_train_images": len(self.train_set.images.paths),
+            "n_touched_images": images,
+            "n_touched_ids": ids,
+            "train_ids": self.train_set.images.ids,
+            "val_ids": self.val_set.images.ids if self.val_set else [],
+            "trainable_parameters": [name for name, p in self.model.named_parameters() if p.requires_grad],
+            "used_device": str(self.device),
+            "device_name": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else platform.machine(),
+            "used_precision": self.precision,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        }
+
+    def _check_same_run(self, saved):
+        """Refuse to resume with other settings or data than the run began with."""
+        config = plain(self.config)
+        free = {*CHANGEABLE, "used_device", "device_name", "versions"}
+        before = saved["config"]
+        differing = [
+            f"{key} was {str(before.get(key))[:60]}, is {str(config[key])[:60]}"
+            for key in config
+            if key not in free and before.get(key) != config[key]
+        ]
+        if differing:
+            raise InputError(
+                f"{self.log_dir}: cannot resume with other settings: {'; '.join(differing)}; "
+                "use the first ones, or --run_name for another run"
+            )
+
+    def _write_start(self):
+        self.log["config"] = config = self.config
+        write_json(self.log_dir / "config.json", config)
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        n_val, n_train = config["n_val_pairs"], config["n_train_pairs"]
+        print(
+            f"{self.run_name}: {n_train} training and {n_val} validation pairs, {len(self.train_set)} of "
+            f"{self.train_set.n_possible} triplets, which touch {config['n_touched_images']} images of "
+            f"{config['n_touched_ids']} people; {self.args.arch} on {self.device}, {self.precision}"
+        )
+
+    def _measure_start(self):
+        """The log entry of epoch 0: the network before training, on training and validation triplets."""
+        began = time.perf_counter()
+        statistics = self.criterion.over(self.train_set, self.train_images.embed_all())
+        return self._entry(0, statistics, began)
+
+    def _train_epoch(self, epoch):
+        """Visit every sampled triplet once; returns the epoch's log entry."""
+        began = time.perf_counter()
+        sums = torch.zeros(5, device=self.device, dtype=torch.float64)
+        size = self.args.batch_size
+        batches = self.train_set.epoch(epoch, size)
+        bar = tqdm(batches, f"epoch {epoch}", math.ceil(len(self.train_set) / size), unit="step", leave=False)
+        for step, triplets in enumerate(bar, 1):
+            statistics = self._step(triplets)
+            sums += torch.stack(list(statistics.values())).double() * len(triplets)  # no wait for the device here
+            if step % 100 == 0:
+                bar.set_postfix(loss=f"{float(statistics['loss']):.4f}")
+        means = dict(zip(statistics, (sums / len(self.train_set)).tolist(), strict=True))
+        return self._entry(epoch, means, began)
+
+    def _step(self, triplets):
+        """One optimizer step on (B, 3) triplets, each distinct image embedded once; returns their statistics."""
+        rows, inverse = np.unique(triplets, return_inverse=True)
+        index = torch.from_numpy(inverse.reshape(triplets.shape)).to(self.device, non_blocking=True)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            embeddings = self.train_images.embed_rows(rows)
+        distances = self.criterion.distances(embeddings, index)
+        loss = self.criterion.loss(*distances)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.criterion.statistics(*distances)
+
+    def _entry(self, epoch, statistics, began):
+        """Validate and make an epoch's log entry."""
+        trained = time.perf_counter()
+        entry = {"epoch": epoch, "train_loss": statistics["loss"]}
+        entry |= {"val_loss": None, "val_eer": None, "val_auc": None}
+        entry |= {name: value for name, value in statistics.items() if name != "loss"}
+        if self.val_set:
+            embeddings = self.val_images.embed_all()
+            validation = self.criterion.over(self.val_set, embeddings)
+            metrics = verification_metrics(scores_of(embeddings, self.genuine), scores_of(embeddings, self.twin))
+            entry |= {"val_loss": validation["loss"], "val_eer": metrics["eer"], "val_auc": metrics["auc"]}
+            entry["val_active_triplets"] = validation["active_triplets"]
+            entry["val_violated_triplets"] = validation["violated_triplets"]
+        if not all(math.isfinite(value) for value in entry.values() if value is not None):
+            raise InputError(
+                f"{self.run_name}: the loss is not finite in epoch {epoch}; last.pth holds the epoch before; "
+                "lower --learning_rate, or use --precision fp32"
+            )
+        seconds = time.perf_counter() - began
+        entry["timing"] = {"seconds": seconds, "validation_seconds": time.perf_counter() - trained}
+        return entry
+
+    def _finish_epoch(self, entry):
+        """Log an epoch, save the best checkpoint and the state to resume from, draw the curves."""
+        self.log["epochs"].append(entry)
+        epoch = entry["epoch"]
+        if epoch > 0 and self._best_epoch() == epoch:
+            path = Path(self.args.output_dir) / self._checkpoint_name(epoch)
+            metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
+            save_checkpoint(path, self.model, epoch=epoch, config=self.config, metrics=metrics)
+            self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
+        self.log["stopped"] = self._stop_reason()
+        save_checkpoint(
+            self.log_dir / "last.pth",
+            self.model,
+            epoch=epoch,
+            config=self.config,
+            metrics={},
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            log={key: value for key, value in self.log.items() if key != "config"},
+        )
+        write_json(self.log_dir / "training_log.json", self.log)
+        if epoch > 0:
+            self._remove_other_checkpoints()  # not before what replaces them is on the disk
+        plot_curves(self.log_dir, self.log)
+        text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
+        if entry["val_loss"] is not None:
+            text += (
+                f", val loss {entry['val_loss']:.4f}, EER {100 * entry['val_eer']:.2f} %, AUC {entry['val_auc']:.4f}"
+            )
+        best = "  best so far" if self.log["best_epoch"] == epoch else ""
+        print(f"{text}, {100 * entry['active_triplets']:.0f} % active, {entry['timing']['seconds']:.1f} s{best}")
+
+    def _checkpoint_name(self, epoch):
+        return f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
+
+    def _remove_other_checkpoints(self):
+        """Of the checkpoints of this run's name, also of a run that --overwrite replaces, keep the best alone."""
+        best = Path(self.log["best_checkpoint"])
+        for path in best.parent.iterdir():
+            epoch = re.search(r"_epoch(\d+)\.pth$", path.name)
+            if epoch and path.name == self._checkpoint_name(epoch[1]) and path.name != best.name:
+                path.unlink()
+
+    def _monitored(self):
+        """[(value, epoch), ...] of the epochs from 1 on."""
+        return [(entry[self.args.monitor], entry["epoch"]) for entry in self.log["epochs"] if entry["epoch"] > 0]
+
+    def _best_epoch(self):
+        """The epoch (>= 1) with the lowest monitored value, the first on a tie; without validation the last."""
+        values = self._monitored()
+        return min(values)[1] if self.val_set else values[-1][1]
+
+    def _stop_reason(self):
+        """Why training is over: "patience", "epochs", or None while it is not."""
+        last = self.log["epochs"][-1]["epoch"] if self.log["epochs"] else 0
+        if self.val_set and last > 0 and last - self._best_epoch() >= self.args.patience:
+            return "patience"
+        return "epochs" if last >= self.args.epochs else None
+
+    def _report(self):
+        best, start = (
+            next(e for e in self.log["epochs"] if e["epoch"] == number) for number in (self.log["best_epoch"], 0)
+        )
+        print(f"stopped by {self.log['stopped']}; best epoch {best['epoch']}: {self.log['best_checkpoint']}")
+        key = self.args.monitor
+        if self.val_set and best[key] >= start[key]:
+            print(
+                f"WARNING: no epoch is better than the network before training ({key} {start[key]:.4f} at the start, "
+                f"{best[key]:.4f} in epoch {best['epoch']}): keep the start, or try other settings"
+            )
+
+
+def plot_curves(folder, log):
+    """loss_curves.png and validation_curves.png of a run's log."""
+    entries = log["epochs"]
+    epochs = [entry["epoch"] for entry in entries]
+
+    def draw(axes, key, label, colour, style="-", scale=1):
+        values = [math.nan if entry.get(key) is None else scale * entry[key] for entry in entries]
+        axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+
+    def finish(figure, axes, name):
+        if log["best_epoch"] is not None:
+            axes.axvline(log["best_epoch"], color="black", linewidth=1, linestyle=":", label="best epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("epoch (0: before training)")
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1))
+        figure.set_figwidth(7.4)
+        save_figure(figure, folder / name)
+
+    figure, axes = new_figure()
+    draw(axes, "train_loss", "training", COLOURS[0])
+    draw(axes, "val_loss", "validation", COLOURS[1], "--")
+    axes.set(ylabel=f"triplet loss ({log['config']['distance']} distance)", title=log["config"]["run_name"])
+    axes.set_ylim(bottom=0)
+    finish(figure, axes, "loss_curves.png")
+
+    figure, axes = new_figure()
+    draw(axes, "val_eer", "EER", COLOURS[0], scale=100)
+    axes.set(ylabel="EER on validation twins (%)", title=log["config"]["run_name"])
+    right = axes.twinx()
+    draw(right, "val_auc", "AUC", COLOURS[1], "--")
+    right.set_ylabel("AUC on validation twins (dashed)")
+    axes.plot([], [], color=COLOURS[1], linestyle="--", marker="o", markersize=3, label="AUC")
+    finish(figure, axes, "validation_curves.png")
+
+
+# ---- command line -----------------------------------------------------------------------------------
+
+
+def boolean(text):
+    """An argparse type: True or False in any usual spelling."""
+    word = text.strip().lower()
+    if word in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    if word in ("false", "f", "no", "n", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+
+
+def number(low, high, low_included=False):
+    """An argparse type: a finite float between low and high."""
+
+    def parse(text):
+        value = float(text)
+        if not (low < value < high or (low_included and value == low)):
+            raise argparse.ArgumentTypeError(
+                f"must be {'at least' if low_included else 'above'} {low} and below {high}"
+            )
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def percentage(text):
+    """An argparse type: an integer from 1 to 100."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 100, not {value}")
+    return value
+
+
+def file_name(text):
+    """An argparse type: a plain name for files and folders."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-' alone, not {text!r}")
+    return text
+
+
+def parse_args(argv=None):
+    parser = Parser(
+        prog="train_twins.py", description="Fine-tune AdaFace to tell identical twins apart, with triplet loss."
+    )
+    group = parser.add_argument_group("data and stage 1, alignment")
+    add = group.add_argument
+    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
+    add("--train_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
+    add("--aligned_folder", default="train_aligned_images", metavar="DIR", help="training crops (default %(default)s)")
+    text = "list of the crops, which stage 1 writes and stage 2 reads (default %(default)s)"
+    add("--aligned_json", default="id_to_train_aligned_images.json", metavar="FILE", help=text)
+    add("--skip_alignment", action="store_true", help="stage 2 alone, on the crops of --aligned_json")
+    add_alignment_arguments(group)
+
+    add = parser.add_argument_group("what is trained").add_argument
+    text = f"network, default %(default)s: {', '.join(ARCHITECTURES)}"
+    add("--arch", default="ir_50", choices=ARCHITECTURES, metavar="NAME", help=text)
+    text = "weights to start from (default %(default)s); none: random weights"
+    add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", metavar="FILE", help=text)
+    text = "train only the embedding layer (default False; bare means True)"
+    add("--freeze_backbone", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
+    text = "share of each training pair's triplets, 1..100 (default 100)"
+    add("--train_percentage", type=percentage, default=100, metavar="P", help=text)
+    text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
+    add("--validation_split", type=number(0, 1, True), default=0.15, metavar="SHARE", help=text)
+
+    add = parser.add_argument_group("how it is trained").add_argument
+    add("--margin", type=number(0, 2), default=0.3, metavar="D", help="triplet margin, a distance (default 0.3)")
+    text = "1 - cos, or euclidean between unit vectors (default cosine)"
+    add("--distance", choices=DISTANCES, default="cosine", help=text)
+    add("--batch_size", type=positive_int, default=16, metavar="N", help="triplets per step (default 16)")
+    add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
+    text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
+    add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
+    text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
+    add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)
+    text = "the best epoch has the lowest of this (default val_loss)"
+    add("--monitor", choices=("val_loss", "val_eer"), default="val_loss", help=text)
+    text = "stop after N epochs in a row without a new best (default 5)"
+    add("--patience", type=positive_int, default=5, metavar="N", help=text)
+    text = "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); reported figures are always fp32"
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
+    add("--seed", type=int, default=42, help="of the split, the sampled triplets and their order (default 42)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="models", metavar="DIR", help="best epoch's checkpoint (default %(default)s)")
+    text = "its folder <run name>/ gets logs, curves and last.pth (default %(default)s)"
+    add("--log_dir", default="training_logs", metavar="DIR", help=text)
+    add("--run_name", type=file_name, metavar="NAME", help="name of the run (default like full_100pct_margin0.3)")
+    add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
+    add("--overwrite", action="store_true", help="replace the run of this name")
+    args = parser.parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-3 if args.freeze_backbone else 1e-4
+    if not args.skip_alignment and not args.id_to_images:
+        parser.error("--id_to_images is needed unless --skip_alignment is given")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+def main(argv=None):
+    """Run both stages; returns the exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
+    try:
+        args = parse_args(argv)
+        trainer = TwinTrainer(args)
+        if not args.skip_alignment:
+            trainer.align()
+        trainer.train()
+    except torch.cuda.OutOfMemoryError:
+        print("train_twins.py: out of GPU memory: lower --batch_size", file=sys.stderr)
+        return 2
+    except (InputError, OSError) as error:
+        print(f"train_twins.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_twins.py: interrupted; the last finished epoch is saved, --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM is an interruption too
+    sys.exit(main())
