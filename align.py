@@ -261,8 +261,8 @@ def safe_names(names):
     """
 
     def plain(name):
-        reserved = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # device names on Windows
-        if not re.fullmatch(r"[\w(@+=,)'-]([\w.(@+=,)' -]*[\w(@+=,)'-])?", name):
+        reserved = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*-[0-9a-f]{12}"  # Windows' devices; names made below
+        if not re.fullmatch(r"[\w(@+=,)']([\w.(@+=,)' -]*[\w(@+=,)'-])?", name):
             return False
         return len(name.encode()) <= 100 and not re.fullmatch(reserved, name, re.IGNORECASE)
 
@@ -270,6 +270,7 @@ def safe_names(names):
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         return f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)[:60]}-{digest}"
 
+    names = list(names)
     alike = Counter(name.casefold() for name in names)
     return {name: name if plain(name) and alike[name.casefold()] == 1 else hashed(name) for name in names}
 

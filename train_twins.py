@@ -157,6 +157,7 @@ class TwinTrainer:
         self.device = pick_device(args.device)
         self.precision = self._choose_precision(args.precision)
         self.criterion = TripletLoss(args.margin, args.distance)
+        self.drawn = -math.inf  # when the curves were last drawn
 
     def _choose_precision(self, name):
         cuda = self.device.type == "cuda"
@@ -411,7 +412,9 @@ class TwinTrainer:
         write_json(self.log_dir / "training_log.json", self.log)
         if epoch > 0:
             self._remove_other_checkpoints()  # not before what replaces them is on the disk
-        plot_curves(self.log_dir, self.log)
+        if self.log["stopped"] or time.monotonic() - self.drawn > 20:  # a picture takes longer than a short epoch
+            plot_curves(self.log_dir, self.log)
+            self.drawn = time.monotonic()
         text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
         if entry["val_loss"] is not None:
             text += (
@@ -469,12 +472,12 @@ def plot_curves(folder, log):
         values = [math.nan if entry.get(key) is None else scale * entry[key] for entry in entries]
         axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
 
-    def finish(figure, axes, name):
+    def finish(figure, axes, name, legend=1.0):
         if log["best_epoch"] is not None:
             axes.axvline(log["best_epoch"], color="black", linewidth=1, linestyle=":", label="best epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch (0: before training)")
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1))
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(legend, 1))
         figure.set_figwidth(7.4)
         save_figure(figure, folder / name)
 
@@ -492,7 +495,7 @@ def plot_curves(folder, log):
     draw(right, "val_auc", "AUC", COLOURS[1], "--")
     right.set_ylabel("AUC on validation twins (dashed)")
     axes.plot([], [], color=COLOURS[1], linestyle="--", marker="o", markersize=3, label="AUC")
-    finish(figure, axes, "validation_curves.png")
+    finish(figure, axes, "validation_curves.png", legend=1.14)
 
 
 # ---- command line -----------------------------------------------------------------------------------

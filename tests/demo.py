@@ -37,7 +37,7 @@ def run(module, command):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default="demo", help="where everything is written (default demo)")
-    parser.add_argument("--pairs", type=int, default=24, help="training families (default 24)")
+    parser.add_argument("--pairs", type=int, default=36, help="training families (default 36)")
     args = parser.parse_args(argv)
     began, home = time.perf_counter(), Path(args.folder)
     if home.exists() and any(home.iterdir()) and not (home / MARKER).exists():
@@ -48,8 +48,8 @@ def main(argv=None):
     (home / MARKER).touch()
 
     print("Drawing photographs of twins: SYNTHETIC faces, with known landmarks.")
-    write_photos(home / "train", args.pairs, 6, seed=1, triple=True)
-    write_photos(home / "test", 12, 6, seed=2, prefix="other")
+    write_photos(home / "train", args.pairs, 4, seed=1, triple=True)
+    write_photos(home / "test", 20, 4, seed=2, prefix="other")
     q = shlex.quote(home.as_posix())
     for part in ("train", "test"):
         run(
@@ -69,8 +69,10 @@ def main(argv=None):
         f"--train_pairs {q}/train/pairs.json --skip_alignment --aligned_json {q}/id_to_train_aligned_images.json "
         f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs --device cpu"
     )
-    run(train_twins, f"{common} --freeze_backbone --train_percentage 5 --epochs 4")
-    run(train_twins, f"{common} --train_percentage 1 --batch_size 8 --epochs 1 --learning_rate 1e-3")
+    run(
+        train_twins, f"{common} --freeze_backbone --train_percentage 50 --batch_size 32 --epochs 2 --learning_rate 1e-4"
+    )
+    run(train_twins, f"{common} --train_percentage 4 --batch_size 8 --epochs 1 --learning_rate 2e-5")
     models = " ".join(shlex.quote(path.as_posix()) for path in sorted((home / "models").glob("*.pth")))
     run(
         evaluate_twins,

@@ -30,8 +30,8 @@ def draw_person(rng):
 def draw_twin(person, rng, difference=1.0):
     """A twin: the same colouring, a slightly other shape, marks elsewhere. difference 0 is the same person."""
     twin = {key: value.copy() for key, value in person.items()}
-    twin["shape"] += difference * rng.normal(0, 0.55, 10)
-    twin["iris"] = np.clip(twin["iris"] + difference * rng.normal(0, 35, 3), 5, 210)
+    twin["shape"] += difference * rng.normal(0, 0.9, 10)
+    twin["iris"] = np.clip(twin["iris"] + difference * rng.normal(0, 55, 3), 5, 210)
     if difference:
         twin["marks"] = rng.uniform((-24, -28, 2.0), (24, 42, 4.5), (4, 3))
     return twin

@@ -1,0 +1,496 @@
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import evaluate_twins
+import net
+import train_twins
+from tests.synthetic import write_photos
+from triplet_dataset import TwinTripletDataset, load_crops, read_id_to_images, read_pairs
+from triplet_loss import TripletLoss
+
+FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [1, 1]]
+
+
+@pytest.fixture
+def run(tmp_path, write_crops, tiny_model):
+    """run("--epochs 2", ...) -> (exit code, content of training_log.json), of a tiny network on tiny data."""
+    aligned, pairs = write_crops(FAMILIES)
+    net.save_checkpoint(tmp_path / "start.pth", tiny_model)
+
+    def start(flags="", name="run"):
+        command = (
+            f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --arch ir_tiny "
+            f"--pretrained {tmp_path}/start.pth --output_dir {tmp_path}/models --log_dir {tmp_path}/logs "
+            f"--validation_split 0.3 --device cpu --epochs 2 --batch_size 8 --run_name {name} {flags}"
+        )
+        code = train_twins.main(command.split())
+        path = tmp_path / "logs" / name / "training_log.json"
+        return code, json.loads(path.read_text()) if path.exists() else None
+
+    return start
+
+
+def states(tmp_path, name="run"):
+    """(network before training, network after) as state dicts."""
+    after = torch.load(tmp_path / "logs" / name / "last.pth", weights_only=True)["state_dict"]
+    return net.load_checkpoint(tmp_path / "start.pth").state_dict(), {k[6:]: v for k, v in after.items()}
+
+
+# ---- what the modes mean
+
+
+def test_frozen_backbone_is_bitwise_unchanged(tmp_path, run):
+    assert run("--freeze_backbone True --learning_rate 0.01")[0] == 0
+    before, after = states(tmp_path)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {
+        "output_layer.0.weight",
+        "output_layer.0.bias",
+        "output_layer.3.weight",
+        "output_layer.3.bias",
+    }
+
+
+def test_full_mode_trains_every_parameter_and_no_statistic(tmp_path, run):
+    assert run("--learning_rate 0.01")[0] == 0
+    before, after = states(tmp_path)
+    parameters = {name for name, _ in net.build_model("ir_tiny").named_parameters()}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == parameters
+    assert any("running_mean" in key for key in before.keys() - changed)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dedup_equals_the_naive_three_forward_computation(tmp_path, write_crops, tiny_model, frozen):
+    aligned, pairs = write_crops([[3, 3], [2, 2]])
+    dataset = TwinTripletDataset(read_id_to_images(aligned), read_pairs(pairs))
+    flags = f"--train_pairs {pairs} --skip_alignment --freeze_backbone {frozen} --device cpu --learning_rate 0.01"
+    trainer = train_twins.TwinTrainer(train_twins.parse_args(flags.split()))
+    reference = net.build_model("ir_tiny").eval()
+    reference.load_state_dict(tiny_model.state_dict())
+    for model in (tiny_model, reference):
+        model.requires_grad_(not frozen)
+        model.output_layer.requires_grad_(True)
+    trainer.model, trainer.train_set = tiny_model, dataset
+    trainer.train_images = train_twins.Images(tiny_model, dataset.load(), trainer.device, frozen, "")
+    trainer.optimizer = torch.optim.SGD([p for p in tiny_model.parameters() if p.requires_grad], lr=0.1)
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    naive = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.1)
+    for triplets in list(dataset.epoch(1, 8))[:4]:
+        statistics = trainer._step(triplets)
+        parts = [reference(net.to_input(dataset.load()[torch.from_numpy(triplets[:, i])]))[0] for i in range(3)]
+        loss = TripletLoss(0.3)(*parts)
+        naive.zero_grad()
+        loss.backward()
+        naive.step()
+        assert statistics["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
+        for a, b in zip(tiny_model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def count_images(monkeypatch, method):
+    """Counter of images that pass through Backbone.<method> from now on, as a one-element list."""
+    seen, original = [0], getattr(net.Backbone, method)
+
+    def counted(self, x):
+        seen[0] += len(x)
+        return original(self, x)
+
+    monkeypatch.setattr(net.Backbone, method, counted)
+    return seen
+
+
+def test_frozen_backbone_runs_once_per_image_for_the_whole_run(run, monkeypatch):
+    seen = count_images(monkeypatch, "features")
+    code, log = run("--freeze_backbone --epochs 3")
+    assert code == 0
+    config = log["config"]
+    validated = sum(len(v) for k, v in read_id_to_images(config["aligned_json"]).items() if k in config["val_ids"])
+    assert seen[0] == config["n_train_images"] + validated
+
+
+def test_an_image_is_embedded_once_per_step(run, monkeypatch):
+    steps, original = [], train_twins.Images.embed_rows
+
+    def recorded(self, rows):
+        steps.append(rows)
+        return original(self, rows)
+
+    monkeypatch.setattr(train_twins.Images, "embed_rows", recorded)
+    _, log = run("--epochs 1 --batch_size 64")
+    assert all(len(set(rows.tolist())) == len(rows) for rows in steps)
+    assert all(len(rows) <= log["config"]["n_train_images"] for rows in steps)
+    assert len(steps) == math.ceil(log["config"]["n_train_triplets"] / 64)
+
+
+def test_weight_decay_spares_batchnorm_prelu_and_biases(tiny_model):
+    decayed, spared = train_twins.make_optimizer(tiny_model, 1e-3, 0.1).param_groups
+    names = {id(p): name for name, p in tiny_model.named_parameters()}
+    modules = dict(tiny_model.named_modules())
+    for p in decayed["params"]:
+        assert isinstance(modules[names[id(p)].rpartition(".")[0]], nn.Conv2d | nn.Linear)
+    for p in spared["params"]:
+        module, _, kind = names[id(p)].rpartition(".")
+        assert kind == "bias" or isinstance(modules[module], nn.BatchNorm2d | nn.PReLU)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_batchnorm_statistics_of_a_random_network_are_those_of_its_crops(write_crops):
+    aligned, _ = write_crops([[5, 4]])
+    crops = load_crops([p for paths in read_id_to_images(aligned).values() for p in paths])
+    model = net.build_model("ir_tiny")
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    train_twins.set_batchnorm_statistics(model, crops, torch.device("cpu"))
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    with torch.no_grad():
+        after_convolution = model.input_layer[0](net.to_input(crops))
+    torch.testing.assert_close(
+        model.input_layer[1].running_mean, after_convolution.mean((0, 2, 3)), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(model.input_layer[1].running_var, after_convolution.var((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert not any(module.training for module in model.modules())
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_random_start_trains_and_differs_by_seed(tmp_path, run):
+    assert run("--pretrained none --seed 1", "a")[0] == 0
+    assert run("--pretrained none --seed 1", "b")[0] == 0
+    assert run("--pretrained none --seed 2", "c")[0] == 0
+    a, b, c = (states(tmp_path, name)[1]["output_layer.3.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+# ---- what is written
+
+
+def test_log_config_and_checkpoint_say_what_the_design_says(tmp_path, run):
+    code, log = run("--train_percentage 50")
+    assert code == 0
+    config = json.loads((tmp_path / "logs" / "run" / "config.json").read_text())
+    assert log["config"] == config
+    assert config["n_train_pairs"] + config["n_val_pairs"] == 6
+    assert config["n_skipped_pairs"] == 1
+    assert not set(config["train_ids"]) & set(config["val_ids"])
+    images = read_id_to_images(config["aligned_json"])
+    pairs = [p for p in read_pairs(config["train_pairs"]) if set(p) <= set(config["train_ids"])]
+    maxima = [(n := len(images[a])) * (n - 1) * (m := len(images[b])) + m * (m - 1) * n for a, b in pairs]
+    assert config["n_train_triplets"] == sum((50 * maximum + 99) // 100 for maximum in maxima)
+    assert config["n_possible_train_triplets"] == sum(maxima)
+    assert config["n_train_images"] == sum(len(images[i]) for i in config["train_ids"])
+    assert config["trainable_parameters"] == [name for name, _ in net.build_model("ir_tiny").named_parameters()]
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert config["used_device"] == "cpu"
+    assert [entry["epoch"] for entry in log["epochs"]] == [0, 1, 2]
+    for entry in log["epochs"]:
+        assert {"train_loss", "val_loss", "val_eer", "val_auc", "active_triplets", "timing"} <= set(entry)
+        assert entry["timing"]["seconds"] > 0
+    best = min(log["epochs"][1:], key=lambda entry: entry["val_loss"])
+    assert log["best_epoch"] == best["epoch"]
+    assert log["stopped"] == "epochs"
+    path = Path(log["best_checkpoint"])
+    assert path.name == f"twin_tuned_irtiny_run_epoch{best['epoch']}.pth"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # one per run
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["arch"] == "ir_tiny"
+    assert checkpoint["epoch"] == best["epoch"]
+    assert checkpoint["config"]["val_ids"] == config["val_ids"]
+    assert checkpoint["metrics"]["val_loss"] == best["val_loss"]
+    last = torch.load(tmp_path / "logs" / "run" / "last.pth", weights_only=True)
+    assert last["epoch"] == 2
+    assert last["state_dict"].keys() == checkpoint["state_dict"].keys()
+    for name in ("loss_curves.png", "validation_curves.png"):
+        assert (tmp_path / "logs" / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_trained_checkpoint_is_read_by_upstreams_five_lines(run):
+    _, log = run()
+    statedict = torch.load(log["best_checkpoint"], weights_only=True)["state_dict"]
+    model_statedict = {key[6:]: val for key, val in statedict.items() if key.startswith("model.")}
+    model = net.build_model("ir_tiny")
+    model.load_state_dict(model_statedict)
+    model.eval()
+    x = net.to_input(np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8))
+    torch.testing.assert_close(model(x), net.load_checkpoint(log["best_checkpoint"])(x))
+
+
+def test_logged_figures_are_those_of_the_saved_network(run):
+    """Epoch 0 and validation, against three separate forward passes and scikit-learn."""
+    from sklearn.metrics import roc_auc_score
+
+    code, log = run("--epochs 1 --distance euclidean")
+    assert code == 0
+    images, config = read_id_to_images(log["config"]["aligned_json"]), log["config"]
+    pairs = read_pairs(config["train_pairs"])
+
+    def expected(checkpoint, ids):
+        model = net.load_checkpoint(checkpoint)
+        dataset = TwinTripletDataset(images, [p for p in pairs if set(p) <= set(ids)])
+        with torch.no_grad():
+            parts = [torch.stack(x) for x in zip(*(dataset[i] for i in range(len(dataset))), strict=True)]
+            loss = TripletLoss(0.3, "euclidean")(*(model(x)[0] for x in parts)).item()
+            e = model(net.to_input(dataset.load()))[0]
+        genuine, twin = evaluate_twins.image_pairs(dataset.images)
+        rows = np.concatenate([genuine, twin])
+        truth = [1] * len(genuine) + [0] * len(twin)
+        return loss, roc_auc_score(truth, (e[rows[:, 0]] * e[rows[:, 1]]).sum(1).numpy())
+
+    start, end = log["epochs"]
+    assert start["train_loss"] == pytest.approx(expected(config["pretrained"], config["train_ids"])[0], abs=1e-5)
+    got = expected(config["pretrained"], config["val_ids"])
+    assert (start["val_loss"], start["val_auc"]) == pytest.approx(got, abs=1e-5)
+    got = expected(log["best_checkpoint"], config["val_ids"])
+    assert (end["val_loss"], end["val_auc"]) == pytest.approx(got, abs=1e-5)
+
+
+def test_training_reduces_the_training_loss(run):
+    for flags, name in (("--freeze_backbone", "frozen"), ("--learning_rate 1e-3", "full")):
+        _, log = run(f"{flags} --epochs 4", name)
+        assert log["epochs"][-1]["train_loss"] < 0.7 * log["epochs"][0]["train_loss"]
+
+
+def test_default_run_names(tmp_path):
+    def name(flags):
+        return train_twins.TwinTrainer(
+            train_twins.parse_args(f"--train_pairs x --skip_alignment {flags}".split())
+        ).run_name
+
+    assert name("") == "full_100pct_margin0.3"
+    assert name("--freeze_backbone --train_percentage 75 --margin 0.50") == "frozen_75pct_margin0.5"
+
+
+def test_patience_stops_and_monitor_chooses(run):
+    # A rate of almost nothing: no epoch changes anything, so epoch 1 stays the best one.
+    _, log = run("--learning_rate 1e-30 --weight_decay 0 --epochs 9 --patience 2")
+    assert log["best_epoch"] == 1
+    assert log["stopped"] == "patience"
+    assert len(log["epochs"]) == 4
+    _, log = run("--monitor val_eer --learning_rate 0.01 --epochs 3", "eer")
+    values = [entry["val_eer"] for entry in log["epochs"][1:]]
+    assert log["best_epoch"] == 1 + values.index(min(values))
+
+
+def test_no_better_than_the_start_is_said_loudly(run, capsys):
+    _, log = run("--learning_rate 1e-30 --weight_decay 0 --epochs 1")
+    assert "WARNING: no epoch is better than the network before training" in capsys.readouterr().out
+    assert Path(log["best_checkpoint"]).exists()
+
+
+def test_a_single_family_keeps_the_last_epoch(tmp_path, write_crops, run, capsys):
+    aligned, pairs = write_crops([[3, 3, 2]], "single")
+    code, log = run(f"--train_pairs {pairs} --aligned_json {aligned} --patience 1 --epochs 3")
+    assert code == 0
+    assert "warning: no validation" in capsys.readouterr().out
+    assert log["best_epoch"] == 3
+    assert {entry["val_loss"] for entry in log["epochs"]} == {None}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_of_steps_does_not_touch_reported_figures(run, precision):
+    _, log = run(f"--precision {precision} --learning_rate 1e-30 --weight_decay 0 --epochs 1")
+    start, end = log["epochs"]
+    assert log["config"]["used_precision"] == precision
+    assert start["val_loss"] == pytest.approx(end["val_loss"], abs=1e-7)
+    assert abs(start["train_loss"] - end["train_loss"]) < (2e-2 if precision == "bf16" else 1e-6)
+    assert (start["train_loss"] == end["train_loss"]) is False or precision == "fp32"
+
+
+# ---- going on, starting over
+
+
+def without_timing(log):
+    log = {key: value for key, value in log.items() if key != "config"}
+    return {**log, "epochs": [{k: v for k, v in e.items() if k != "timing"} for e in log["epochs"]]}
+
+
+@pytest.mark.parametrize("mode", ["False", "True"])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, run, mode):
+    _, whole = run(f"--freeze_backbone {mode} --epochs 3", "whole")
+    run(f"--freeze_backbone {mode} --epochs 1", "parts")
+    code, parts = run(f"--freeze_backbone {mode} --epochs 3 --resume", "parts")
+    assert code == 0
+    text = json.dumps(without_timing(parts)).replace("parts", "whole")
+    assert json.loads(text) == without_timing(whole)
+    a, b = (states(tmp_path, name)[1] for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert len(list((tmp_path / "models").iterdir())) == 2
+
+
+def test_resume_starts_goes_on_and_says_when_finished(run, capsys):
+    assert run("--resume --epochs 1")[0] == 0
+    capsys.readouterr()
+    assert run("--resume --epochs 1")[0] == 0
+    assert "run is finished (epochs)" in capsys.readouterr().out
+
+
+def test_resume_with_other_settings_is_refused_with_the_list(run, capsys):
+    run("--epochs 1")
+    assert run("--epochs 2 --resume --margin 0.2 --seed 1")[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "margin was 0.3, is 0.2" in error
+    assert "seed was 42, is 1" in error
+
+
+def test_a_finished_run_is_not_overwritten_without_the_flag(tmp_path, run, capsys):
+    run("--epochs 2")
+    before = (tmp_path / "logs" / "run" / "last.pth").read_bytes()
+    assert run("--epochs 1")[0] == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "logs" / "run" / "last.pth").read_bytes() == before
+    code, log = run("--epochs 1 --overwrite")
+    assert code == 0
+    assert [p.name for p in (tmp_path / "models").iterdir()] == [Path(log["best_checkpoint"]).name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_keeps_the_last_epoch_and_exits_130(tmp_path, write_crops, number):
+    aligned, pairs = write_crops([[4, 4], [4, 4], [4, 4]])
+    net.save_checkpoint(tmp_path / "start.pth", net.build_model("ir_18"))
+    command = (
+        f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --arch ir_18 --freeze_backbone --epochs 500 "
+        f"--pretrained {tmp_path}/start.pth --output_dir {tmp_path}/m --log_dir {tmp_path}/l --patience 500"
+    )
+    script = Path(train_twins.__file__)
+    process = subprocess.Popen([sys.executable, script, *command.split()], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "l" / "frozen_100pct_margin0.3" / "training_log.json"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    assert "--resume" in process.stderr.read().splitlines()[-1]
+    assert json.loads(log.read_text())["epochs"]
+    assert torch.load(log.parent / "last.pth", weights_only=True)["log"]["epochs"]
+
+
+# ---- both stages
+
+
+def test_photographs_to_checkpoint(tmp_path, tiny_model, capsys):
+    write_photos(tmp_path, 3, 2, seed=1)
+    net.save_checkpoint(tmp_path / "start.pth", tiny_model)
+    command = (
+        f"--id_to_images {tmp_path}/id_to_images.json --train_pairs {tmp_path}/pairs.json "
+        f"--landmarks {tmp_path}/landmarks.json --aligned_folder {tmp_path}/crops --aligned_json {tmp_path}/a.json "
+        f"--arch ir_tiny --pretrained {tmp_path}/start.pth --output_dir {tmp_path}/m --log_dir {tmp_path}/l "
+        "--epochs 1 --device cpu --max_workers 2"
+    )
+    assert train_twins.main(command.split()) == 0
+    assert "12 photographs of 6 people: 12 aligned" in capsys.readouterr().out
+    assert len(list((tmp_path / "m").glob("twin_tuned_irtiny_full_100pct_margin0.3_epoch1.pth"))) == 1
+    assert train_twins.main([*command.split(), "--overwrite"]) == 0
+    assert "12 already done" in capsys.readouterr().out
+
+
+# ---- flags and wrong input
+
+
+def test_help_lists_every_documented_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_twins.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = """id_to_images train_pairs aligned_folder aligned_json skip_alignment train_percentage freeze_backbone
+        margin batch_size epochs learning_rate validation_split output_dir log_dir device max_workers arch pretrained distance
+        weight_decay monitor patience seed precision landmarks realign resume run_name overwrite"""
+    for flag in flags.split():
+        assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag
+
+
+def test_defaults_are_the_plans():
+    args = train_twins.parse_args(["--train_pairs", "x", "--id_to_images", "y"])
+    plan = {"train_percentage": 100, "freeze_backbone": False, "margin": 0.3, "batch_size": 16, "epochs": 20}
+    plan |= {"learning_rate": 1e-4, "weight_decay": 1e-4, "validation_split": 0.15, "device": "auto", "patience": 5}
+    plan |= {"arch": "ir_50", "pretrained": "pretrained/adaface_ir50_ms1mv2.ckpt", "distance": "cosine"}
+    plan |= {"output_dir": "models", "log_dir": "training_logs", "monitor": "val_loss", "precision": "auto"}
+    assert {key: vars(args)[key] for key in plan} == plan
+    assert train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--freeze_backbone"]).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("True", True),
+        ("true", True),
+        ("1", True),
+        ("yes", True),
+        ("False", False),
+        ("f", False),
+        ("0", False),
+        ("No", False),
+    ],
+)
+def test_freeze_backbone_takes_usual_spellings(text, value):
+    flags = ["--train_pairs", "x", "--skip_alignment", "--freeze_backbone", text]
+    assert train_twins.parse_args(flags).freeze_backbone is value
+    assert train_twins.parse_args(flags[:-1]).freeze_backbone is True
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            f"--{f} {v}"
+            for f in ("batch_size", "epochs", "patience", "max_workers")
+            for v in ("0", "-1", "nan", "x", "1.5")
+        ),
+        *(f"--{f} {v}" for f in ("margin", "learning_rate") for v in ("0", "-1", "nan", "inf", "x")),
+        *(f"--weight_decay {v}" for v in ("-1", "nan", "inf", "x")),
+        *(f"--validation_split {v}" for v in ("-0.1", "1", "nan", "x")),
+        *(f"--train_percentage {v}" for v in ("0", "101", "-5", "nan", "50.5", "x")),
+        "--freeze_backbone maybe",
+        "--precision fp8",
+        "--precision fp16",
+        "--distance l1",
+        "--arch ir_51",
+        "--monitor loss",
+        "--device tpu",
+        "--device cuda:77",
+        "--seed x",
+        "--run_name ../x",
+        "--resume --overwrite",
+        "--unknown",
+        "--pretrained missing.ckpt",
+        "--aligned_json missing.json",
+        "--train_pairs missing.json",
+        "--arch ir_18",
+    ],
+)
+def test_wrong_flags_are_one_line_with_the_name_and_write_nothing(tmp_path, run, capsys, flags):
+    assert run(flags)[0] == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.split("\n") if line.strip()]
+    assert lines[-1].startswith("train_twins.py: ")
+    word = flags.split()[0].lstrip("-")
+    value = flags.split()[-1]
+    assert word in lines[-1] or value in lines[-1]
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "logs").exists()
+    assert not (tmp_path / "models").exists()
+
+
+def test_alignment_needs_photographs(capsys):
+    assert train_twins.main(["--train_pairs", "x"]) == 2
+    assert "--id_to_images is needed unless --skip_alignment" in capsys.readouterr().err
+
+
+def test_a_huge_rate_ends_in_one_line_not_in_a_traceback(tmp_path, run, capsys):
+    code, log = run("--learning_rate 1e5 --epochs 3")
+    if code:  # whether it overflows depends on the machine's arithmetic; a traceback would fail the call itself
+        assert code == 2
+        assert "the loss is not finite" in capsys.readouterr().err
+        assert (
+            torch.load(tmp_path / "logs" / "run" / "last.pth", weights_only=True)["epoch"] == log["epochs"][-1]["epoch"]
+        )
