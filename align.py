@@ -369,7 +369,7 @@ def _align_all(jobs, detect, device, max_workers):
             work = partial(align_one, detector=locked)
     with pool:
         try:
-            outcomes = list(tqdm(pool.map(work, jobs), "aligning", len(jobs), unit="photo"))
+            outcomes = list(tqdm(pool.map(work, jobs), "aligning", len(jobs), unit="photo", disable=None))
         except BrokenProcessPool as error:
             raise InputError("a detector process died, perhaps out of memory: lower --max_workers") from error
         except BaseException:

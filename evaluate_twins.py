@@ -41,7 +41,7 @@ def embed(model, crops, device, batch_size=None, description=None):
     embeddings = torch.empty((len(crops), 512), device=device)
     with torch.inference_mode():
         batches = range(0, len(crops), batch_size)
-        for i in tqdm(batches, description, unit="batch", leave=False, disable=description is None):
+        for i in tqdm(batches, description, unit="batch", leave=False, disable=None if description else True):
             x = to_input(crops[i : i + batch_size].to(device, non_blocking=True))
             embeddings[i : i + batch_size] = model(x)[0]
     return embeddings
@@ -410,12 +410,14 @@ def evaluate(args):
     evaluator = TwinEvaluator(crops, pairs, device, args.batch_size)
     for warning in evaluator.warnings:
         print(f"warning: {warning}")
-    rows = []
+    rows, evaluations = [], {}
     for checkpoint, name in stem_names(dict.fromkeys(args.checkpoints)).items():
         scores = evaluator.score(load_checkpoint(checkpoint), f"embedding with {name}")
         metrics = evaluator.metrics(scores)
         evaluator.write(Path(args.output_dir) / name, checkpoint, scores, metrics)
         rows.append((name, metrics))
+        evaluations[name] = scores, metrics
+    plot_roc(Path(args.output_dir) / "comparison.png", evaluations)
     counts = rows[0][1]["counts"]
     print(
         f"{counts['images']} images of {len(evaluator.images.ids)} people: {counts['genuine']} genuine, "

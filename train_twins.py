@@ -118,7 +118,7 @@ class Images:
     def __init__(self, model, crops, device, frozen, description):
         self.model, self.device, self.frozen = model, device, frozen
         if frozen:
-            parts = tqdm(crops.split(32), f"backbone, {description} images", unit="batch", leave=False)
+            parts = tqdm(crops.split(32), f"backbone, {description} images", unit="batch", leave=False, disable=None)
             with torch.no_grad():
                 crops = torch.cat([model.features(to_input(part.to(device))).cpu().contiguous() for part in parts])
         self.data = resident(crops, device)
@@ -343,11 +343,12 @@ class TwinTrainer:
         sums = torch.zeros(5, device=self.device, dtype=torch.float64)
         size = self.args.batch_size
         batches = self.train_set.epoch(epoch, size)
-        bar = tqdm(batches, f"epoch {epoch}", math.ceil(len(self.train_set) / size), unit="step", leave=False)
+        steps = math.ceil(len(self.train_set) / size)
+        bar = tqdm(batches, f"epoch {epoch}", steps, unit="step", leave=False, disable=None)
         for step, triplets in enumerate(bar, 1):
             statistics = self._step(triplets)
             sums += torch.stack(list(statistics.values())).double() * len(triplets)  # no wait for the device here
-            if step % 100 == 0:
+            if step % 100 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{float(statistics['loss']):.4f}")
         means = dict(zip(statistics, (sums / len(self.train_set)).tolist(), strict=True))
         return self._entry(epoch, means, began)

@@ -290,7 +290,8 @@ def load_crops(paths, description="reading crops"):
     crops = torch.empty((len(paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
     view = crops.numpy()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for row, crop in enumerate(tqdm(pool.map(read_crop, paths), description, len(paths), unit="crop", leave=False)):
+        read = pool.map(read_crop, paths)
+        for row, crop in enumerate(tqdm(read, description, len(paths), unit="crop", leave=False, disable=None)):
             view[row] = crop
     return crops
 

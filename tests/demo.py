@@ -72,7 +72,7 @@ def main(argv=None):
     run(
         train_twins, f"{common} --freeze_backbone --train_percentage 50 --batch_size 32 --epochs 2 --learning_rate 1e-4"
     )
-    run(train_twins, f"{common} --train_percentage 4 --batch_size 8 --epochs 1 --learning_rate 2e-5")
+    run(train_twins, f"{common} --train_percentage 3 --batch_size 8 --epochs 1 --learning_rate 2e-5")
     models = " ".join(shlex.quote(path.as_posix()) for path in sorted((home / "models").glob("*.pth")))
     run(
         evaluate_twins,

@@ -363,7 +363,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, photos, capsys, spoil
         (tmp_path / name).write_text(points if text is None else text)
     more = ["--pairs", f"{tmp_path}/pairs.json"] if "pairs.json" in spoil else []
     assert align.main(arguments(tmp_path, tmp_path, *more)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("align.py: ")
     assert message in error
     assert not (tmp_path / "aligned.json").exists()

@@ -1,0 +1,94 @@
+"""The promises of the README and of the tree."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import demo
+
+ROOT = Path(__file__).parent.parent
+PRODUCT = {"train_twins.py", "triplet_dataset.py", "triplet_loss.py", "net.py", "align.py", "evaluate_twins.py"}
+MAY_IMPORT = {
+    "net": set(),
+    "triplet_loss": set(),
+    "triplet_dataset": {"net"},
+    "align": {"net", "triplet_dataset"},
+    "evaluate_twins": {"align", "net", "triplet_dataset"},
+    "train_twins": {"align", "evaluate_twins", "net", "triplet_dataset", "triplet_loss"},
+}
+RUNTIME = {"torch", "torchvision", "numpy", "opencv-python", "pillow", "tqdm", "matplotlib", "face-alignment"}
+MODULES = {"torch", "torchvision", "numpy", "cv2", "PIL", "tqdm", "matplotlib", "face_alignment"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_point_one_way_and_need_only_the_runtime_packages(module):
+    found = set(imports(ROOT / f"{module}.py"))
+    assert found & set(MAY_IMPORT) <= MAY_IMPORT[module]
+    assert found - set(MAY_IMPORT) - MODULES <= set(sys.stdlib_module_names)
+
+
+def test_tree_is_the_agreed_one():
+    top = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    generated = {"__pycache__", "demo", "models", "training_logs", "evaluation_results", "pretrained"}
+    assert top - generated == PRODUCT | {"requirements.txt", "tests", "README.md", "LICENSE"}
+
+
+def test_requirements_are_the_eight_packages_without_pins():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert {re.split("[<>=]", line)[0] for line in lines} == RUNTIME
+    assert all(">=" in line for line in lines)
+
+
+def test_readme_has_the_two_commands_and_ci_runs_the_second():
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -r requirements.txt && python -m tests.demo\n" in readme
+    command = "pip install -r tests/requirements.txt && python -m pytest\n"
+    assert command in readme
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_names_every_flag_that_exists_and_no_other():
+    readme = (ROOT / "README.md").read_text()
+    known = set()
+    for script in ("train_twins.py", "evaluate_twins.py", "align.py"):
+        text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        known |= set(re.findall(r"--\w+", text.stdout))
+    assert set(re.findall(r"--\w+", readme)) <= known
+
+
+def test_demo_runs_and_training_beats_the_untrained_network(tmp_path, capsys):
+    assert demo.main([str(tmp_path / "demo")]) == 0
+    out = capsys.readouterr().out
+    assert "SYNTHETIC" in out
+    for script in ("align.py", "train_twins.py", "evaluate_twins.py"):
+        assert f"$ python {script} " in out
+    results = tmp_path / "demo" / "evaluation_results"
+    auc = {}
+    for folder in results.iterdir():
+        if folder.is_dir():
+            import json
+
+            auc[folder.name] = json.loads((folder / "metrics.json").read_text())["auc"]
+    (frozen,) = (value for name, value in auc.items() if "_frozen_" in name)
+    (full,) = (value for name, value in auc.items() if "_full_" in name)
+    assert frozen > auc["untrained"] + 0.01
+    assert full > auc["untrained"]
+    assert len(list((tmp_path / "demo").rglob("*.png"))) > 460
+
+
+def test_demo_does_not_delete_what_is_not_a_demo(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert demo.main([str(tmp_path)]) == 2
+    assert (tmp_path / "thesis.txt").exists()
