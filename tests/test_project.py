@@ -1,14 +1,19 @@
 """The promises of the README and of the tree."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import net
 from tests import demo
+from tests.synthetic import draw_person, draw_photo
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = {"train_twins.py", "triplet_dataset.py", "triplet_loss.py", "net.py", "align.py", "evaluate_twins.py"}
@@ -68,6 +73,18 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     assert set(re.findall(r"--\w+", readme)) <= known
 
 
+def test_readme_code_works(tmp_path, monkeypatch, tiny_model):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    net.save_checkpoint("models/twin_tuned_ir50_full_100pct_margin0.3_epoch10.pth", tiny_model)
+    photo, landmarks = draw_photo(draw_person(np.random.default_rng(0)), np.random.default_rng(1))
+    Image.fromarray(photo).save("photo.jpg")
+    names = {"landmarks": landmarks}
+    exec(code, names)
+    assert names["embedding"].shape == (1, 512)
+    assert names["embedding"].norm().item() == pytest.approx(1, abs=1e-5)
+
+
 def test_demo_runs_and_training_beats_the_untrained_network(tmp_path, capsys):
     assert demo.main([str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
@@ -78,8 +95,6 @@ def test_demo_runs_and_training_beats_the_untrained_network(tmp_path, capsys):
     auc = {}
     for folder in results.iterdir():
         if folder.is_dir():
-            import json
-
             auc[folder.name] = json.loads((folder / "metrics.json").read_text())["auc"]
     (frozen,) = (value for name, value in auc.items() if "_frozen_" in name)
     (full,) = (value for name, value in auc.items() if "_full_" in name)
