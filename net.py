@@ -178,8 +178,11 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if available else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
+    if device.type == "cuda":
+        if (device.index or 0) >= available:
+            raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
+        device = torch.device("cuda", device.index or 0)  # with its number, as tensors say it
+        torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 

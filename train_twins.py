@@ -104,8 +104,8 @@ def resident(tensor, device):
 def take(tensor, rows, device):
     """tensor[rows] on `device`, for a tensor there or in (pinned) host memory; rows: int64 array."""
     rows = torch.from_numpy(rows)
-    if tensor.device == device or device.type == "cpu":
-        return tensor[rows.to(tensor.device, non_blocking=True)]
+    if tensor.device.type == device.type:
+        return tensor[rows.to(device, non_blocking=True)]
     return tensor[rows].pin_memory().to(device, non_blocking=True)
 
 
