@@ -12,6 +12,7 @@ ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` vali
 """
 
 import csv
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,22 +21,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, positive_int, stem_names
-from net import InputError, load_checkpoint, pick_device, replacing, to_input
+from align import Parser, add_alignment_arguments, align_files, natural_int, positive_int, stem_names
+from net import InputError, load_checkpoint, pick_device, read_facts, replacing, to_input
 from triplet_dataset import TwinImages, find_families, load_crops, read_id_to_images, read_pairs, write_json
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
+LOWER_IS_BETTER = ("eer", "twin_fmr", "fnmr")
+GENERAL_KEPT = 500_000  # general impostor scores that are kept of all, unless a threshold needs more
 
 # ---- embeddings and scores --------------------------------------------------------------------------
 
 
-def embed(model, crops, device, batch_size=None, description=None):
+def embed(model, crops, device, batch_size=None, description=None, flip=False):
     """Embeddings (N, 512) float32 on `device` of uint8 RGB crops (N, 112, 112, 3), without gradients.
 
     In full float32, whatever precision training uses; the model must be in eval mode on `device`.
     batch_size: images at once, by default 256 on CUDA and 32 elsewhere, where larger batches leave the caches.
-    description: label of a progress bar, or None for none.
+    description: label of a progress bar, or None for none. flip: the unit vector of the image's embedding plus that of
+    its mirror image, each times its norm, which measures image quality (AdaFace, CVPR 2022): upstream's fusion.
     """
     batch_size = batch_size or (256 if device.type == "cuda" else 32)
     embeddings = torch.empty((len(crops), 512), device=device)
@@ -43,7 +47,11 @@ def embed(model, crops, device, batch_size=None, description=None):
         batches = range(0, len(crops), batch_size)
         for i in tqdm(batches, description, unit="batch", leave=False, disable=None if description else True):
             x = to_input(crops[i : i + batch_size].to(device, non_blocking=True))
-            embeddings[i : i + batch_size] = model(x)[0]
+            embedding, norm = model(x)
+            if flip:
+                mirrored, mirrored_norm = model(x.flip(3))
+                embedding = torch.nn.functional.normalize(embedding * norm + mirrored * mirrored_norm)
+            embeddings[i : i + batch_size] = embedding
     return embeddings
 
 
@@ -67,98 +75,170 @@ def scores_of(embeddings, rows, chunk=1 << 16):
     return torch.cat(parts).cpu().numpy().astype(np.float64)
 
 
-def general_scores(embeddings, family, highest, chunk=4096):
-    """(number of pairs, their `highest` scores in descending order) over all pairs of different families.
+class GeneralScores(NamedTuple):
+    """Scores of pairs of different families: as many as decide a threshold, and as many as show the distribution."""
 
-    embeddings (N, D), family (N,). Scores are made `chunk` rows at a time and only the highest are kept, so an
-    exact threshold at a small FMR takes little memory.
+    total: int  # number of all such pairs
+    top: np.ndarray  # (K,) the highest scores, descending
+    top_families: np.ndarray  # (K, 2)
+    sample: np.ndarray  # (S,) evenly taken from all; all of them if there are no more than GENERAL_KEPT
+    sample_families: np.ndarray  # (S, 2)
+
+
+def general_scores(embeddings, family, kept=GENERAL_KEPT, chunk=4096):
+    """GeneralScores over all image pairs of different families; embeddings (N, D), family (N,) numbers.
+
+    Scores are made `chunk` x `chunk` at a time and never held together. Of the highest, `kept` are kept, or three times
+    as many as the largest rate of GENERAL_MATCH_RATES accepts if that is more: the threshold is an exact order
+    statistic, also of a resample of families in which fewer of the highest scores count.
     """
+    counts = np.bincount(family)
+    total = int((counts.sum() ** 2 - (counts**2).sum()) // 2)
+    highest = max(kept, int(3 * max(GENERAL_MATCH_RATES) * total))
+    stride = max(1, -(-total // kept))
     family = torch.as_tensor(family, device=embeddings.device)
-    kept, total = torch.empty(0, device=embeddings.device), 0
+    top, rows = (
+        torch.empty(0, device=embeddings.device),
+        torch.empty((0, 2), dtype=torch.int64, device=embeddings.device),
+    )
+    sample, sample_rows, seen = [], [], 0
     for i in range(0, len(embeddings), chunk):
         for j in range(i, len(embeddings), chunk):
             different = family[i : i + chunk, None] != family[None, j : j + chunk]
             if i == j:
                 different = different.triu(1)
+            pairs = different.nonzero() + torch.tensor([i, j], device=embeddings.device)
             scores = (embeddings[i : i + chunk] @ embeddings[j : j + chunk].T)[different]
-            total += len(scores)
-            kept = torch.cat([kept, scores])
-            kept = kept.topk(min(highest, len(kept))).values
-    return total, kept.cpu().numpy().astype(np.float64)
+            sample.append(scores[-seen % stride :: stride].cpu())
+            sample_rows.append(pairs[-seen % stride :: stride].cpu())
+            seen += len(scores)
+            best = scores.topk(min(highest, len(scores)))
+            top, rows = torch.cat([top, best.values]), torch.cat([rows, pairs[best.indices]])
+            best = top.topk(min(highest, len(top)))
+            top, rows = best.values, rows[best.indices]
+    family = family.cpu().numpy()
+    return GeneralScores(
+        total,
+        top.cpu().numpy().astype(np.float64),
+        family[rows.cpu().numpy()],
+        torch.cat(sample).numpy().astype(np.float64),
+        family[torch.cat(sample_rows).numpy()],
+    )
 
 
 # ---- metrics ----------------------------------------------------------------------------------------
 
 
 class Rates(NamedTuple):
-    """Error counts at every threshold that makes a difference: each distinct score, and above all of them."""
+    """Error counts at every threshold that makes a difference, for R weightings of the pairs at once."""
 
-    thresholds: np.ndarray  # (K,) ascending, the last one infinite
-    false_matches: np.ndarray  # (K,) impostor scores >= threshold
-    false_non_matches: np.ndarray  # (K,) genuine scores < threshold
-    n_genuine: int
-    n_impostor: int
+    thresholds: np.ndarray  # (K,) ascending: each distinct score, and infinity
+    false_matches: np.ndarray  # (R, K) weight of the impostor scores >= threshold
+    false_non_matches: np.ndarray  # (R, K) weight of the genuine scores < threshold
+    genuine: np.ndarray  # (R, 1) weight of all genuine scores
+    impostor: np.ndarray  # (R, 1)
 
     @property
     def fmr(self):
-        return self.false_matches / self.n_impostor
+        return self.false_matches / self.impostor
 
     @property
     def fnmr(self):
-        return self.false_non_matches / self.n_genuine
+        return self.false_non_matches / self.genuine
 
 
-def error_rates(genuine, impostor):
-    """Rates of genuine (G,) and impostor (I,) scores, both at least one."""
-    genuine, impostor = np.sort(genuine), np.sort(impostor)
+def weight_below(scores, weights, thresholds, side="left"):
+    """(R, K) weight of the scores (N,) below each threshold (K,), or with side "right" up to it; weights (R, N)."""
+    order = np.argsort(scores, kind="stable")
+    total = np.concatenate([np.zeros((len(weights), 1), np.int64), np.cumsum(weights[:, order], 1, np.int64)], 1)
+    return total[:, np.searchsorted(scores[order], thresholds, side)]
+
+
+def error_rates(genuine, impostor, genuine_weights=None, impostor_weights=None):
+    """Rates of genuine (G,) and impostor (I,) scores, both at least one; weights (R, G) and (R, I), else all one."""
+    if genuine_weights is None:
+        genuine_weights, impostor_weights = np.ones((1, len(genuine)), int), np.ones((1, len(impostor)), int)
     thresholds = np.append(np.unique(np.concatenate([genuine, impostor])), np.inf)
-    matches = len(impostor) - np.searchsorted(impostor, thresholds, "left")
-    return Rates(thresholds, matches, np.searchsorted(genuine, thresholds, "left"), len(genuine), len(impostor))
+    n_genuine, n_impostor = genuine_weights.sum(1, keepdims=True), impostor_weights.sum(1, keepdims=True)
+    matches = n_impostor - weight_below(impostor, impostor_weights, thresholds)
+    return Rates(thresholds, matches, weight_below(genuine, genuine_weights, thresholds), n_genuine, n_impostor)
+
+
+def twin_metrics(rates):
+    """{name: (R,) values} of genuine against twin impostor scores; rates (R, K), see verification_metrics."""
+    each = np.arange(len(rates.genuine))
+    at = np.argmin(np.abs(rates.false_matches * rates.genuine - rates.false_non_matches * rates.impostor), 1)
+    right = rates.impostor - rates.false_matches + rates.genuine - rates.false_non_matches
+    right = right / (rates.genuine + rates.impostor)
+    # Between two thresholds lie the scores equal to the lower one: genuine ones beat the impostors below it.
+    equal = np.diff(rates.false_non_matches, axis=1)
+    below = 2 * rates.impostor - rates.false_matches[:, :-1] - rates.false_matches[:, 1:]
+    result = {
+        "eer": (rates.fmr[each, at] + rates.fnmr[each, at]) / 2,
+        "eer_threshold": rates.thresholds[at],
+        "auc": ((equal * below).sum(1, keepdims=True) / (2 * rates.genuine * rates.impostor))[:, 0],
+        "best_accuracy": right.max(1),
+        "accuracy_at_eer": right[each, at],
+    }
+    for far in FALSE_ACCEPT_RATES:  # FMR falls and FNMR rises with the threshold: the first that will do is the best
+        result[f"tar_at_far_{far:g}"] = 1 - rates.fnmr[each, np.argmax(rates.fmr <= far, 1)]
+    return result
 
 
 def verification_metrics(genuine, impostor):
-    """Verification metrics of genuine (G,) against impostor (I,) scores, as a dict of floats.
+    """Verification metrics of genuine (G,) against impostor (I,) scores, as a flat dict of floats.
 
     - "eer", "eer_threshold": at the score where |FMR - FNMR| is least, the lower one on a tie; the EER is the mean
       of both rates there. FMR and FNMR are step functions that need not meet; the comparison is exact.
     - "auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
     - "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
-    - "tar_at_far": {"0.01", "0.001", "0.0001"}: the largest 1 - FNMR whose FMR is no more than that; None where there
-      are fewer than 1/FAR impostor scores, which cannot resolve it.
+    - "tar_at_far_0.01", "..._0.001", "..._0.0001": the largest 1 - FNMR whose FMR is no more than that; None where
+      there are fewer than 1/FAR impostor scores, which cannot resolve it.
     """
-    rates = error_rates(genuine, impostor)
-    g, i = rates.n_genuine, rates.n_impostor
-    at = int(np.argmin(np.abs(rates.false_matches * g - rates.false_non_matches * i)))
-    right = (i - rates.false_matches + g - rates.false_non_matches) / (g + i)
-    impostor = np.sort(impostor)
-    below = np.searchsorted(impostor, genuine, "left") + np.searchsorted(impostor, genuine, "right")
-    return {
-        "eer": float(rates.fmr[at] + rates.fnmr[at]) / 2,
-        "eer_threshold": float(rates.thresholds[at]),
-        "auc": float(below.sum()) / (2 * g * i),
-        "best_accuracy": float(right.max()),
-        "accuracy_at_eer": float(right[at]),
-        "tar_at_far": {f"{far:g}": _tar_at(rates, far) for far in FALSE_ACCEPT_RATES},
-    }
+    metrics = {name: float(value[0]) for name, value in twin_metrics(error_rates(genuine, impostor)).items()}
+    for far in FALSE_ACCEPT_RATES:
+        if len(impostor) < 1 / far:
+            metrics[f"tar_at_far_{far:g}"] = None
+    return metrics
 
 
-def _tar_at(rates, far):
-    if rates.n_impostor < 1 / far:
-        return None
-    return float(1 - rates.fnmr[rates.fmr <= far].min())
+def threshold_above(top, weights, total, rate):
+    """(R,) scores such that a threshold just above each is the lowest whose FMR is at most `rate`.
 
-
-def threshold_at_fmr(highest, total, rate):
-    """The lowest threshold whose FMR is at most `rate`, from the highest of `total` impostor scores.
-
-    highest: descending, at least floor(rate * total) + 1 of them unless there are fewer scores than that.
-    Thresholds are scores, as in Rates; the score above which nothing more may be accepted is exclusive, so the
-    threshold is the next float64 above it. None when total < 1 / rate.
+    top: (K,) impostor scores, descending; weights: (R, K); total: (R,) weight of all impostor scores, of which `top`
+    are the highest. Minus infinity where all of `top` may be accepted.
     """
-    if total < 1 / rate:
-        return None
-    allowed = int(rate * total + 1e-9)
-    return float(np.nextafter(highest[allowed], np.inf)) if allowed < total else float(highest[-1])
+    if len(top) == 0:
+        return np.full(len(weights), -np.inf)
+    allowed = np.floor(rate * total + 1e-9)[:, None]
+    too_many = np.cumsum(weights, 1, np.int64) > allowed
+    return np.where(too_many.any(1), top[np.argmax(too_many, 1)], -np.inf)
+
+
+def general_metrics(genuine, twin, general, weights, genuine_family, twin_family, family_sizes):
+    """{name: (R,) values} at thresholds set on general impostors, and the AUC of genuine against them.
+
+    weights: (R, F) how often each family counts, family_sizes: (F,) its images. A general pair of families i and j
+    counts w_i * w_j times, so copies of one family never form general pairs with each other.
+    "general_threshold_<rate>" is the threshold at that general FMR, "twin_fmr_<rate>", "fnmr_<rate>" the rates there.
+    """
+    genuine_weights, twin_weights = weights[:, genuine_family], weights[:, twin_family]
+    images = weights * family_sizes
+    total = (images.sum(1) ** 2 - (images**2).sum(1)) // 2
+    top_weights = weights[:, general.top_families[:, 0]] * weights[:, general.top_families[:, 1]]
+    result = {}
+    for rate in GENERAL_MATCH_RATES:
+        above = threshold_above(general.top, top_weights, total, rate)
+        result[f"general_threshold_{rate:g}"] = np.nextafter(above, np.inf)
+        refused = np.diagonal(weight_below(genuine, genuine_weights, above, "right"))
+        kept_out = np.diagonal(weight_below(twin, twin_weights, above, "right"))
+        result[f"twin_fmr_{rate:g}"] = 1 - kept_out / twin_weights.sum(1)
+        result[f"fnmr_{rate:g}"] = refused / genuine_weights.sum(1)
+    sample_weights = weights[:, general.sample_families[:, 0]] * weights[:, general.sample_families[:, 1]]
+    below = sum(weight_below(general.sample, sample_weights, genuine, side) for side in ("left", "right"))
+    pairs = genuine_weights.sum(1) * sample_weights.sum(1)
+    result["general_auc"] = (genuine_weights * below).sum(1) / (2 * np.where(pairs, pairs, np.nan))
+    return result
 
 
 # ---- one evaluation ---------------------------------------------------------------------------------
@@ -169,18 +249,18 @@ class Scores(NamedTuple):
 
     genuine: np.ndarray  # (G,) cosine similarities, in the order of TwinEvaluator.genuine
     twin: np.ndarray  # (T,)
-    n_general: int
-    general: np.ndarray  # the highest general impostor scores, descending
+    general: GeneralScores
 
 
 class TwinEvaluator:
     """Evaluates networks on the twin pairs of one test set, whose crops are read once.
 
-    id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [(ID, ID), ...]. Raises InputError when the pairs
-    are wrong (see TwinImages), when a crop cannot be read, and without a genuine or a twin impostor pair.
+    id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [(ID, ID), ...]. `resamples` bootstrap resamples of the
+    families, drawn once from the seed, serve all networks, so that their differences are paired. Raises InputError
+    when the pairs are wrong (see TwinImages), when a crop cannot be read, and without a genuine or a twin pair.
     """
 
-    def __init__(self, id_to_images, pairs, device, batch_size=None):
+    def __init__(self, id_to_images, pairs, device, batch_size=None, flip=False, seed=42, resamples=1000):
         self.images = TwinImages(id_to_images, pairs)
         self.warnings = list(self.images.warnings)
         empty = int((self.images.count == 0).sum())
@@ -192,53 +272,165 @@ class TwinEvaluator:
         for rows, what in ((self.genuine, "no person has two images"), (self.twin, "no pair has images of both twins")):
             if len(rows) == 0:
                 raise InputError(f"nothing to evaluate: {what} among the test pairs; check the aligned crops")
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size, self.flip = device, batch_size, flip
         self.crops = load_crops(self.images.paths)
+        _, self.family = np.unique(self.family, return_inverse=True)  # families without a crop do not count
+        n = int(self.family.max()) + 1
+        self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
 
     def score(self, model, description="embedding"):
         """Embed every image once with `model` and score all pairs: Scores."""
         model = model.to(self.device, memory_format=torch.channels_last).eval()
-        embeddings = embed(model, self.crops, self.device, self.batch_size, description)
-        pairs = len(self.family) * (len(self.family) - 1) // 2
-        n_general, general = general_scores(embeddings, self.family, int(max(GENERAL_MATCH_RATES) * pairs) + 1)
-        return Scores(scores_of(embeddings, self.genuine), scores_of(embeddings, self.twin), n_general, general)
+        embeddings = embed(model, self.crops, self.device, self.batch_size, description, self.flip)
+        general = general_scores(embeddings, self.family)
+        return Scores(scores_of(embeddings, self.genuine), scores_of(embeddings, self.twin), general)
+
+    def estimate(self, scores, weights):
+        """{name: (R,)} of all metrics, each family counted weights (R, F) times."""
+        genuine_family, twin_family = self.family[self.genuine[:, 0]], self.family[self.twin[:, 0]]
+        longest = max(len(scores.genuine) + len(scores.twin), len(scores.general.top), len(scores.general.sample))
+        parts = []
+        with np.errstate(divide="ignore", invalid="ignore"):  # a resample without genuine pairs gives NaN
+            for w in np.array_split(weights, -(-len(weights) * longest // 5_000_000)):  # about 40 MB an array
+                rates = error_rates(scores.genuine, scores.twin, w[:, genuine_family], w[:, twin_family])
+                sizes = np.bincount(self.family)
+                general = general_metrics(
+                    scores.genuine, scores.twin, scores.general, w, genuine_family, twin_family, sizes
+                )
+                parts.append({**twin_metrics(rates), **general})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def metrics(self, scores):
-        """The content of metrics.json, but for the checkpoint's name: counts and all rates (see README)."""
-        counts = {
-            "images": len(self.images.paths),
-            "genuine": len(scores.genuine),
-            "twin": len(scores.twin),
-            "general": scores.n_general,
-        }
-        general = {}
-        for rate in GENERAL_MATCH_RATES:
-            t = threshold_at_fmr(scores.general, scores.n_general, rate)
-            general[f"{rate:g}"] = {
-                "threshold": t,
-                "twin_fmr": None if t is None else float((scores.twin >= t).mean()),
-                "fnmr": None if t is None else float((scores.genuine < t).mean()),
-            }
-        return {"counts": counts, **verification_metrics(scores.genuine, scores.twin), "general_threshold": general}
+        """(figures, samples): {name: float, or None if the pairs cannot resolve it}, {name: (resamples,) array}."""
+        once = self.estimate(scores, np.ones((1, self.weights.shape[1]), int))
+        figures = {name: float(value[0]) for name, value in once.items()}
+        for name in figures:
+            rate = name.rpartition("_")[2]
+            pairs = len(scores.twin) if name.startswith("tar_at_far") else scores.general.total
+            if (name == "general_auc" and pairs == 0) or (rate[0].isdigit() and pairs < 1 / float(rate)):
+                figures[name] = None
+        return figures, self.estimate(scores, self.weights)
 
-    def write(self, folder, checkpoint, scores, metrics):
-        """metrics.json, pair_scores.csv, roc_curve.png and score_distributions.png into `folder`."""
-        folder = Path(folder)
-        write_json(folder / "metrics.json", {"checkpoint": str(checkpoint), **metrics})
-        with (
-            replacing(folder / "pair_scores.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as f,
+
+def interval(samples, figure):
+    """[low, high], the 95 % percentile interval of bootstrap samples, or None for a figure that is None."""
+    if figure is None or not np.isfinite(samples).any():
+        return None
+    return [float(x) for x in np.nanpercentile(samples, (2.5, 97.5))]
+
+
+def nested(figures):
+    """The figures of metrics.json as DESIGN.md lays them out, from the flat ones."""
+    result = {key: value for key, value in figures.items() if not key.rpartition("_")[2][0].isdigit()}
+    result["tar_at_far"] = {f"{far:g}": figures[f"tar_at_far_{far:g}"] for far in FALSE_ACCEPT_RATES}
+    names = {"threshold": "general_threshold", "twin_fmr": "twin_fmr", "fnmr": "fnmr"}
+    result["general_threshold"] = {
+        f"{rate:g}": {key: figures[f"{name}_{rate:g}"] for key, name in names.items()} for rate in GENERAL_MATCH_RATES
+    }
+    return result
+
+
+def differences(figures, samples, baseline_figures, baseline_samples):
+    """{name: {"difference", "interval", "verdict"}} of one network to the baseline, on the same resampled families.
+
+    The verdict is "better" or "worse" when the 95 % interval of the difference excludes zero, else "not
+    distinguishable". Thresholds have no better or worse and are left out.
+    """
+    result = {}
+    for name, value in figures.items():
+        if "threshold" in name or value is None or baseline_figures[name] is None:
+            continue
+        low, high = interval(samples[name] - baseline_samples[name], value)
+        sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
+        verdict = "not distinguishable" if low <= 0 <= high else "better" if sign * low > 0 else "worse"
+        result[name] = {"difference": value - baseline_figures[name], "interval": [low, high], "verdict": verdict}
+    return result
+
+
+class Result(NamedTuple):
+    """One checkpoint's evaluation."""
+
+    name: str
+    checkpoint: str
+    facts: dict  # what the checkpoint says of its training, {} for upstream's
+    scores: Scores
+    figures: dict
+    samples: dict
+    overlap: list  # test IDs that the checkpoint was trained or validated on
+
+
+def chosen_by_validation(results):
+    """The name of the result with the lowest validation EER, or None unless two or more share validation people."""
+    known = [r for r in results if r.facts.get("metrics", {}).get("val_eer") is not None]
+    groups = {tuple(sorted(r.facts.get("config", {}).get("val_ids", []))) for r in known}
+    if len(known) < 2 or len(groups) != 1:
+        return None
+    return min(known, key=lambda r: r.facts["metrics"]["val_eer"]).name
+
+
+# ---- files ------------------------------------------------------------------------------------------
+
+
+def write_result(folder, evaluator, result):
+    """metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`."""
+    images, scores, figures = evaluator.images, result.scores, result.figures
+    counts = {"images": len(images.paths), "genuine": len(scores.genuine), "twin": len(scores.twin)}
+    content = {
+        "checkpoint": result.checkpoint,
+        "counts": {**counts, "general": scores.general.total},
+        **nested(figures),
+        "intervals": {name: interval(result.samples[name], value) for name, value in figures.items()},
+        "flip": evaluator.flip,
+        "overlap": result.overlap,
+    }
+    write_json(folder / "metrics.json", content)
+    ids = [images.ids[i] for i in images.person]
+    with replacing(folder / "pair_scores.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["path_1", "path_2", "id_1", "id_2", "kind", "score", "accepted_at_eer"])
+        for kind, rows, values in (
+            ("genuine", evaluator.genuine, scores.genuine),
+            ("twin", evaluator.twin, scores.twin),
         ):
-            table = csv.writer(f)
-            table.writerow(["path_1", "path_2", "id_1", "id_2", "kind", "score", "accepted_at_eer"])
-            ids, paths, person = self.images.ids, self.images.paths, self.images.person
-            for kind, rows, values in (("genuine", self.genuine, scores.genuine), ("twin", self.twin, scores.twin)):
-                accepted = values >= metrics["eer_threshold"]
-                for (a, b), score, yes in zip(rows.tolist(), values.tolist(), accepted.tolist(), strict=True):
-                    table.writerow([paths[a], paths[b], ids[person[a]], ids[person[b]], kind, f"{score:.6f}", int(yes)])
-        name = Path(checkpoint).stem
-        plot_roc(folder / "roc_curve.png", {name: (scores, metrics)})
-        plot_distributions(folder / "score_distributions.png", name, scores, metrics)
+            accepted = (values >= figures["eer_threshold"]).astype(int)
+            table.writerows(
+                (images.paths[a], images.paths[b], ids[a], ids[b], kind, score, yes)
+                for (a, b), score, yes in zip(rows.tolist(), values.tolist(), accepted.tolist(), strict=True)
+            )
+    plot_roc_and_det(folder / "roc_curve.png", [result], ("roc",))
+    plot_roc_and_det(folder / "det_curve.png", [result], ("det",))
+    plot_distributions(folder / "score_distributions.png", result)
+    plot_hardest(folder / "hardest_pairs.png", evaluator, result)
+
+
+def write_comparison(folder, results, baseline):
+    """comparison.json, comparison.csv, comparison.png and data_percentage.png; returns the comparison."""
+    rows = []
+    for result in results:
+        row = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
+        row["metrics"] = result.figures
+        row["intervals"] = {name: interval(result.samples[name], value) for name, value in result.figures.items()}
+        row["validation"] = result.facts.get("metrics", {})
+        if result is not baseline:
+            row["to_baseline"] = differences(result.figures, result.samples, baseline.figures, baseline.samples)
+        rows.append(row)
+    comparison = {"baseline": baseline.name, "chosen_by_validation": chosen_by_validation(results), "checkpoints": rows}
+    write_json(folder / "comparison.json", comparison)
+    with replacing(folder / "comparison.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        names = list(baseline.figures)
+        parts = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high", "_verdict")
+        table.writerow(["name", "checkpoint", "n_overlap", *(name + part for name in names for part in parts)])
+        for row in rows:
+            line = [row["name"], row["checkpoint"], len(row["overlap"])]
+            for name in names:
+                change = row.get("to_baseline", {}).get(name, {})
+                line += [row["metrics"][name], *(row["intervals"][name] or (None, None))]
+                line += [change.get("difference"), *change.get("interval", (None, None)), change.get("verdict")]
+            table.writerow(line)
+    plot_roc_and_det(folder / "comparison.png", results, ("roc", "det"))
+    plot_data_percentage(folder / "data_percentage.png", results)
+    return comparison
 
 
 # ---- pictures ---------------------------------------------------------------------------------------
@@ -248,16 +440,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", "-.", ":")
 
 
-def new_figure(width=6.0, height=4.2):
-    """(figure, axes) without a window; matplotlib is loaded only here, where it is needed."""
+def new_figure(width=6.0, height=4.2, rows=1, columns=1):
+    """(figure, axes or array of axes) without a window; matplotlib is loaded only here, where it is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
+    return figure, figure.subplots(rows, columns)
 
 
 def save_figure(figure, path):
@@ -265,75 +455,153 @@ def save_figure(figure, path):
         figure.savefig(temporary)
 
 
-def plot_roc(path, evaluations):
-    """ROC of genuine against twin impostor pairs; evaluations: {name: (scores, metrics)}."""
-    figure, axes = new_figure()
-    lowest = 1.0
-    for number, (name, (scores, metrics)) in enumerate(evaluations.items()):
-        rates = error_rates(scores.genuine, scores.twin)
-        lowest = min(lowest, 1 / len(scores.twin))
-        label = f"{name}\nAUC {metrics['auc']:.3f}, EER {100 * metrics['eer']:.1f} %"
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
-        # The last point of FMR 0 cannot be drawn on a logarithmic axis; the curve ends at one pair.
-        fmr = np.maximum(rates.fmr, 1 / rates.n_impostor)
-        axes.plot(100 * fmr, 100 * (1 - rates.fnmr), label=label, drawstyle="steps-post", **style)
-    chance = np.geomspace(lowest, 1, 100)
-    axes.plot(100 * chance, 100 * chance, color="grey", linewidth=1, linestyle=":", label="chance")
-    axes.set(xscale="log", xlim=(100 * lowest, 100), ylim=(0, 100))
-    axes.set(xlabel="false match rate on twin impostors (%)", ylabel="true accept rate, 1 - FNMR (%)")
-    axes.set_title("Telling twins apart: ROC")
+def plot_roc_and_det(path, results, kinds):
+    """ROC ("roc") and DET ("det") of genuine against twin impostor pairs, one line per result, side by side."""
+    figure, all_axes = new_figure(5.2 * len(kinds) + 3, 4.2, 1, len(kinds))
+    lowest, bottom = 100 / max(len(result.scores.twin) for result in results), 50.0
+    for kind, axes in zip(kinds, np.atleast_1d(all_axes), strict=True):
+        for number, result in enumerate(results):
+            rates = error_rates(result.scores.genuine, result.scores.twin)
+            label = f"{result.name}\nAUC {result.figures['auc']:.3f}, EER {100 * result.figures['eer']:.1f} %"
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+            # An FMR of 0 has no place on a logarithmic axis: the curve ends at one pair.
+            fmr, fnmr = np.maximum(100 * rates.fmr[0], lowest), 100 * rates.fnmr[0]
+            bottom = min(bottom, max(100 / len(result.scores.genuine), fnmr[np.argmax(fmr <= 50)] / 2))
+            axes.plot(fmr, 100 - fnmr if kind == "roc" else fnmr, label=label, drawstyle="steps-post", **style)
+        chance = np.geomspace(lowest, 100, 200)
+        axes.plot(chance, chance if kind == "roc" else 100 - chance, ":", color="grey", linewidth=1, label="chance")
+        axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%)")
+        if kind == "roc":
+            axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)", title="ROC")
+        else:
+            axes.set(yscale="log", ylim=(bottom, 100), ylabel="false non-match rate (%)", title="DET")
+        axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    figure.set_figwidth(8.2)
     save_figure(figure, path)
 
 
-def plot_distributions(path, name, scores, metrics):
-    """Distributions of genuine and twin impostor scores with the EER threshold."""
-    figure, axes = new_figure()
-    low, high = min(scores.genuine.min(), scores.twin.min()), max(scores.genuine.max(), scores.twin.max())
+def plot_distributions(path, result):
+    """Distributions of genuine, twin impostor and general impostor scores, with the thresholds."""
+    figure, axes = new_figure(7.6)
+    groups = [(result.scores.genuine, "genuine"), (result.scores.twin, "twin impostor")]
+    groups += [(result.scores.general.sample, "general impostor")] if result.scores.general.total else []
+    low, high = (f(f(values) for values, _ in groups) for f in (min, max))
     bins = np.linspace(low, high if high > low else low + 1e-3, 60)
-    for values, label, colour, style in (
-        (scores.genuine, "genuine", COLOURS[0], "-"),
-        (scores.twin, "twin impostor", COLOURS[1], "--"),
-    ):
+    for (values, label), colour, style in zip(groups, COLOURS, STYLES, strict=False):
         share = np.full(len(values), 100 / len(values))
-        axes.hist(values, bins, weights=share, color=colour, alpha=0.25)
+        axes.hist(values, bins, weights=share, color=colour, alpha=0.2)
         axes.hist(values, bins, weights=share, histtype="step", color=colour, linestyle=style, label=label)
-    axes.axvline(metrics["eer_threshold"], color="black", linewidth=1, label="EER threshold")
-    axes.set(xlabel="score (cosine similarity)", ylabel="share of the image pairs per bin (%)", title=name)
+    axes.axvline(result.figures["eer_threshold"], color="black", linewidth=1, label="threshold at the twin EER")
+    at = result.figures["general_threshold_0.001"]
+    if at is not None:
+        axes.axvline(at, color="black", linewidth=1, linestyle="--", label="threshold at general\nFMR 0.1 %")
+    axes.set(xlabel="score (cosine similarity)", ylabel="share of the image pairs per bin (%)", title=result.name)
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.set_figwidth(7.2)
     save_figure(figure, path)
 
 
-def comparison_table(rows):
-    """Text table of [(name, metrics), ...]; the best value of each column carries a star."""
-    columns = [
-        ("EER %", lambda m: m["eer"], 100, min),
-        ("AUC", lambda m: m["auc"], 1, max),
-        ("best acc %", lambda m: m["best_accuracy"], 100, max),
-        ("TAR@FAR1%", lambda m: m["tar_at_far"]["0.01"], 100, max),
-        ("TAR@0.1%", lambda m: m["tar_at_far"]["0.001"], 100, max),
-        ("twin FMR %", lambda m: m["general_threshold"]["0.001"]["twin_fmr"], 100, min),
-        ("FNMR %", lambda m: m["general_threshold"]["0.001"]["fnmr"], 100, min),
-    ]
-    width = max(len("checkpoint"), *(len(name) for name, _ in rows))
-    lines = [f"{'checkpoint':{width}}  " + "  ".join(f"{title:>10}" for title, *_ in columns)]
-    best = []
-    for _, value, _, choose in columns:
-        known = [value(m) for _, m in rows if value(m) is not None]
-        best.append(choose(known) if known else None)
-    for name, metrics in rows:
+def plot_hardest(path, evaluator, result, columns=4):
+    """The crops of the twin pairs with the highest scores and the genuine pairs with the lowest, two rows each."""
+    figure, axes = new_figure(2.4 * columns, 7.4, 4, columns)
+    kinds = (("twins taken for one person", evaluator.twin, result.scores.twin, -1),)
+    kinds += (("one person refused", evaluator.genuine, result.scores.genuine, 1),)
+    for k, (title, rows, values, sign) in enumerate(kinds):
+        order = np.argsort(sign * values, kind="stable")[: 2 * columns]
+        for place, at in enumerate(axes[2 * k : 2 * k + 2].flat):
+            at.set_axis_off()
+            if place < len(order):
+                a, b = rows[order[place]]
+                at.imshow(np.concatenate([evaluator.crops[a].numpy(), evaluator.crops[b].numpy()], 1))
+                names = " | ".join(evaluator.images.ids[evaluator.images.person[i]][:16] for i in (a, b))
+                at.set_title(f"{title}\nscore {values[order[place]]:.3f}\n{names}", fontsize=7)
+    figure.suptitle(f"{result.name}: most confident mistakes first", fontsize=9)
+    save_figure(figure, path)
+
+
+def plot_data_percentage(path, results):
+    """EER with its interval against the share of triplets, one line per mode and margin; numbers: distinct images."""
+    lines = {}
+    for result in results:
+        config = result.facts.get("config", {})
+        if "train_percentage" in config:
+            mode = "embedding layer" if config.get("freeze_backbone") else "full network"
+            lines.setdefault((mode, config.get("margin")), []).append((config["train_percentage"], result))
+    figure, axes = new_figure(7.8)
+    for number, ((mode, margin), points) in enumerate(sorted(lines.items(), key=str)):
+        points = sorted(points, key=lambda point: point[0])
+        eer = np.array([100 * result.figures["eer"] for _, result in points])
+        low, high = 100 * np.array([interval(r.samples["eer"], r.figures["eer"]) for _, r in points]).T
+        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+        spread = np.maximum([eer - low, high - eer], 0)
+        x = np.array([share for share, _ in points]) * 1.05**number  # side by side where they would cover each other
+        axes.errorbar(x, eer, spread, marker="o", capsize=3, label=f"{mode}, margin {margin}", **style)
+        for at, value, (_, result) in zip(x, eer, points, strict=True):
+            text = f"{result.facts['config'].get('n_touched_images', '?')} images"
+            axes.annotate(text, (at, value), xytext=(5, 5), textcoords="offset points", fontsize=7)
+    for result in results:
+        if "train_percentage" not in result.facts.get("config", {}):
+            axes.axhline(100 * result.figures["eer"], color="grey", linestyle=":", label=f"{result.name} (no training)")
+    axes.set(xscale="log", xlim=(0.8, 160), title="How much data is enough")
+    axes.set_xticks([1, 2, 5, 10, 25, 50, 100], ["1", "2", "5", "10", "25", "50", "100"])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="share of the training triplets (%)", ylabel="EER against twins (%), 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)
+
+
+def comparison_table(results, baseline, chosen):
+    """Text for the terminal: the figures, the differences to the baseline in words, and how not to use them."""
+    columns = [("EER %", "eer"), ("AUC", "auc"), ("best acc %", "best_accuracy"), ("TAR@FAR1%", "tar_at_far_0.01")]
+    columns += [("twin FMR %", "twin_fmr_0.001"), ("FNMR %", "fnmr_0.001"), ("general AUC", "general_auc")]
+    width = max(len("checkpoint"), *(len(result.name) for result in results))
+    lines = [f"{'checkpoint':{width}}  " + "  ".join(f"{title:>11}" for title, _ in columns)]
+    for result in results:
         cells = []
-        for (_, value, scale, _), top in zip(columns, best, strict=True):
-            v = value(metrics)
-            text = "-" if v is None else f"{scale * v:.{4 if scale == 1 else 2}f}"
-            cells.append(f"{text + ('*' if v is not None and v == top and len(rows) > 1 else ' '):>10}")
-        lines.append(f"{name:{width}}  " + "  ".join(cells))
+        for _, name in columns:
+            values = [r.figures[name] for r in results if r.figures[name] is not None]
+            value = result.figures[name]
+            if value is None:
+                cells.append("-")
+                continue
+            best = value == (min if name.startswith(LOWER_IS_BETTER) else max)(values)
+            text = f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
+            cells.append(text + ("*" if best and len(results) > 1 else " "))
+        lines.append(f"{result.name:{width}}  " + "  ".join(f"{cell:>11}" for cell in cells))
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %; -: too few pairs to say.")
-    if len(rows) > 1:
-        lines.append("* best of its column on this test set: a description, not a way to choose a checkpoint.")
+    for result in results:
+        if result is not baseline:
+            lines += _against(result, baseline)
+    for result in results:
+        if result.overlap:
+            lines.append(
+                f"OVERLAP: {result.name} has seen {len(result.overlap)} of the test people; its figures flatter."
+            )
+    if len(results) > 1:
+        lines.append(
+            "* best of its column on this test set: a description. Choosing by it is selection on the test set."
+        )
+        lines.append(f"Validation would have chosen: {chosen}" if chosen else "No common validation to choose by.")
     return "\n".join(lines)
+
+
+def _against(result, baseline):
+    change = differences(result.figures, result.samples, baseline.figures, baseline.samples)
+
+    def words(name, label):
+        if name not in change:
+            return f"{label} -"
+        low, high = change[name]["interval"]
+        return f"{label} {change[name]['difference']:+.4f} [{low:+.4f}, {high:+.4f}] {change[name]['verdict']}"
+
+    lines = [f"{result.name} against {baseline.name}, difference [95 % interval]:"]
+    lines.append("  twins: " + "; ".join([words("auc", "AUC"), words("eer", "EER")]))
+    everyone = [words("general_auc", "AUC"), words("fnmr_0.001", "FNMR at general FMR 0.1 %")]
+    lines.append("  everyone else: " + "; ".join(everyone))
+    if "worse" in [change.get(name, {}).get("verdict") for name in ("general_auc", "fnmr_0.001")]:
+        lines.append("  It got WORSE at recognising people in general.")
+    return lines
 
 
 # ---- command line -----------------------------------------------------------------------------------
@@ -355,8 +623,13 @@ def parse_args(argv=None):
         help="list of the test crops, written by the alignment (default %(default)s)",
     )
     parser.add_argument(
-        "--checkpoints", required=True, nargs="+", metavar="FILE", help="networks to compare, the start first"
+        "--checkpoints",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="networks to compare, the start first; a folder stands for the .pth and .ckpt files in it",
     )
+    parser.add_argument("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
     parser.add_argument("--output_dir", default="evaluation_results", metavar="DIR", help="default %(default)s")
     parser.add_argument("--skip_alignment", action="store_true", help="take the crops of --aligned_json as they are")
     add_alignment_arguments(parser)
@@ -366,7 +639,10 @@ def parse_args(argv=None):
         metavar="N",
         help="images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of everything random (default 42)")
+    parser.add_argument("--seed", type=natural_int, default=42, help="of the bootstrap (default 42)")
+    parser.add_argument("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
+    text = "evaluate checkpoints on people they were trained or validated on, and say so in every output"
+    parser.add_argument("--allow_overlap", action="store_true", help=text)
     args = parser.parse_args(argv)
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
@@ -387,13 +663,45 @@ def main(argv=None):
     return 0
 
 
+def list_checkpoints(names, baseline):
+    """The files among `names`, folders opened, the baseline first; each once."""
+    files = [baseline] if baseline else []
+    for name in names:
+        if Path(name).is_dir():
+            found = sorted(str(p) for p in Path(name).iterdir() if p.suffix in (".pth", ".ckpt") and p.name[0] != ".")
+            if not found:
+                raise InputError(f"{name}: no .pth or .ckpt file in this folder")
+            files += found
+        else:
+            files.append(name)
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such checkpoint file")
+    unique = {}
+    for file in files:
+        unique.setdefault(os.path.abspath(file), file)
+    return list(unique.values())
+
+
+def find_overlap(facts, ids):
+    """The test IDs that a checkpoint was trained or validated on, by its own account."""
+    config = facts.get("config", {})
+    return sorted(set(ids) & {*config.get("train_ids", []), *config.get("val_ids", [])})
+
+
 def evaluate(args):
-    """The whole evaluation of the command line; returns [(folder name, metrics), ...]."""
+    """The whole evaluation of the command line; returns the list of Results, the baseline first."""
     device = pick_device(args.device)
     pairs = read_pairs(args.test_pairs)
-    for checkpoint in args.checkpoints:
-        if not Path(checkpoint).is_file():
-            raise InputError(f"{checkpoint}: no such checkpoint file")
+    checkpoints = list_checkpoints(args.checkpoints, args.baseline)
+    tested = {name for pair in pairs for name in pair}
+    for checkpoint in checkpoints:  # before hours of alignment
+        overlap = find_overlap(read_facts(checkpoint), tested)
+        if overlap and not args.allow_overlap:
+            raise InputError(
+                f"{checkpoint}: was trained or validated on {len(overlap)} of the {len(tested)} test people: "
+                f"{', '.join(overlap)}; test on others, or say --allow_overlap"
+            )
     if args.skip_alignment:
         crops = read_id_to_images(args.aligned_json)
     else:
@@ -407,25 +715,24 @@ def evaluate(args):
             args.max_workers,
             args.realign,
         )
-    evaluator = TwinEvaluator(crops, pairs, device, args.batch_size)
+    evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed)
     for warning in evaluator.warnings:
         print(f"warning: {warning}")
-    rows, evaluations = [], {}
-    for checkpoint, name in stem_names(dict.fromkeys(args.checkpoints)).items():
-        scores = evaluator.score(load_checkpoint(checkpoint), f"embedding with {name}")
-        metrics = evaluator.metrics(scores)
-        evaluator.write(Path(args.output_dir) / name, checkpoint, scores, metrics)
-        rows.append((name, metrics))
-        evaluations[name] = scores, metrics
-    plot_roc(Path(args.output_dir) / "comparison.png", evaluations)
-    counts = rows[0][1]["counts"]
-    print(
-        f"{counts['images']} images of {len(evaluator.images.ids)} people: {counts['genuine']} genuine, "
-        f"{counts['twin']} twin impostor and {counts['general']} general impostor pairs, on {device}"
-    )
-    print(comparison_table(rows))
+    results, names = [], stem_names(checkpoints)
+    for checkpoint in checkpoints:
+        model, name = load_checkpoint(checkpoint), names[checkpoint]
+        scores = evaluator.score(model, f"embedding with {name}")
+        overlap = find_overlap(model.facts, evaluator.images.ids)
+        results.append(Result(name, checkpoint, model.facts, scores, *evaluator.metrics(scores), overlap))
+        write_result(Path(args.output_dir) / name, evaluator, results[-1])
+    comparison = write_comparison(Path(args.output_dir), results, results[0])
+    counts = f"{len(evaluator.genuine)} genuine, {len(evaluator.twin)} twin impostor"
+    general = results[0].scores.general.total
+    print(f"{len(evaluator.images.paths)} images of {len(evaluator.images.ids)} people, on {device}:")
+    print(f"{counts} and {general} general impostor pairs")
+    print(comparison_table(results, results[0], comparison["chosen_by_validation"]))
     print(f"results in {args.output_dir}")
-    return rows
+    return results
 
 
 if __name__ == "__main__":

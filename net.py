@@ -269,9 +269,18 @@ def load_checkpoint(path, arch=None):
             raise InputError(f"{path}: {key} holds NaN or infinite weights; take an earlier checkpoint")
     model = build_model(found)
     model.load_state_dict(state, strict=False)  # strictness was checked above; num_batches_tracked may miss
-    if "arch" in content and "config" in content:
-        model.facts = {key: value for key, value in content.items() if key != "state_dict"}
+    model.facts = _facts(content)
     return model.eval()
+
+
+def read_facts(path):
+    """The `facts` of load_checkpoint alone, without making the network. Raises InputError as read_checkpoint."""
+    return _facts(read_checkpoint(path))
+
+
+def _facts(content):
+    ours = "arch" in content and isinstance(content.get("config"), dict) and isinstance(content.get("metrics"), dict)
+    return {key: value for key, value in content.items() if key != "state_dict"} if ours else {}
 
 
 def read_checkpoint(path):

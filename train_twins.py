@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, positive_int
+from align import Parser, add_alignment_arguments, align_files, natural_int, positive_int
 from evaluate_twins import COLOURS, embed, image_pairs, new_figure, save_figure, scores_of, verification_metrics
 from net import (
     ARCHITECTURES,
@@ -476,6 +476,7 @@ def plot_curves(folder, log):
     def finish(figure, axes, name, legend=1.0):
         if log["best_epoch"] is not None:
             axes.axvline(log["best_epoch"], color="black", linewidth=1, linestyle=":", label="best epoch")
+        axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch (0: before training)")
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(legend, 1))
@@ -584,7 +585,7 @@ def parse_args(argv=None):
     add("--patience", type=positive_int, default=5, metavar="N", help=text)
     text = "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); reported figures are always fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
-    add("--seed", type=int, default=42, help="of the split, the sampled triplets and their order (default 42)")
+    add("--seed", type=natural_int, default=42, help="of the split, the sampled triplets and their order (default 42)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="models", metavar="DIR", help="best epoch's checkpoint (default %(default)s)")

@@ -33,9 +33,11 @@ def brute_force(genuine, impostor):
         "auc": wins / (len(genuine) * len(impostor)),
         "best_accuracy": max(row[3] for row in rows),
         "accuracy_at_eer": accuracy,
-        "tar_at_far": {
-            key: None if len(impostor) < 1 / far else max(1 - fnmr for _, fmr, fnmr, _ in rows if fmr <= far)
-            for key, far in (("0.01", 0.01), ("0.001", 0.001), ("0.0001", 0.0001))
+        **{
+            f"tar_at_far_{far:g}": None
+            if len(impostor) < 1 / far
+            else max(1 - fnmr for _, fmr, fnmr, _ in rows if fmr <= far)
+            for far in (0.01, 0.001, 0.0001)
         },
     }
 
@@ -73,8 +75,8 @@ def test_metrics_equal_scikit_learns(decimals):
     fpr, tpr, thresholds = roc_curve(truth, scores, drop_intermediate=False)
     got = ev.verification_metrics(genuine, impostor)
     assert got["auc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
-    for far, tar in got["tar_at_far"].items():
-        assert tar == pytest.approx(tpr[fpr <= float(far)].max(), abs=1e-9)
+    for far in (0.01, 0.001, 0.0001):
+        assert got[f"tar_at_far_{far:g}"] == pytest.approx(tpr[fpr <= far].max(), abs=1e-9)
     gap = np.abs(fpr - (1 - tpr))
     at = np.flatnonzero(gap <= gap.min() + 1e-12)[-1]  # scikit-learn's thresholds descend: the last is the lowest
     assert got["eer"] == pytest.approx((fpr[at] + 1 - tpr[at]) / 2, abs=1e-9)
@@ -89,32 +91,26 @@ def test_metrics_of_a_case_worked_out_by_hand():
     assert got["auc"] == pytest.approx((1.5 + 4 + 4) / 12)
     assert got["best_accuracy"] == pytest.approx(6 / 7)
     assert got["accuracy_at_eer"] == pytest.approx(5 / 7)
-    assert got["tar_at_far"] == {"0.01": None, "0.001": None, "0.0001": None}
+    assert [got[f"tar_at_far_{far}"] for far in ("0.01", "0.001", "0.0001")] == [None] * 3
 
 
 def test_rates_are_null_just_below_what_the_sample_resolves():
     genuine = np.array([0.9])
     for n, expected in ((99, None), (100, 1.0)):
-        assert ev.verification_metrics(genuine, np.linspace(0, 0.5, n))["tar_at_far"]["0.01"] == expected
+        assert ev.verification_metrics(genuine, np.linspace(0, 0.5, n))["tar_at_far_0.01"] == expected
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])
 def test_general_threshold_is_the_lowest_with_that_rate(ties, rate):
     rng = np.random.default_rng(0)
-    scores = rng.normal(0, 1, 5000).round(1 if ties else 12)
-    descending = np.sort(scores)[::-1]
-    t = ev.threshold_at_fmr(descending[: int(rate * 5000) + 1], 5000, rate)
-    assert (scores >= t).mean() <= rate
-    below = scores[scores < t].max()
-    assert (scores >= below).mean() > rate
-    assert t == np.nextafter(below, np.inf)
-
-
-def test_general_threshold_needs_enough_pairs():
-    assert ev.threshold_at_fmr(np.array([0.5]), 999, 0.001) is None
-    assert ev.threshold_at_fmr(np.linspace(1, 0, 1000), 1000, 0.001) == np.nextafter(np.linspace(1, 0, 1000)[1], 2)
-    assert ev.threshold_at_fmr(np.empty(0), 0, 0.001) is None
+    scores = np.sort(rng.normal(0, 1, 5000).round(1 if ties else 12))[::-1]
+    weights = rng.integers(0, 4, (3, 5000))
+    weights[0] = 1
+    above = ev.threshold_above(scores, weights, weights.sum(1), rate)
+    for w, s in zip(weights, above, strict=True):
+        assert w[scores > s].sum() / w.sum() <= rate
+        assert w[scores >= s].sum() / w.sum() > rate
 
 
 # ---- pairs and scores
@@ -135,14 +131,22 @@ def test_image_pairs_equal_brute_force():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_general_scores_are_the_highest_of_all_cross_family_pairs(chunk):
+@pytest.mark.parametrize("kept", [7, 20, 1000])
+def test_general_scores_are_the_highest_and_an_even_sample_of_all_cross_family_pairs(chunk, kept):
     embeddings = torch.nn.functional.normalize(torch.randn(17, 8))
     family = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 0, 4, 4, 5, 5, 5])
     pairs = [(i, j) for i, j in itertools.combinations(range(17), 2) if family[i] != family[j]]
-    expected = sorted((float(embeddings[i] @ embeddings[j]) for i, j in pairs), reverse=True)
-    total, highest = ev.general_scores(embeddings, family, 10, chunk)
-    assert total == len(pairs)
-    np.testing.assert_allclose(highest, expected[:10], atol=1e-6)
+    truth = {(i, j): float(embeddings[i] @ embeddings[j]) for i, j in pairs}
+    got = ev.general_scores(embeddings, family, kept, chunk)
+    assert got.total == len(pairs)
+    np.testing.assert_allclose(got.top, sorted(truth.values(), reverse=True)[:kept], atol=1e-6)
+    assert len(got.sample) == -(-len(pairs) // max(1, -(-len(pairs) // kept))) <= kept
+    possible = [(value, {family[i], family[j]}) for (i, j), value in truth.items()]
+    for scores, families in ((got.top, got.top_families), (got.sample, got.sample_families)):
+        for score, two in zip(scores, families, strict=True):
+            assert any(abs(score - value) < 1e-6 and set(two) == both for value, both in possible)
+    if kept == 1000:
+        np.testing.assert_allclose(np.sort(got.sample), sorted(truth.values()), atol=1e-6)
 
 
 def test_embedding_does_not_depend_on_the_batch(tiny_model):
@@ -150,6 +154,152 @@ def test_embedding_does_not_depend_on_the_batch(tiny_model):
     a, b = (ev.embed(tiny_model, crops, torch.device("cpu"), size) for size in (2, 7))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert a.dtype == torch.float32
+
+
+# ---- the bootstrap
+
+
+class Case:
+    """An evaluator without networks: random scores of random families."""
+
+    def __init__(self, seed, n_families=6, ties=False, general=True):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(2, 5, (n_families, 2))
+        images = {
+            f"{f}{t}": [f"/{f}{t}{i}" for i in range(n)]
+            for f, s in enumerate(sizes)
+            for t, n in zip("ab", s, strict=True)
+        }
+        evaluator = object.__new__(ev.TwinEvaluator)
+        evaluator.images = TwinImages(images, [(f"{f}a", f"{f}b") for f in range(n_families)])
+        evaluator.family = np.repeat(np.arange(n_families), sizes.sum(1))
+        evaluator.genuine, evaluator.twin = ev.image_pairs(evaluator.images)
+        evaluator.weights = np.random.default_rng(seed).multinomial(
+            n_families, np.full(n_families, 1 / n_families), 200
+        )
+        self.evaluator = evaluator
+        embeddings = torch.from_numpy(rng.normal(0, 1, (len(evaluator.family), 5)))
+        embeddings += 1.5 * torch.from_numpy(rng.normal(0, 1, (n_families, 5)))[evaluator.family]
+        embeddings = torch.nn.functional.normalize(embeddings)
+        digits = 1 if ties else 15
+        self.all = (embeddings @ embeddings.T).numpy().round(digits)
+        top = ev.general_scores(embeddings, evaluator.family)
+        top = top._replace(top=top.top.round(digits), sample=top.sample.round(digits))
+        genuine, twin = (self.all[rows[:, 0], rows[:, 1]] for rows in (evaluator.genuine, evaluator.twin))
+        self.scores = ev.Scores(genuine, twin, top)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_resample_equals_copying_the_families(seed, ties):
+    """Every family w times, as new people: all figures by brute force on the copied lists of scores."""
+    case = Case(seed, ties=ties)
+    evaluator, family = case.evaluator, case.evaluator.family
+    weights = np.array([[1] * 6, [2, 0, 1, 1, 0, 2], [0, 3, 0, 0, 2, 1], [1, 2, 3, 0, 0, 0]])
+    got = evaluator.estimate(case.scores, weights)
+    for r, w in enumerate(weights):
+        genuine = [
+            s for s, (i, _) in zip(case.scores.genuine, evaluator.genuine, strict=True) for _ in range(w[family[i]])
+        ]
+        twin = [s for s, (i, _) in zip(case.scores.twin, evaluator.twin, strict=True) for _ in range(w[family[i]])]
+        general = [
+            case.all[i, j]
+            for i, j in itertools.combinations(range(len(family)), 2)
+            if family[i] != family[j]
+            for _ in range(w[family[i]] * w[family[j]])
+        ]
+        expected = brute_force(genuine, twin)
+        for name in ("eer", "auc", "best_accuracy", "accuracy_at_eer"):
+            assert got[name][r] == pytest.approx(expected[name], abs=1e-9), name
+        assert got["general_auc"][r] == pytest.approx(brute_force(genuine, general)["auc"], abs=1e-6)
+        t = got["general_threshold_0.001"][r]
+        assert np.mean(np.array(general) >= t) <= 0.001
+        assert got["twin_fmr_0.001"][r] == pytest.approx(np.mean(np.array(twin) >= t))
+        assert got["fnmr_0.001"][r] == pytest.approx(np.mean(np.array(genuine) < t))
+
+
+def test_figures_are_the_unweighted_ones_and_null_where_unresolved():
+    case = Case(1)
+    figures, samples = case.evaluator.metrics(case.scores)
+    direct = ev.verification_metrics(case.scores.genuine, case.scores.twin)
+    assert {name: figures[name] for name in direct} == direct
+    total = case.scores.general.total
+    assert (figures["fnmr_0.001"] is None) == (total < 1000)
+    assert figures["twin_fmr_0.0001"] is None
+    assert ev.interval(samples["twin_fmr_0.0001"], figures["twin_fmr_0.0001"]) is None
+    low, high = ev.interval(samples["auc"], figures["auc"])
+    assert low < figures["auc"] < high
+    again = case.evaluator.metrics(case.scores)[1]
+    assert all(np.array_equal(samples[name], again[name], equal_nan=True) for name in samples)
+
+
+def test_one_family_has_no_general_pairs():
+    case = Case(0, n_families=1)
+    figures, _ = case.evaluator.metrics(case.scores)
+    assert case.scores.general.total == 0
+    assert figures["general_auc"] is figures["fnmr_0.001"] is figures["general_threshold_0.001"] is None
+    assert figures["auc"] is not None
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    """AUC of genuine ~ N(1, 1) against twin ~ N(0, 1), one of each a family: true AUC is Phi(1 / sqrt(2)) = 0.7602."""
+    inside = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        genuine, twin = rng.normal(1, 1, 40), rng.normal(0, 1, 40)
+        weights = rng.multinomial(40, np.full(40, 1 / 40), 300)
+        samples = ev.twin_metrics(ev.error_rates(genuine, twin, weights, weights))["auc"]
+        low, high = ev.interval(samples, 0.0)
+        inside += low <= 0.7602 <= high
+    assert 0.87 < inside / 150 < 0.99
+
+
+def test_differences_are_paired_and_know_which_way_is_better():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, 500)  # common to both networks: it must cancel
+    base = {
+        "auc": 0.8 + noise,
+        "eer": 0.2 + noise,
+        "fnmr_0.001": 0.5 + noise,
+        "eer_threshold": noise,
+        "twin_fmr_0.001": noise,
+    }
+    other = {"auc": base["auc"] + 0.01, "eer": base["eer"] + 0.01, "fnmr_0.001": base["fnmr_0.001"] - 0.01}
+    other |= {"eer_threshold": noise, "twin_fmr_0.001": noise + rng.normal(0, 0.1, 500)}
+    figures = {"auc": 0.81, "eer": 0.21, "fnmr_0.001": 0.49, "eer_threshold": 0.0, "twin_fmr_0.001": 0.0}
+    start = {"auc": 0.8, "eer": 0.2, "fnmr_0.001": 0.5, "eer_threshold": 0.0, "twin_fmr_0.001": 0.0}
+    got = ev.differences(figures, other, start, base)
+    verdicts = {name: change["verdict"] for name, change in got.items()}
+    assert verdicts == {
+        "auc": "better",
+        "eer": "worse",
+        "fnmr_0.001": "better",
+        "twin_fmr_0.001": "not distinguishable",
+    }
+    assert got["auc"]["difference"] == pytest.approx(0.01)
+    assert got["auc"]["interval"] == pytest.approx([0.01, 0.01])
+    same = ev.differences(start, base, start, base)
+    assert {change["verdict"] for change in same.values()} == {"not distinguishable"}
+    assert ev.differences({"auc": None}, {"auc": noise}, {"auc": 0.5}, {"auc": noise}) == {}
+
+
+def test_a_thousand_resamples_of_nd_twins_take_seconds():
+    import time
+
+    rng = np.random.default_rng(0)
+    case = Case(0, n_families=29)
+    evaluator = case.evaluator
+    images = {f"{f}{t}": [f"/{f}{t}{i}" for i in range(12)] for f in range(29) for t in "ab"}  # 696 images
+    evaluator.images = TwinImages(images, [(f"{f}a", f"{f}b") for f in range(29)])
+    evaluator.family = np.repeat(np.arange(29), 24)
+    evaluator.genuine, evaluator.twin = ev.image_pairs(evaluator.images)
+    evaluator.weights = rng.multinomial(29, np.full(29, 1 / 29), 1000)
+    embeddings = torch.nn.functional.normalize(torch.randn(696, 512))
+    general = ev.general_scores(embeddings, evaluator.family)
+    scores = ev.Scores(rng.normal(0.5, 0.1, len(evaluator.genuine)), rng.normal(0.4, 0.1, len(evaluator.twin)), general)
+    began = time.perf_counter()
+    evaluator.metrics(scores)
+    assert time.perf_counter() - began < 60  # some seconds, on a machine that may be busy
 
 
 # ---- the whole evaluation
@@ -206,15 +356,32 @@ def test_files_of_an_evaluation_agree_with_an_independent_one(tmp_path, evaluati
             row["accepted_at_eer"] == str(int(float(row["score"]) >= metrics["eer_threshold"]))
         )
     expected = brute_force(*([float(r["score"]) for r in part] for part in (genuine, twin)))
+    assert metrics["intervals"]["eer"][0] <= metrics["eer"] <= metrics["intervals"]["eer"][1]
+    assert metrics["tar_at_far"] == {"0.01": None, "0.001": None, "0.0001": None}
+    assert metrics["overlap"] == []
     for key in ("eer", "auc", "best_accuracy", "accuracy_at_eer"):
         assert metrics[key] == pytest.approx(expected[key], abs=1e-6)
     assert metrics["general_threshold"]["0.001"] == {"threshold": None, "twin_fmr": None, "fnmr": None}
-    for name in ("roc_curve.png", "score_distributions.png"):
+    for name in ("roc_curve.png", "det_curve.png", "score_distributions.png", "hardest_pairs.png"):
         assert (tmp_path / "out" / "b" / name).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "comparison.png").exists()
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert comparison["baseline"] == "a"
+    assert comparison["checkpoints"][1]["metrics"]["eer"] == metrics["eer"]
+    assert "to_baseline" not in comparison["checkpoints"][0]
+    change = comparison["checkpoints"][1]["to_baseline"]["auc"]
+    assert change["difference"] == pytest.approx(metrics["auc"] - comparison["checkpoints"][0]["metrics"]["auc"])
+    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["name"] for row in table] == ["a", "b"]
+    assert float(table[1]["eer"]) == metrics["eer"]
+    assert float(table[1]["auc_difference"]) == change["difference"]
+    assert table[1]["auc_verdict"] == change["verdict"]
+    for name in ("comparison.png", "data_percentage.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "16 images of 7 people" in out
-    assert "not a way to choose a checkpoint" in out
+    assert "Choosing by it is selection on the test set" in out
+    assert "b against a, difference [95 % interval]" in out
 
 
 def test_every_image_is_embedded_once_per_checkpoint(evaluation, monkeypatch):
@@ -223,19 +390,6 @@ def test_every_image_is_embedded_once_per_checkpoint(evaluation, monkeypatch):
     assert evaluation("--batch_size 5") == 0
     assert sum(seen) == 2 * 16
     assert max(seen) == 5
-
-
-def test_twin_fmr_and_fnmr_at_the_general_threshold():
-    evaluator = object.__new__(ev.TwinEvaluator)
-    evaluator.images = type("Images", (), {"paths": ["x"] * 4})
-    general = np.sort(np.random.default_rng(0).normal(0, 0.1, 20000))[::-1]
-    genuine, twin = np.linspace(0, 1, 50), np.linspace(-0.5, 0.6, 70)
-    got = evaluator.metrics(ev.Scores(genuine, twin, 20000, general[:30]))["general_threshold"]
-    t = got["0.001"]["threshold"]
-    assert (general >= t).sum() == 20
-    assert got["0.001"]["twin_fmr"] == (twin >= t).mean()
-    assert got["0.001"]["fnmr"] == (genuine < t).mean()
-    assert got["0.0001"]["threshold"] > t
 
 
 def test_checkpoints_of_one_stem_get_folders_of_their_own(tmp_path, evaluation):
@@ -248,21 +402,84 @@ def test_checkpoints_of_one_stem_get_folders_of_their_own(tmp_path, evaluation):
     assert recorded == {str(tmp_path / "a.pth"), str(tmp_path / "other" / "a.pth"), str(tmp_path / "b.pth")}
 
 
-def test_table_marks_the_best_of_each_column():
-    def metrics(eer, auc):
-        general = {"twin_fmr": None, "fnmr": None, "threshold": None}
-        far = {"0.01": None, "0.001": None, "0.0001": None}
-        return {
-            "eer": eer,
-            "auc": auc,
-            "best_accuracy": 0.5,
-            "tar_at_far": far,
-            "general_threshold": {"0.001": general},
-        }
+def result(name, facts=None, overlap=(), **figures):
+    names = ("eer", "auc", "best_accuracy", "tar_at_far_0.01", "twin_fmr_0.001", "fnmr_0.001", "general_auc")
+    figures = {key: figures.get(key) for key in names}
+    samples = {key: np.full(10, np.nan if value is None else value) for key, value in figures.items()}
+    return ev.Result(name, f"{name}.pth", facts or {}, None, figures, samples, list(overlap))
 
-    lines = ev.comparison_table([("first", metrics(0.1, 0.8)), ("second", metrics(0.2, 0.9))]).splitlines()
+
+def test_table_marks_the_best_of_each_column():
+    first, second = (
+        result("first", eer=0.1, auc=0.8, best_accuracy=0.5),
+        result("second", eer=0.2, auc=0.9, best_accuracy=0.5),
+    )
+    lines = ev.comparison_table([first, second], first, None).splitlines()
     assert lines[1].split() == ["first", "10.00*", "0.8000", "50.00*", "-", "-", "-", "-"]
     assert lines[2].split() == ["second", "20.00", "0.9000*", "50.00*", "-", "-", "-", "-"]
+    assert "AUC +0.1000 [+0.1000, +0.1000] better; EER +0.1000 [+0.1000, +0.1000] worse" in "\n".join(lines)
+
+
+def test_forgetting_is_said_in_a_plain_sentence():
+    start, worse, better = (
+        result(n, eer=0.1, auc=0.9, general_auc=v) for n, v in (("a", 0.99), ("b", 0.9), ("c", 0.995))
+    )
+    assert "got WORSE at recognising people in general" in ev.comparison_table([start, worse], start, None)
+    assert "WORSE" not in ev.comparison_table([start, better], start, None)
+
+
+def test_validation_chooses_only_among_those_that_share_their_people():
+    def tuned(name, eer, ids):
+        return result(name, {"metrics": {"val_eer": eer}, "config": {"val_ids": ids}})
+
+    a, b, c = tuned("a", 0.2, ["x", "y"]), tuned("b", 0.1, ["y", "x"]), tuned("c", 0.05, ["z"])
+    assert ev.chosen_by_validation([result("start"), a, b]) == "b"
+    assert ev.chosen_by_validation([a, b, c]) is None
+    assert ev.chosen_by_validation([result("start"), a]) is None
+
+
+def save_tuned(tmp_path, name, model, **config):
+    config = {"train_ids": ["other1"], "val_ids": ["other2"], "train_percentage": 50, "margin": 0.3, **config}
+    net.save_checkpoint(tmp_path / name, model, config=config, metrics={"val_eer": 0.1, "val_loss": 0.2})
+
+
+def test_test_people_that_were_trained_on_stop_the_evaluation(tmp_path, evaluation, tiny_model, capsys):
+    save_tuned(tmp_path, "leak.pth", tiny_model, train_ids=["test0a", "x"], val_ids=["test1c"])
+    assert evaluation(checkpoints="a.pth leak.pth") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "leak.pth: was trained or validated on 2 of the 7 test people: test0a, test1c" in line
+    assert not (tmp_path / "out").exists()
+    assert evaluation("--allow_overlap", "a.pth leak.pth") == 0
+    assert "OVERLAP: leak has seen 2 of the test people" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "leak" / "metrics.json").read_text())["overlap"] == ["test0a", "test1c"]
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["checkpoints"]
+    assert [row["overlap"] for row in rows] == [[], ["test0a", "test1c"]]
+    assert ",2," in (tmp_path / "out" / "comparison.csv").read_text().splitlines()[2]
+
+
+def test_folders_and_the_baseline(tmp_path, evaluation, tiny_model):
+    (tmp_path / "models").mkdir()
+    for name, share in (("two.pth", 10), ("one.pth", 100)):
+        save_tuned(tmp_path / "models", name, tiny_model, train_percentage=share)
+    (tmp_path / "models" / "notes.txt").write_text("x")
+    assert evaluation(f"--baseline {tmp_path}/b.pth", "a.pth models b.pth") == 0
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert comparison["baseline"] == "b"
+    assert [row["name"] for row in comparison["checkpoints"]] == ["b", "a", "one", "two"]
+    assert comparison["chosen_by_validation"] == "one"
+
+
+def test_flip_is_upstreams_fusion(tiny_model, evaluation, tmp_path):
+    crops = torch.randint(0, 256, (3, 112, 112, 3), dtype=torch.uint8)
+    x = net.to_input(crops)
+    with torch.no_grad():
+        (e, n), (f, m) = tiny_model(x), tiny_model(torch.flip(x, dims=[3]))
+    fused = (torch.stack([e, f]) * torch.stack([n, m])).sum(0)
+    expected = fused / torch.norm(fused, 2, 1, keepdim=True)
+    got = ev.embed(tiny_model, crops, torch.device("cpu"), flip=True)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    assert evaluation("--flip") == 0
+    assert json.loads((tmp_path / "out" / "a" / "metrics.json").read_text())["flip"] is True
 
 
 def test_photographs_to_metrics(tmp_path, tiny_model):
@@ -310,5 +527,5 @@ def test_help_names_every_flag(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     flags = """test_pairs id_to_images aligned_folder aligned_json checkpoints output_dir skip_alignment landmarks
-        realign max_workers device batch_size seed"""
+        realign max_workers device batch_size seed baseline flip allow_overlap"""
     assert all(f"  --{flag} " in text or f"  --{flag}\n" in text for flag in flags.split())
