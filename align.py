@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from net import CROP_SIZE, InputError, replacing
+from net import CROP_SIZE, InputError, pick_device, replacing
 from triplet_dataset import read_id_to_images, read_json, read_pairs, resolve, write_json
 
 # Left eye, right eye (as seen in the picture), nose, mouth corners, in pixels of the crop: the template of
@@ -235,14 +235,14 @@ def align_one(job, detector=None):
     try:
         key = job_key(job)
         image = read_photo(job.source)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged photograph can fail in any way; it must not end the run
         return "unreadable", str(error) or type(error).__name__
     landmarks = detector(image) if job.landmarks is None else job.landmarks
     if landmarks is None:
         return "no face", "no face was detected"
     try:
         crop = align_face(image, landmarks)
-    except ValueError as error:
+    except (ValueError, ArithmeticError, cv2.error) as error:
         return "no face", str(error)
     note = PngImagePlugin.PngInfo()
     note.add_text("alignment", key)
@@ -257,22 +257,24 @@ def align_one(job, detector=None):
 def safe_names(names):
     """{name: file name} for any texts: no path, no two alike, also where letter case does not count.
 
-    Plain names stay as they are; others keep what is plain of them and get a part of their hash.
+    Names that are file names on every system stay as they are; others keep their plain part and get, after a tilde
+    that no unchanged name has, a part of their hash.
     """
 
-    def plain(name):
-        reserved = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*-[0-9a-f]{12}"  # Windows' devices; names made below
-        if not re.fullmatch(r"[\w(@+=,)']([\w.(@+=,)' -]*[\w(@+=,)'-])?", name):
+    def unchanged(name):
+        bad = r"[\x00-\x1f\x7f\ud800-\udfff/\\:*?\"<>|~]|^[ .-]|[ .]$|^$"
+        devices = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # on Windows
+        if re.search(bad, name) or re.fullmatch(devices, name, re.IGNORECASE):
             return False
-        return len(name.encode()) <= 100 and not re.fullmatch(reserved, name, re.IGNORECASE)
+        return len(name.encode()) <= 200 and alike[name.casefold()] == 1
 
     def hashed(name):
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        return f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)[:60]}-{digest}"
+        return f"{re.sub(r'[^0-9A-Za-z_-]+', '_', name)[:60].lstrip('-')}~{digest}"
 
     names = list(names)
     alike = Counter(name.casefold() for name in names)
-    return {name: name if plain(name) and alike[name.casefold()] == 1 else hashed(name) for name in names}
+    return {name: name if unchanged(name) else hashed(name) for name in names}
 
 
 def stem_names(paths):
@@ -296,7 +298,7 @@ def plan_crops(id_to_images, folder):
     return plan
 
 
-def align_images(id_to_images, folder, landmarks=None, device="auto", max_workers=6, realign=False):
+def align_images(id_to_images, folder, landmarks=None, device="cpu", max_workers=6, realign=False):
     """Align every photograph of {ID: [path, ...]} into `folder`; returns ({ID: [crop path, ...]}, report).
 
     landmarks: {path: (5, 2)} or None to detect them on `device`. The mapping has every ID, in the given order,
@@ -348,12 +350,9 @@ def _align_all(jobs, detect, device, max_workers):
     cv2.setNumThreads(1)  # the workers share the cores; OpenCV's own threads would fight them
     work = align_one
     if detect:
-        import torch
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"detecting faces on {device}", flush=True)
         detector = FaceAlignmentDetector(device)  # on the CPU too: weights are fetched once, errors come at once
-    if detect and device == "cpu":
+    if detect and str(device) == "cpu":
         threads = max(1, (os.cpu_count() or 1) // max_workers)
         pool = ProcessPoolExecutor(max_workers, get_context("spawn"), _start_worker, (threads,))
         work = _align_in_worker
@@ -394,13 +393,15 @@ def _align_in_worker(job):
     return align_one(job, _detector)
 
 
-def align_files(images_file, pairs, folder, aligned_json, landmarks_file, device, max_workers, realign):
+def align_files(args, pairs, device):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
-    pairs: [(ID, ID), ...] to align only those people, or None for all. Returns the mapping {ID: [crop path, ...]}
-    that `aligned_json` now holds (there relative to its folder). Raises InputError for wrong input and when
-    not one photograph gave a crop; nothing is written to `aligned_json` then.
+    args: the flags of `add_alignment_arguments` and --id_to_images, --aligned_folder, --aligned_json; pairs:
+    [(ID, ID), ...] to align only those people, or None for all. Returns the mapping {ID: [crop path, ...]} that
+    --aligned_json now holds (there relative to its folder). Raises InputError for wrong input and when not one
+    photograph gave a crop; --aligned_json is left as it was then.
     """
+    images_file, folder = args.id_to_images, args.aligned_folder
     photos = read_id_to_images(images_file)
     if pairs is not None:
         names = list(dict.fromkeys(name for pair in pairs for name in pair))
@@ -411,12 +412,20 @@ def align_files(images_file, pairs, folder, aligned_json, landmarks_file, device
                 "add their images or delete their pairs"
             )
         photos = {name: photos[name] for name in names}
+    owner = {}
+    for name, sources in photos.items():
+        for source in sources:
+            if owner.setdefault(source, name) != name:
+                raise InputError(f"{images_file}: {source} is listed under {owner[source]!r} and {name!r}; keep one")
+    repeated = sum(map(len, photos.values())) - len(owner)
+    if repeated:
+        print(f"warning: {repeated} photographs are listed twice under one ID; each is used once")
     landmarks = None
-    if landmarks_file:
-        landmarks = read_landmarks(landmarks_file, os.path.dirname(os.path.abspath(images_file)))
+    if args.landmarks:
+        landmarks = read_landmarks(args.landmarks, os.path.dirname(os.path.abspath(images_file)))
         if not any(source in landmarks for sources in photos.values() for source in sources):
-            raise InputError(f"{landmarks_file}: no photograph of {images_file} has an entry; compare the paths")
-    mapping, report = align_images(photos, folder, landmarks, device, max_workers, realign)
+            raise InputError(f"{args.landmarks}: no photograph of {images_file} has an entry; compare the paths")
+    mapping, report = align_images(photos, folder, landmarks, device, args.max_workers, args.realign)
     write_json(Path(folder) / "alignment_report.json", report)
 
     totals = Counter(entry["status"] for entry in report)
@@ -432,12 +441,12 @@ def align_files(images_file, pairs, folder, aligned_json, landmarks_file, device
     if len(failed) == len(report):
         reason = f"{failed[0]['source']}: {failed[0]['reason']}" if failed else "no photographs are listed"
         raise InputError(f"{images_file}: not one photograph gave a crop; {reason}")
-    home = os.path.dirname(os.path.abspath(aligned_json))
+    home = os.path.dirname(os.path.abspath(args.aligned_json))
     relative = {
         identity: [Path(os.path.relpath(crop, home)).as_posix() for crop in crops]
         for identity, crops in mapping.items()
     }
-    write_json(aligned_json, relative)
+    write_json(args.aligned_json, relative)
     return mapping
 
 
@@ -481,17 +490,17 @@ def positive_int(text):
     return value
 
 
-def natural_int(text):
-    """An argparse type: an integer of at least 0."""
+def seed_number(text):
+    """An argparse type: an integer from 0 to 2^32 - 1, what every random generator takes as a seed."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {2**32 - 1}, not {value}")
     return value
 
 
 def device_name(text):
     """An argparse type: auto, cpu, cuda or cuda:N."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", text):
         raise argparse.ArgumentTypeError(f"must be auto, cuda, cuda:N or cpu, not {text!r}")
     return text
 
@@ -516,16 +525,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         pairs = read_pairs(args.pairs) if args.pairs else None
-        align_files(
-            args.id_to_images,
-            pairs,
-            args.aligned_folder,
-            args.aligned_json,
-            args.landmarks,
-            args.device,
-            args.max_workers,
-            args.realign,
-        )
+        align_files(args, pairs, pick_device(args.device))
     except (InputError, OSError) as error:
         print(f"align.py: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` vali
 """
 
 import csv
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,13 +22,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, natural_int, positive_int, stem_names
+from align import Parser, add_alignment_arguments, align_files, positive_int, seed_number, stem_names
 from net import InputError, load_checkpoint, pick_device, read_facts, replacing, to_input
-from triplet_dataset import TwinImages, find_families, load_crops, read_id_to_images, read_pairs, write_json
+from triplet_dataset import (
+    TwinImages,
+    find_families,
+    load_crops,
+    read_checked_pairs,
+    read_id_to_images,
+    read_pairs,
+    write_json,
+)
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
 LOWER_IS_BETTER = ("eer", "twin_fmr", "fnmr")
+NO_PAIR = -2.0  # stands for a score where there is none; a cosine is never so low
 GENERAL_KEPT = 500_000  # general impostor scores that are kept of all, unless a threshold needs more
 
 # ---- embeddings and scores --------------------------------------------------------------------------
@@ -81,11 +91,11 @@ class GeneralScores(NamedTuple):
     total: int  # number of all such pairs
     top: np.ndarray  # (K,) the highest scores, descending
     top_families: np.ndarray  # (K, 2)
-    sample: np.ndarray  # (S,) evenly taken from all; all of them if there are no more than GENERAL_KEPT
+    sample: np.ndarray  # (S,) ascending, drawn from all; all of them if there are no more than GENERAL_KEPT
     sample_families: np.ndarray  # (S, 2)
 
 
-def general_scores(embeddings, family, kept=GENERAL_KEPT, chunk=4096):
+def general_scores(embeddings, family, kept=GENERAL_KEPT, chunk=2048):
     """GeneralScores over all image pairs of different families; embeddings (N, D), family (N,) numbers.
 
     Scores are made `chunk` x `chunk` at a time and never held together. Of the highest, `kept` are kept, or three times
@@ -95,34 +105,41 @@ def general_scores(embeddings, family, kept=GENERAL_KEPT, chunk=4096):
     counts = np.bincount(family)
     total = int((counts.sum() ** 2 - (counts**2).sum()) // 2)
     highest = max(kept, int(3 * max(GENERAL_MATCH_RATES) * total))
-    stride = max(1, -(-total // kept))
+    share, generator = min(1.0, kept / max(total, 1)), torch.Generator().manual_seed(0)
     family = torch.as_tensor(family, device=embeddings.device)
-    top, rows = (
-        torch.empty(0, device=embeddings.device),
-        torch.empty((0, 2), dtype=torch.int64, device=embeddings.device),
-    )
-    sample, sample_rows, seen = [], [], 0
+    empty = torch.empty(0, dtype=torch.int64, device=embeddings.device)
+    top, rows = empty.to(embeddings.dtype), torch.stack([empty, empty], 1)
+    sample, sample_rows = [top], [rows]
     for i in range(0, len(embeddings), chunk):
         for j in range(i, len(embeddings), chunk):
-            different = family[i : i + chunk, None] != family[None, j : j + chunk]
-            if i == j:
-                different = different.triu(1)
-            pairs = different.nonzero() + torch.tensor([i, j], device=embeddings.device)
-            scores = (embeddings[i : i + chunk] @ embeddings[j : j + chunk].T)[different]
-            sample.append(scores[-seen % stride :: stride].cpu())
-            sample_rows.append(pairs[-seen % stride :: stride].cpu())
-            seen += len(scores)
-            best = scores.topk(min(highest, len(scores)))
-            top, rows = torch.cat([top, best.values]), torch.cat([rows, pairs[best.indices]])
+            block = embeddings[i : i + chunk] @ embeddings[j : j + chunk].T
+            apart = family[i : i + chunk, None] != family[None, j : j + chunk]
+            block.masked_fill_(~(apart.triu(1) if i == j else apart), NO_PAIR)
+            scores, width = block.reshape(-1), block.shape[1]
+
+            def take(index, scores=scores, width=width, corner=(i, j)):
+                pairs = torch.stack([corner[0] + index // width, corner[1] + index % width], 1)
+                return scores[index], pairs
+
+            taken = torch.arange(len(scores))
+            if share < 1:
+                taken = torch.randint(len(scores), (math.ceil(share * len(scores)),), generator=generator)
+            taken = taken.to(scores.device)
+            for parts, new in zip((sample, sample_rows), take(taken[scores[taken] > NO_PAIR]), strict=True):
+                parts.append(new)
+            floor = top[-1] if len(top) == highest else NO_PAIR
+            values, pairs = take((scores > floor).nonzero()[:, 0])
+            top, rows = torch.cat([top, values]), torch.cat([rows, pairs])
             best = top.topk(min(highest, len(top)))
             top, rows = best.values, rows[best.indices]
     family = family.cpu().numpy()
+    sample, order = torch.cat(sample).cpu().sort()
     return GeneralScores(
         total,
         top.cpu().numpy().astype(np.float64),
         family[rows.cpu().numpy()],
-        torch.cat(sample).numpy().astype(np.float64),
-        family[torch.cat(sample_rows).numpy()],
+        sample.numpy().astype(np.float64),
+        family[torch.cat(sample_rows).cpu()[order].numpy()],
     )
 
 
@@ -147,11 +164,17 @@ class Rates(NamedTuple):
         return self.false_non_matches / self.genuine
 
 
-def weight_below(scores, weights, thresholds, side="left"):
-    """(R, K) weight of the scores (N,) below each threshold (K,), or with side "right" up to it; weights (R, N)."""
-    order = np.argsort(scores, kind="stable")
-    total = np.concatenate([np.zeros((len(weights), 1), np.int64), np.cumsum(weights[:, order], 1, np.int64)], 1)
-    return total[:, np.searchsorted(scores[order], thresholds, side)]
+def weight_below(scores, weights, thresholds, sides=("left",)):
+    """(R, K) weight of the scores (N,) below each threshold (K,); weights (R, N).
+
+    Side "right" includes the scores equal to the threshold; several sides are added up.
+    """
+    if (scores[1:] < scores[:-1]).any():
+        order = np.argsort(scores, kind="stable")
+        scores, weights = scores[order], weights[:, order]
+    total = np.zeros((len(weights), len(scores) + 1), weights.dtype)
+    np.cumsum(weights, 1, out=total[:, 1:])
+    return sum(total[:, np.searchsorted(scores, thresholds, side)] for side in sides)
 
 
 def error_rates(genuine, impostor, genuine_weights=None, impostor_weights=None):
@@ -202,17 +225,21 @@ def verification_metrics(genuine, impostor):
     return metrics
 
 
-def threshold_above(top, weights, total, rate):
+def threshold_above(top, weigh, total, rate):
     """(R,) scores such that a threshold just above each is the lowest whose FMR is at most `rate`.
 
-    top: (K,) impostor scores, descending; weights: (R, K); total: (R,) weight of all impostor scores, of which `top`
-    are the highest. Minus infinity where all of `top` may be accepted.
+    top: (K,) impostor scores, descending, the highest of scores of weight `total` (R,); weigh(n): (R, n), the weights
+    of the first n of them. Minus infinity where all of `top` may be accepted.
     """
-    if len(top) == 0:
-        return np.full(len(weights), -np.inf)
     allowed = np.floor(rate * total + 1e-9)[:, None]
-    too_many = np.cumsum(weights, 1, np.int64) > allowed
-    return np.where(too_many.any(1), top[np.argmax(too_many, 1)], -np.inf)
+    n = int(4 * allowed.max()) + 100  # usually enough; the rest of `top` is for resamples that leave much of it out
+    while True:
+        too_many = np.cumsum(weigh(n), 1) > allowed
+        reached = too_many.any(1)
+        if reached.all() or n >= len(top):
+            break
+        n *= 4
+    return np.where(reached, top[np.argmax(too_many, 1)] if len(top) else -np.inf, -np.inf)
 
 
 def general_metrics(genuine, twin, general, weights, genuine_family, twin_family, family_sizes):
@@ -225,17 +252,20 @@ def general_metrics(genuine, twin, general, weights, genuine_family, twin_family
     genuine_weights, twin_weights = weights[:, genuine_family], weights[:, twin_family]
     images = weights * family_sizes
     total = (images.sum(1) ** 2 - (images**2).sum(1)) // 2
-    top_weights = weights[:, general.top_families[:, 0]] * weights[:, general.top_families[:, 1]]
     result = {}
+
+    def weigh(families):
+        return weights[:, families[:, 0]] * weights[:, families[:, 1]]
+
     for rate in GENERAL_MATCH_RATES:
-        above = threshold_above(general.top, top_weights, total, rate)
+        above = threshold_above(general.top, lambda n: weigh(general.top_families[:n]), total, rate)
         result[f"general_threshold_{rate:g}"] = np.nextafter(above, np.inf)
-        refused = np.diagonal(weight_below(genuine, genuine_weights, above, "right"))
-        kept_out = np.diagonal(weight_below(twin, twin_weights, above, "right"))
+        refused = np.diagonal(weight_below(genuine, genuine_weights, above, ["right"]))
+        kept_out = np.diagonal(weight_below(twin, twin_weights, above, ["right"]))
         result[f"twin_fmr_{rate:g}"] = 1 - kept_out / twin_weights.sum(1)
         result[f"fnmr_{rate:g}"] = refused / genuine_weights.sum(1)
-    sample_weights = weights[:, general.sample_families[:, 0]] * weights[:, general.sample_families[:, 1]]
-    below = sum(weight_below(general.sample, sample_weights, genuine, side) for side in ("left", "right"))
+    sample_weights = weigh(general.sample_families)
+    below = weight_below(general.sample, sample_weights, genuine, ("left", "right"))
     pairs = genuine_weights.sum(1) * sample_weights.sum(1)
     result["general_auc"] = (genuine_weights * below).sum(1) / (2 * np.where(pairs, pairs, np.nan))
     return result
@@ -639,7 +669,7 @@ def parse_args(argv=None):
         metavar="N",
         help="images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only",
     )
-    parser.add_argument("--seed", type=natural_int, default=42, help="of the bootstrap (default 42)")
+    parser.add_argument("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
     parser.add_argument("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
     text = "evaluate checkpoints on people they were trained or validated on, and say so in every output"
     parser.add_argument("--allow_overlap", action="store_true", help=text)
@@ -654,6 +684,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         evaluate(args)
+    except torch.cuda.OutOfMemoryError:
+        print("evaluate_twins.py: out of GPU memory: lower --batch_size", file=sys.stderr)
+        return 2
     except (InputError, OSError) as error:
         print(f"evaluate_twins.py: {error}", file=sys.stderr)
         return 2
@@ -702,21 +735,10 @@ def evaluate(args):
                 f"{checkpoint}: was trained or validated on {len(overlap)} of the {len(tested)} test people: "
                 f"{', '.join(overlap)}; test on others, or say --allow_overlap"
             )
-    if args.skip_alignment:
-        crops = read_id_to_images(args.aligned_json)
-    else:
-        crops = align_files(
-            args.id_to_images,
-            pairs,
-            args.aligned_folder,
-            args.aligned_json,
-            args.landmarks,
-            str(device),
-            args.max_workers,
-            args.realign,
-        )
+    crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs, device)
+    pairs, warnings = read_checked_pairs(args.test_pairs, crops)
     evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed)
-    for warning in evaluator.warnings:
+    for warning in warnings + evaluator.warnings:
         print(f"warning: {warning}")
     results, names = [], stem_names(checkpoints)
     for checkpoint in checkpoints:

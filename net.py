@@ -13,6 +13,7 @@ so weights go both ways unchanged.
 
 import os
 import pickle
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -298,8 +299,10 @@ def read_checkpoint(path):
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except ValueError:  # not a zip file: written by PyTorch before 1.6, or no checkpoint at all
             foreign = []
-        with torch.serialization.safe_globals([(_stand_in(name), name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = _load_inert(path, foreign, _Inert)
+        except pickle.UnpicklingError:  # perhaps a class of the file is a kind of dict, into which entries are put
+            content = _load_inert(path, foreign, _InertDict)
     except Exception as error:  # a hostile or damaged file can fail in any way
         if isinstance(error, pickle.UnpicklingError) and "is blocked" in str(error):
             reason = f"it asks to run {str(error).split('GLOBAL ')[-1].split(' ')[0]}, so it was not loaded"
@@ -311,11 +314,27 @@ def read_checkpoint(path):
     return content
 
 
-def _stand_in(name):
-    def ignore(self, *args, **kwargs):
+class _Inert:
+    """Takes the place of any class or function that a checkpoint names: does nothing, whatever it is given."""
+
+    def __init__(self, *args, **kwargs):
         pass
 
-    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+    def __setstate__(self, state):
+        pass
+
+
+class _InertDict:
+    """The same for kinds of dict: the unpickler puts entries into exact dicts only, so this makes such a one."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+def _load_inert(path, names, stand_in):
+    stand_ins = [(type(name.rpartition(".")[2], (stand_in,), {}), name) for name in names]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _network_state(content, path):

@@ -15,12 +15,13 @@ frozen backbone the backbone runs once per image for the whole run, and an epoch
 
 import argparse
 import math
+import os
 import platform
 import re
 import signal
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, natural_int, positive_int
+from align import Parser, add_alignment_arguments, align_files, positive_int, seed_number
 from evaluate_twins import COLOURS, embed, image_pairs, new_figure, save_figure, scores_of, verification_metrics
 from net import (
     ARCHITECTURES,
@@ -43,7 +44,7 @@ from net import (
 )
 from triplet_dataset import (
     TwinTripletDataset,
-    check_pairs,
+    read_checked_pairs,
     read_id_to_images,
     read_pairs,
     split_pairs,
@@ -52,8 +53,9 @@ from triplet_dataset import (
 )
 from triplet_loss import DISTANCES, TripletLoss
 
-# Settings that a resumed run may change: they do not alter what has been computed so far.
-CHANGEABLE = ("epochs", "patience", "device", "max_workers", "resume", "overwrite", "realign", "skip_alignment")
+# Entries of config.json in which a resumed run may differ: how long, where, and how the crops came about.
+CHANGEABLE = {"epochs", "patience", "device", "max_workers", "resume", "overwrite", "realign", "skip_alignment"}
+CHANGEABLE |= {"id_to_images", "landmarks", "aligned_folder", "precision", "used_device", "device_name", "versions"}
 
 
 # ---- parts of training ------------------------------------------------------------------------------
@@ -90,6 +92,14 @@ def make_optimizer(model, learning_rate, weight_decay):
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def installed(package):
+    """The version of an installed package, or None: OpenCV, for one, comes under several names."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def resident(tensor, device):
@@ -142,7 +152,7 @@ class Images:
 class TwinTrainer:
     """Runs the two stages with the settings of `parse_args`; every flag is an attribute of `args`.
 
-        trainer = TwinTrainer(parse_args([...]))
+        trainer = TwinTrainer(parse_args([...]))   # refuses what would spoil an earlier run
         trainer.align()      # photographs -> crops and --aligned_json; skipped by --skip_alignment
         trainer.train()      # crops -> checkpoint, logs, curves; returns the content of training_log.json
 
@@ -155,7 +165,10 @@ class TwinTrainer:
         self.run_name = args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
         self.log_dir = Path(args.log_dir) / self.run_name
         self.device = pick_device(args.device)
-        self.precision = self._choose_precision(args.precision)
+        self.saved = self._earlier_run()
+        # A run goes on in the precision that it began with, wherever.
+        go_on = self.saved and args.precision == "auto"
+        self.precision = self._choose_precision(self.saved["config"]["used_precision"] if go_on else args.precision)
         self.criterion = TripletLoss(args.margin, args.distance)
         self.drawn = -math.inf  # when the curves were last drawn
 
@@ -173,32 +186,23 @@ class TwinTrainer:
 
     def align(self):
         """Align the photographs of all training pairs and write --aligned_json."""
-        args = self.args
-        pairs = read_pairs(args.train_pairs)
-        align_files(
-            args.id_to_images,
-            pairs,
-            args.aligned_folder,
-            args.aligned_json,
-            args.landmarks,
-            str(self.device),
-            args.max_workers,
-            args.realign,
-        )
+        pairs = read_pairs(self.args.train_pairs)
+        align_files(self.args, pairs, self.device)
 
     # ---- stage 2
 
     def train(self):
         """Fine-tune and write everything; returns the content of training_log.json."""
-        saved = self._earlier_run()
         self._prepare_data()
-        self._prepare_model(saved)
+        self._prepare_model()
         self.config = self._describe()
-        if saved:
-            self._check_same_run(saved)
-        reason = self._stop_reason()
-        if reason:
-            print(f"{self.run_name} is finished ({reason}); its best epoch is {self.log['best_checkpoint']}")
+        self.log = {"config": self.config, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
+        if self.saved:
+            self._check_same_run()
+            self._restore()
+        if self._stop_reason():
+            self._write_log()  # again: the run may have been interrupted between its last files
+            print(f"{self.run_name} is finished ({self.log['stopped']}); best epoch: {self.log['best_checkpoint']}")
             return self.log
         self._write_start()
         self._prepare_images()
@@ -211,21 +215,38 @@ class TwinTrainer:
         return self.log
 
     def _earlier_run(self):
-        """last.pth of an earlier run of this name for --resume, else None."""
-        last = self.log_dir / "last.pth"
-        if self.args.resume:
-            return read_checkpoint(last) if last.is_file() else None
-        if (self.log_dir / "training_log.json").exists() and not self.args.overwrite:
+        """last.pth of an earlier run of this name for --resume, else None; refuses what could not begin."""
+        args, last = self.args, self.log_dir / "last.pth"
+        if args.resume and last.is_file():
+            saved = read_checkpoint(last)
+            if not {"state_dict", "optimizer", "scaler", "log", "config"} <= saved.keys():
+                raise InputError(f"{last}: not the state of a run; --overwrite starts anew")
+            return saved
+        if not args.overwrite:
+            there = [path for path in (self.log_dir / "training_log.json", *self._checkpoints()) if path.exists()]
+            if there:
+                raise InputError(
+                    f"{there[0]}: a run of this name is there; --resume goes on with it, --overwrite replaces it, "
+                    f"--run_name NAME starts another{'; its last.pth is gone' if args.resume else ''}"
+                )
+        if args.pretrained != "none" and not Path(args.pretrained).is_file():
             raise InputError(
-                f"{self.log_dir}: holds a run of this name; --resume goes on with it, --overwrite replaces it, "
-                "--run_name NAME starts another"
+                f"{args.pretrained}: no such file; download AdaFace's weights (README, 'Weights') or give "
+                "--pretrained FILE, or --pretrained none to start from random weights"
             )
         return None
+
+    def _checkpoints(self):
+        """The best-epoch checkpoints of this run's name."""
+        folder = Path(self.args.output_dir)
+        prefix = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch"
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        return [folder / name for name in names if re.fullmatch(re.escape(prefix) + r"\d+\.pth", name)]
 
     def _prepare_data(self):
         args = self.args
         images = read_id_to_images(args.aligned_json)
-        pairs, warnings = check_pairs(read_pairs(args.train_pairs), images)
+        pairs, warnings = read_checked_pairs(args.train_pairs, images)
         usable = usable_pairs(pairs, images)
         if not usable:
             raise InputError(f"{args.aligned_json}: no pair makes a triplet (one twin needs two crops, the other one)")
@@ -242,30 +263,26 @@ class TwinTrainer:
         for warning in dict.fromkeys(warnings + self.train_set.warnings):
             print(f"warning: {warning}")
 
-    def _prepare_model(self, saved):
+    def _prepare_model(self):
         args = self.args
         torch.manual_seed(args.seed)
-        if saved:
+        if self.saved:
             self.model = load_checkpoint(self.log_dir / "last.pth", args.arch)
         elif args.pretrained == "none":
             self.model = build_model(args.arch)
         else:
-            if not Path(args.pretrained).is_file():
-                raise InputError(
-                    f"{args.pretrained}: no such file; download AdaFace's weights (README, 'Weights') or give "
-                    "--pretrained FILE, or --pretrained none to start from random weights"
-                )
             self.model = load_checkpoint(args.pretrained, args.arch)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.model.eval().requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.log = {"config": None, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
-        if saved:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scaler.load_state_dict(saved["scaler"])
-            self.log.update(saved["log"])
+
+    def _restore(self):
+        """Take over the saved run's state."""
+        self.optimizer.load_state_dict(self.saved["optimizer"])
+        self.scaler.load_state_dict(self.saved["scaler"])
+        self.log.update(self.saved["log"])
 
     def _prepare_images(self):
         crops = self.train_set.load()
@@ -301,18 +318,17 @@ class TwinTrainer:
             if self.device.type == "cuda"
             else platform.machine(),
             "used_precision": self.precision,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
         }
 
-    def _check_same_run(self, saved):
+    def _check_same_run(self):
         """Refuse to resume with other settings or data than the run began with."""
         config = plain(self.config)
-        free = {*CHANGEABLE, "used_device", "device_name", "versions"}
-        before = saved["config"]
+        before = self.saved["config"]
         differing = [
             f"{key} was {str(before.get(key))[:60]}, is {str(config[key])[:60]}"
             for key in config
-            if key not in free and before.get(key) != config[key]
+            if key not in CHANGEABLE and before.get(key) != config[key]
         ]
         if differing:
             raise InputError(
@@ -321,7 +337,10 @@ class TwinTrainer:
             )
 
     def _write_start(self):
-        self.log["config"] = config = self.config
+        config = self.config
+        if self.args.overwrite:
+            for name in ("last.pth", "training_log.json"):  # else --resume could go on with the replaced run
+                (self.log_dir / name).unlink(missing_ok=True)
         write_json(self.log_dir / "config.json", config)
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         n_val, n_train = config["n_val_pairs"], config["n_train_pairs"]
@@ -395,7 +414,8 @@ class TwinTrainer:
         self.log["epochs"].append(entry)
         epoch = entry["epoch"]
         if epoch > 0 and self._best_epoch() == epoch:
-            path = Path(self.args.output_dir) / self._checkpoint_name(epoch)
+            name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
+            path = Path(self.args.output_dir) / name
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
             save_checkpoint(path, self.model, epoch=epoch, config=self.config, metrics=metrics)
             self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
@@ -410,12 +430,7 @@ class TwinTrainer:
             scaler=self.scaler.state_dict(),
             log={key: value for key, value in self.log.items() if key != "config"},
         )
-        write_json(self.log_dir / "training_log.json", self.log)
-        if epoch > 0:
-            self._remove_other_checkpoints()  # not before what replaces them is on the disk
-        if self.log["stopped"] or time.monotonic() - self.drawn > 20:  # a picture takes longer than a short epoch
-            plot_curves(self.log_dir, self.log)
-            self.drawn = time.monotonic()
+        self._write_log()
         text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
         if entry["val_loss"] is not None:
             text += (
@@ -424,16 +439,17 @@ class TwinTrainer:
         best = "  best so far" if self.log["best_epoch"] == epoch else ""
         print(f"{text}, {100 * entry['active_triplets']:.0f} % active, {entry['timing']['seconds']:.1f} s{best}")
 
-    def _checkpoint_name(self, epoch):
-        return f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
-
-    def _remove_other_checkpoints(self):
-        """Of the checkpoints of this run's name, also of a run that --overwrite replaces, keep the best alone."""
-        best = Path(self.log["best_checkpoint"])
-        for path in best.parent.iterdir():
-            epoch = re.search(r"_epoch(\d+)\.pth$", path.name)
-            if epoch and path.name == self._checkpoint_name(epoch[1]) and path.name != best.name:
-                path.unlink()
+    def _write_log(self):
+        """What follows from the log: its file, the curves, and that of this run's checkpoints only the best is kept."""
+        self.log["stopped"] = self._stop_reason()
+        write_json(self.log_dir / "training_log.json", self.log)
+        if self.log["best_epoch"]:
+            for path in self._checkpoints():  # not before what replaces them is on the disk
+                if path.name != Path(self.log["best_checkpoint"]).name:
+                    path.unlink()
+        if self.log["stopped"] or time.monotonic() - self.drawn > 20:  # a picture takes longer than a short epoch
+            plot_curves(self.log_dir, self.log)
+            self.drawn = time.monotonic()
 
     def _monitored(self):
         """[(value, epoch), ...] of the epochs from 1 on."""
@@ -585,7 +601,7 @@ def parse_args(argv=None):
     add("--patience", type=positive_int, default=5, metavar="N", help=text)
     text = "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); reported figures are always fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
-    add("--seed", type=natural_int, default=42, help="of the split, the sampled triplets and their order (default 42)")
+    add("--seed", type=seed_number, default=42, help="of the split, the sampled triplets and their order (default 42)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="models", metavar="DIR", help="best epoch's checkpoint (default %(default)s)")
@@ -619,7 +635,7 @@ def main(argv=None):
         print(f"train_twins.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train_twins.py: interrupted; the last finished epoch is saved, --resume goes on", file=sys.stderr)
+        print("train_twins.py: interrupted; crops and finished epochs are saved, --resume goes on", file=sys.stderr)
         return 130
     return 0
 

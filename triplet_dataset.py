@@ -162,6 +162,15 @@ def check_pairs(pairs, id_to_images):
     return list(unique.values()), warnings
 
 
+def read_checked_pairs(path, id_to_images):
+    """`check_pairs` of a pair file; its errors name the file."""
+    pairs = read_pairs(path)
+    try:
+        return check_pairs(pairs, id_to_images)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 class TwinImages:
     """The distinct images of the people of twin pairs, numbered: the rows of every matrix of embeddings.
 
@@ -231,12 +240,13 @@ def split_pairs(pairs, validation_split, seed, related=()):
     """
     if not 0 <= validation_split < 1:
         raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
+    pairs = [tuple(pair) for pair in pairs]
     families = find_families([*pairs, *related])
     members = {}
     for pair in pairs:
         members.setdefault(families[pair[0]], []).append(pair)
     if validation_split == 0 or len(members) < 2:
-        return list(pairs), []
+        return pairs, []
     groups = list(members.values())
     order = permute(np.arange(len(groups)), len(groups), hash_key("split", seed))
     groups = [groups[i] for i in order]
@@ -285,14 +295,18 @@ def read_crop(path):
     raise InputError(f"{path}: {size[0]}x{size[1]} {mode}, but a crop is 112x112 RGB; run the alignment stage on it")
 
 
-def load_crops(paths, description="reading crops"):
+def load_crops(paths):
     """(N, 112, 112, 3) uint8 RGB tensor of all crops, each file read once, with a progress bar."""
     crops = torch.empty((len(paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
     view = crops.numpy()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = pool.map(read_crop, paths)
-        for row, crop in enumerate(tqdm(read, description, len(paths), unit="crop", leave=False, disable=None)):
-            view[row] = crop
+        read = tqdm(pool.map(read_crop, paths), "reading crops", len(paths), unit="crop", leave=False, disable=None)
+        try:
+            for row, crop in enumerate(read):
+                view[row] = crop
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
+            raise
     return crops
 
 

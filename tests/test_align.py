@@ -200,7 +200,7 @@ def test_hostile_ids_stay_inside_and_apart():
         "é" * 60,
         "C:\\x",
     ]
-    names += ["Anna", "anna", "ANNA", " a", "a ", "a.", "-rf", "\ud800", "日本", "_-cdb4ee2aea69"]
+    names += ["Anna", "anna", "ANNA", " a", "a ", "a.", "-rf", "\ud800", "日本", "_~cdb4ee2aea69"]
     safe = align.safe_names(names)
     assert len({name.casefold() for name in safe.values()}) == len(names)
     for name in safe.values():
@@ -210,7 +210,8 @@ def test_hostile_ids_stay_inside_and_apart():
         assert name not in (".", "..")
         assert name.split(".")[0].lower() not in ("con", "nul")
     assert safe["日本"] == "日本"
-    assert align.safe_names(["90001", "A b-1"]) == {"90001": "90001", "A b-1": "A b-1"}
+    for name in ("90001", "A b-1", "550e8400-e29b-41d4-a716-446655440000", "x#1 [2] & co!"):
+        assert align.safe_names([name]) == {name: name}
     assert align.safe_names(reversed(names)) == safe
 
 
@@ -288,6 +289,21 @@ def test_done_work_is_not_repeated_and_changes_are_noticed(tmp_path, photos, cap
     assert totals("--realign") == "12 aligned"
 
 
+def test_a_photograph_that_fails_in_an_odd_way_does_not_end_the_run(tmp_path, photos, monkeypatch):
+    import struct
+
+    read = align.read_photo
+
+    def damaged(path):
+        if path.endswith("family00A_0.jpg"):
+            raise struct.error("unpack requires a buffer of 4 bytes")
+        return read(path)
+
+    monkeypatch.setattr(align, "read_photo", damaged)
+    assert align.main(arguments(photos, tmp_path)) == 0
+    assert [len(crops) for crops in json.loads((tmp_path / "aligned.json").read_text()).values()] == [2, 3, 3, 3]
+
+
 def test_mapping_does_not_depend_on_workers(tmp_path, photos):
     for workers in ("1", "5"):
         (tmp_path / workers).mkdir()
@@ -323,9 +339,9 @@ def test_bad_photographs_are_reported_and_left_out(tmp_path, photos, capsys):
     (tmp_path / "unlisted.jpg").write_bytes(content)
     (tmp_path / "flat.jpg").write_bytes(content)
     points = json.loads((photos / "landmarks.json").read_text())["photos/family00A_0.jpg"]
-    landmarks = {name: points for name in [*names, good] if name != "unlisted.jpg"}
+    landmarks = {name: points for name in [*names, "gone.jpg", good] if name != "unlisted.jpg"}
     landmarks["flat.jpg"] = [[5, 5]] * 5
-    (tmp_path / "id_to_images.json").write_text(json.dumps({"a": [*names, good], "b": ["missing.jpg"], "c": []}))
+    (tmp_path / "id_to_images.json").write_text(json.dumps({"a": [*names, good], "b": ["gone.jpg"], "c": []}))
     (tmp_path / "landmarks.json").write_text(json.dumps(landmarks))
     assert align.main(arguments(tmp_path, tmp_path)) == 0
     mapping = json.loads((tmp_path / "aligned.json").read_text())
@@ -333,7 +349,8 @@ def test_bad_photographs_are_reported_and_left_out(tmp_path, photos, capsys):
     report = json.loads((tmp_path / "crops" / "alignment_report.json").read_text())
     assert {Path(e["source"]).name: e["status"] for e in report} == {
         **dict.fromkeys(
-            ["empty.jpg", "truncated.jpg", "folder.jpg", "missing.jpg", "text.jpg", "fifo.jpg"], "unreadable"
+            ["empty.jpg", "truncated.jpg", "folder.jpg", "missing.jpg", "text.jpg", "fifo.jpg", "gone.jpg"],
+            "unreadable",
         ),
         "unlisted.jpg": "no landmarks",
         "flat.jpg": "no face",
@@ -352,6 +369,7 @@ def test_bad_photographs_are_reported_and_left_out(tmp_path, photos, capsys):
         ({"landmarks.json": '{"other.jpg": [[1,1],[2,2],[3,3],[4,4],[5,5]]}'}, "no photograph of"),
         ({"id_to_images.json": "[]"}, "id_to_images.json: expected"),
         ({"id_to_images.json": '{"a": ["photos/nothing.jpg"]}', "landmarks.json": None}, "not one photograph gave"),
+        ({"id_to_images.json": '{"a": ["x.jpg"], "b": ["./x.jpg"]}'}, "x.jpg is listed under 'a' and 'b'"),
         ({"pairs.json": '[["family00A", "nobody"]]'}, "1 IDs of the pairs are not in it, the first 'nobody'"),
     ],
 )

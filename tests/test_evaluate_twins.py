@@ -107,7 +107,7 @@ def test_general_threshold_is_the_lowest_with_that_rate(ties, rate):
     scores = np.sort(rng.normal(0, 1, 5000).round(1 if ties else 12))[::-1]
     weights = rng.integers(0, 4, (3, 5000))
     weights[0] = 1
-    above = ev.threshold_above(scores, weights, weights.sum(1), rate)
+    above = ev.threshold_above(scores, lambda n: weights[:, :n], weights.sum(1), rate)
     for w, s in zip(weights, above, strict=True):
         assert w[scores > s].sum() / w.sum() <= rate
         assert w[scores >= s].sum() / w.sum() > rate
@@ -140,13 +140,29 @@ def test_general_scores_are_the_highest_and_an_even_sample_of_all_cross_family_p
     got = ev.general_scores(embeddings, family, kept, chunk)
     assert got.total == len(pairs)
     np.testing.assert_allclose(got.top, sorted(truth.values(), reverse=True)[:kept], atol=1e-6)
-    assert len(got.sample) == -(-len(pairs) // max(1, -(-len(pairs) // kept))) <= kept
+    assert 0 < len(got.sample) <= len(pairs)
     possible = [(value, {family[i], family[j]}) for (i, j), value in truth.items()]
     for scores, families in ((got.top, got.top_families), (got.sample, got.sample_families)):
         for score, two in zip(scores, families, strict=True):
             assert any(abs(score - value) < 1e-6 and set(two) == both for value, both in possible)
-    if kept == 1000:
+    if kept == 1000:  # more than there are
         np.testing.assert_allclose(np.sort(got.sample), sorted(truth.values()), atol=1e-6)
+
+
+def test_the_sample_of_general_scores_is_even():
+    """Of 2,000 images in 500 families every image is met about as often, and the AUC is that of all pairs."""
+    embeddings = torch.nn.functional.normalize(torch.randn(2000, 16))
+    family = np.arange(2000) // 4
+    everything = ev.general_scores(embeddings, family, 3_000_000)
+    part = ev.general_scores(embeddings, family, 50_000, chunk=256)
+    assert len(everything.sample) == everything.total == part.total == 2000 * 1996 // 2
+    assert abs(len(part.sample) - 50_000) < 2_500
+    met = np.bincount(part.sample_families.ravel(), minlength=500)
+    assert met.min() > 0.6 * met.mean()
+    assert met.max() < 1.4 * met.mean()
+    for quantile in (0.1, 0.5, 0.9):
+        assert np.quantile(part.sample, quantile) == pytest.approx(np.quantile(everything.sample, quantile), abs=0.01)
+    np.testing.assert_allclose(part.top, everything.top[: len(part.top)], atol=1e-6)
 
 
 def test_embedding_does_not_depend_on_the_batch(tiny_model):

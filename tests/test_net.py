@@ -2,6 +2,7 @@ import json
 import os
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,8 @@ def test_missing_batch_counters_are_accepted(tmp_path, tiny_model):
     )
 
 
-def test_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model, monkeypatch):
+@pytest.mark.parametrize("kind", ["object", "dict", "numpy"])
+def test_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model, monkeypatch, kind):
     module = types.ModuleType("vanished_lightning.callbacks")
 
     class ModelCheckpoint:
@@ -151,7 +153,7 @@ def test_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model
     class Settings(dict):
         pass
 
-    for cls in (ModelCheckpoint,):
+    for cls in (ModelCheckpoint, Settings):
         cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
         setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, "vanished_lightning", types.ModuleType("vanished_lightning"))
@@ -162,6 +164,10 @@ def test_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model
         "callbacks": {ModelCheckpoint: {"best_model_path": "x", "object": ModelCheckpoint("y")}},
         "hyper_parameters": {"root": Path("/data")},
     }
+    if kind == "dict":
+        content["hyper_parameters"] = Settings(margin=0.4, nested=defaultdict(list, a=[1]))
+    if kind == "numpy":
+        content["best"] = np.float64(0.5)
     torch.save(content, tmp_path / "upstream.ckpt")
     monkeypatch.undo()
     with pytest.raises(ModuleNotFoundError):
@@ -250,3 +256,16 @@ def test_device_that_is_not_there():
     with pytest.raises(net.InputError, match="--device cuda:99"):
         net.pick_device("cuda:99")
     assert net.pick_device("cpu").type == "cpu"
+
+
+def test_a_cuda_device_is_named_with_its_number_and_without_tf32(monkeypatch):
+    """As tensors name theirs: torch.device("cuda") is not equal to the "cuda:0" of a tensor made there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    torch.backends.cudnn.allow_tf32 = True
+    assert net.pick_device("auto") == net.pick_device("cuda") == torch.device("cuda:0")
+    assert net.pick_device("cuda:1") == chosen[-1] == torch.device("cuda:1")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -75,7 +75,7 @@ def test_full_mode_trains_every_parameter_and_no_statistic(tmp_path, run):
 def test_dedup_equals_the_naive_three_forward_computation(tmp_path, write_crops, tiny_model, frozen):
     aligned, pairs = write_crops([[3, 3], [2, 2]])
     dataset = TwinTripletDataset(read_id_to_images(aligned), read_pairs(pairs))
-    flags = f"--train_pairs {pairs} --skip_alignment --freeze_backbone {frozen} --device cpu --learning_rate 0.01"
+    flags = f"--train_pairs {pairs} --skip_alignment --freeze_backbone {frozen} --device cpu --pretrained none"
     trainer = train_twins.TwinTrainer(train_twins.parse_args(flags.split()))
     reference = net.build_model("ir_tiny").eval()
     reference.load_state_dict(tiny_model.state_dict())
@@ -165,12 +165,12 @@ def test_batchnorm_statistics_of_a_random_network_are_those_of_its_crops(write_c
 
 
 def test_random_start_trains_and_differs_by_seed(tmp_path, run):
-    assert run("--pretrained none --seed 1", "a")[0] == 0
-    assert run("--pretrained none --seed 1", "b")[0] == 0
-    assert run("--pretrained none --seed 2", "c")[0] == 0
-    a, b, c = (states(tmp_path, name)[1]["output_layer.3.weight"] for name in "abc")
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(f"--pretrained none --epochs 1 --freeze_backbone --seed {seed}", name)[0] == 0
+    a, b, c = (states(tmp_path, name)[1] for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["input_layer.0.weight"], c["input_layer.0.weight"])
+    assert not torch.equal(a["input_layer.1.running_mean"], torch.zeros(64))  # it got statistics of its own
 
 
 # ---- what is written
@@ -189,6 +189,10 @@ def test_log_config_and_checkpoint_say_what_the_design_says(tmp_path, run):
     maxima = [(n := len(images[a])) * (n - 1) * (m := len(images[b])) + m * (m - 1) * n for a, b in pairs]
     assert config["n_train_triplets"] == sum((50 * maximum + 99) // 100 for maximum in maxima)
     assert config["n_possible_train_triplets"] == sum(maxima)
+    images_of = {name: len(paths) for name, paths in images.items()}
+    validated = [p for p in read_pairs(config["train_pairs"]) if set(p) <= set(config["val_ids"])]
+    counts = [(images_of[a], images_of[b]) for a, b in validated]
+    assert config["n_val_triplets"] == sum(n * (n - 1) * m + m * (m - 1) * n for n, m in counts)  # all of them
     assert config["n_train_images"] == sum(len(images[i]) for i in config["train_ids"])
     assert config["trainable_parameters"] == [name for name, _ in net.build_model("ir_tiny").named_parameters()]
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -264,7 +268,7 @@ def test_training_reduces_the_training_loss(run):
 def test_default_run_names(tmp_path):
     def name(flags):
         return train_twins.TwinTrainer(
-            train_twins.parse_args(f"--train_pairs x --skip_alignment {flags}".split())
+            train_twins.parse_args(f"--train_pairs x --skip_alignment --pretrained none {flags}".split())
         ).run_name
 
     assert name("") == "full_100pct_margin0.3"
@@ -328,19 +332,50 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, run, mode):
     assert len(list((tmp_path / "models").iterdir())) == 2
 
 
-def test_resume_starts_goes_on_and_says_when_finished(run, capsys):
+def test_resume_starts_goes_on_and_says_when_finished(tmp_path, run, capsys):
     assert run("--resume --epochs 1")[0] == 0
+    for name in ("training_log.json", "loss_curves.png"):  # as if killed between the last files
+        (tmp_path / "logs" / "run" / name).unlink()
     capsys.readouterr()
-    assert run("--resume --epochs 1")[0] == 0
+    code, log = run("--resume --epochs 1")
+    assert code == 0
     assert "run is finished (epochs)" in capsys.readouterr().out
+    assert len(log["epochs"]) == 2
+    assert (tmp_path / "logs" / "run" / "loss_curves.png").exists()
 
 
 def test_resume_with_other_settings_is_refused_with_the_list(run, capsys):
     run("--epochs 1")
-    assert run("--epochs 2 --resume --margin 0.2 --seed 1")[0] == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    assert run("--epochs 2 --resume --margin 0.2 --seed 1 --freeze_backbone --learning_rate 1e-4")[0] == 2
+    (error,) = capsys.readouterr().err.splitlines()
     assert "margin was 0.3, is 0.2" in error
     assert "seed was 42, is 1" in error
+    assert "freeze_backbone was False, is True" in error
+
+
+def test_resume_keeps_the_precision_that_the_run_began_with(run):
+    run("--epochs 1 --precision bf16")
+    code, log = run("--epochs 2 --resume --precision auto")
+    assert code == 0
+    assert log["config"]["used_precision"] == "bf16"
+
+
+def test_resume_needs_the_state_of_a_run(tmp_path, run, tiny_model, capsys):
+    run("--epochs 1")
+    last = tmp_path / "logs" / "run" / "last.pth"
+    net.save_checkpoint(last, tiny_model)
+    assert run("--epochs 2 --resume")[0] == 2
+    assert "not the state of a run" in capsys.readouterr().err
+    last.unlink()
+    assert run("--epochs 2 --resume")[0] == 2
+    assert "its last.pth is gone" in capsys.readouterr().err
+
+
+def test_another_runs_checkpoint_of_the_same_name_is_kept(tmp_path, run, capsys):
+    _, log = run("--epochs 1")
+    assert run(f"--epochs 1 --log_dir {tmp_path}/elsewhere")[0] == 2
+    assert "a run of this name is there" in capsys.readouterr().err
+    assert Path(log["best_checkpoint"]).exists()
 
 
 def test_a_finished_run_is_not_overwritten_without_the_flag(tmp_path, run, capsys):
@@ -461,20 +496,27 @@ def test_freeze_backbone_takes_usual_spellings(text, value):
         "--seed x",
         "--run_name ../x",
         "--resume --overwrite",
-        "--unknown",
+        "--unknown x",
         "--pretrained missing.ckpt",
         "--aligned_json missing.json",
         "--train_pairs missing.json",
-        "--arch ir_18",
     ],
 )
 def test_wrong_flags_are_one_line_with_the_name_and_write_nothing(tmp_path, run, capsys, flags):
     assert run(flags)[0] == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train_twins.py: ")
-    assert flags.split()[0].lstrip("-") in line or flags.split()[-1] in line
+    flag, value = flags.split()
+    assert (value if value.startswith("missing") or flag == "--device" else flag.lstrip("-")) in line
     assert not (tmp_path / "logs").exists()
     assert not (tmp_path / "models").exists()
+
+
+def test_another_architecture_is_named(run, capsys):
+    assert run("--arch ir_18")[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not a whole ir_18 network" in line
+    assert "its tensors fit ir_tiny" in line
 
 
 def test_alignment_needs_photographs(capsys):
@@ -482,11 +524,26 @@ def test_alignment_needs_photographs(capsys):
     assert "--id_to_images is needed unless --skip_alignment" in capsys.readouterr().err
 
 
-def test_a_huge_rate_ends_in_one_line_not_in_a_traceback(tmp_path, run, capsys):
-    code, log = run("--learning_rate 1e5 --epochs 3")
-    if code:  # whether it overflows depends on the machine's arithmetic; a traceback would fail the call itself
-        assert code == 2
-        assert "the loss is not finite" in capsys.readouterr().err
-        assert (
-            torch.load(tmp_path / "logs" / "run" / "last.pth", weights_only=True)["epoch"] == log["epochs"][-1]["epoch"]
-        )
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path, run, capsys, monkeypatch):
+    step = train_twins.TwinTrainer._step
+
+    def overflow(self, triplets):
+        statistics = step(self, triplets)
+        return {**statistics, "loss": statistics["loss"] * float("inf")}
+
+    monkeypatch.setattr(train_twins.TwinTrainer, "_step", overflow)
+    assert run()[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the loss is not finite in epoch 1" in line
+    assert torch.load(tmp_path / "logs" / "run" / "last.pth", weights_only=True)["epoch"] == 0
+
+
+def test_precision_follows_the_device(monkeypatch):
+    choose = train_twins.TwinTrainer._choose_precision
+    trainer = object.__new__(train_twins.TwinTrainer)
+    trainer.device = torch.device("cpu")
+    assert choose(trainer, "auto") == "fp32"
+    trainer.device = torch.device("cuda", 0)
+    for supported, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
+        assert choose(trainer, "auto") == expected

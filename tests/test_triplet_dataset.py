@@ -306,6 +306,11 @@ def test_the_seed_decides_which_families_validate():
     assert max(counts.values()) < 2.2 * min(counts.values())
 
 
+def test_pairs_may_be_lists_as_in_json():
+    train, val = td.split_pairs([["a", "b"], ["c", "d"], ["e", "f"]], 0.3, 1)
+    assert (len(train), len(val)) == (2, 1)
+
+
 def test_a_single_family_has_no_validation():
     pairs = [("a", "b"), ("b", "c"), ("a", "c")]
     assert td.split_pairs(pairs, 0.5, 1) == (pairs, [])
