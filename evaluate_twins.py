@@ -729,12 +729,19 @@ def evaluate(args):
     checkpoints = list_checkpoints(args.checkpoints, args.baseline)
     tested = {name for pair in pairs for name in pair}
     for checkpoint in checkpoints:  # before hours of alignment
-        overlap = find_overlap(read_facts(checkpoint), tested)
+        facts = read_facts(checkpoint)
+        overlap = find_overlap(facts, tested)
         if overlap and not args.allow_overlap:
             raise InputError(
                 f"{checkpoint}: was trained or validated on {len(overlap)} of the {len(tested)} test people: "
                 f"{', '.join(overlap)}; test on others, or say --allow_overlap"
             )
+        for flag in ("aligned_folder", "aligned_json"):
+            trained = facts.get("config", {}).get(flag)
+            if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(getattr(args, flag)):
+                raise InputError(
+                    f"--{flag} {trained}: {checkpoint} was trained from there; name another for test crops"
+                )
     crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs, device)
     pairs, warnings = read_checked_pairs(args.test_pairs, crops)
     evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed)

@@ -473,6 +473,22 @@ def test_test_people_that_were_trained_on_stop_the_evaluation(tmp_path, evaluati
     assert ",2," in (tmp_path / "out" / "comparison.csv").read_text().splitlines()[2]
 
 
+def test_test_crops_do_not_go_among_the_training_crops(tmp_path, tiny_model, capsys):
+    write_photos(tmp_path, 2, 2, seed=1)
+    save_tuned(tmp_path, "a.pth", tiny_model, aligned_folder=f"{tmp_path}/train", aligned_json=f"{tmp_path}/train.json")
+    common = (
+        f"--test_pairs {tmp_path}/pairs.json --id_to_images {tmp_path}/id_to_images.json --device cpu "
+        f"--landmarks {tmp_path}/landmarks.json --checkpoints {tmp_path}/a.pth --output_dir {tmp_path}/out"
+    )
+    for folder, name, flag in (("train", "x.json", "--aligned_folder"), ("x", "train.json", "--aligned_json")):
+        command = f"{common} --aligned_folder {tmp_path}/{folder} --aligned_json {tmp_path}/{name}"
+        assert ev.main(command.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert flag in line
+        assert "was trained from there" in line
+        assert not (tmp_path / folder).exists()
+
+
 def test_folders_and_the_baseline(tmp_path, evaluation, tiny_model):
     (tmp_path / "models").mkdir()
     for name, share in (("two.pth", 10), ("one.pth", 100)):
