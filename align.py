@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
@@ -158,7 +159,6 @@ class FaceAlignmentDetector:
 
     def __init__(self, device="cpu"):
         import face_alignment
-        import torch
 
         try:
             self.network = face_alignment.FaceAlignment(
@@ -382,8 +382,6 @@ _detector = None  # one per worker process
 
 def _start_worker(threads):
     global _detector
-    import torch
-
     torch.set_num_threads(threads)
     cv2.setNumThreads(1)
     _detector = FaceAlignmentDetector("cpu")
@@ -520,19 +518,34 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Run the stage; returns the exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
+def run_script(name, work, interrupted):
+    """Run `work()` as a script's main: returns its exit code.
+
+    0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`. Anything else
+    that is raised is a bug and passes.
+    """
     try:
-        args = parse_args(argv)
-        pairs = read_pairs(args.pairs) if args.pairs else None
-        align_files(args, pairs, pick_device(args.device))
+        work()
+    except torch.OutOfMemoryError:
+        print(f"{name}: out of GPU memory: lower --batch_size, or take another --device", file=sys.stderr)
+        return 2
     except (InputError, OSError) as error:
-        print(f"align.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("align.py: interrupted; the crops made so far are kept, run it again to go on", file=sys.stderr)
+        print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv=None):
+    """Run the stage; returns the exit code (see run_script)."""
+
+    def work():
+        args = parse_args(argv)
+        align_files(args, read_pairs(args.pairs) if args.pairs else None, pick_device(args.device))
+
+    return run_script("align.py", work, "interrupted; the crops made so far are kept, run it again to go on")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, positive_int, seed_number, stem_names
+from align import (
+    Parser,
+    add_alignment_arguments,
+    align_files,
+    positive_int,
+    run_script,
+    seed_number,
+    stem_names,
+)
 from net import InputError, load_checkpoint, pick_device, read_facts, replacing, to_input
 from triplet_dataset import (
     TwinImages,
@@ -638,41 +646,26 @@ def _against(result, baseline):
 
 
 def parse_args(argv=None):
-    parser = Parser(
-        prog="evaluate_twins.py", description="Measure how well checkpoints tell the twins of a test set apart."
-    )
-    parser.add_argument("--test_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
-    parser.add_argument("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}')
-    parser.add_argument(
-        "--aligned_folder", default="test_aligned_images", metavar="DIR", help="test crops (default %(default)s)"
-    )
-    parser.add_argument(
-        "--aligned_json",
-        default="id_to_test_aligned_images.json",
-        metavar="FILE",
-        help="list of the test crops, written by the alignment (default %(default)s)",
-    )
-    parser.add_argument(
-        "--checkpoints",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="networks to compare, the start first; a folder stands for the .pth and .ckpt files in it",
-    )
-    parser.add_argument("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
-    parser.add_argument("--output_dir", default="evaluation_results", metavar="DIR", help="default %(default)s")
-    parser.add_argument("--skip_alignment", action="store_true", help="take the crops of --aligned_json as they are")
+    text = "Measure how well checkpoints tell the twins of a test set apart."
+    parser = Parser(prog="evaluate_twins.py", description=text)
+    add = parser.add_argument
+    add("--test_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
+    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
+    add("--aligned_folder", default="test_aligned_images", metavar="DIR", help="test crops (default %(default)s)")
+    text = "list of the test crops, which the alignment writes (default %(default)s)"
+    add("--aligned_json", default="id_to_test_aligned_images.json", metavar="FILE", help=text)
+    add("--skip_alignment", action="store_true", help="take the crops of --aligned_json as they are")
     add_alignment_arguments(parser)
-    parser.add_argument(
-        "--batch_size",
-        type=positive_int,
-        metavar="N",
-        help="images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only",
-    )
-    parser.add_argument("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
-    parser.add_argument("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
+    text = "networks to compare, the start first; a folder stands for the .pth and .ckpt files in it"
+    add("--checkpoints", required=True, nargs="+", metavar="FILE", help=text)
+    add("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
+    add("--output_dir", default="evaluation_results", metavar="DIR", help="where results go (default %(default)s)")
+    text = "images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only"
+    add("--batch_size", type=positive_int, metavar="N", help=text)
+    add("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
+    add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
     text = "evaluate checkpoints on people they were trained or validated on, and say so in every output"
-    parser.add_argument("--allow_overlap", action="store_true", help=text)
+    add("--allow_overlap", action="store_true", help=text)
     args = parser.parse_args(argv)
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
@@ -680,20 +673,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Evaluate; returns the exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
-    try:
-        args = parse_args(argv)
-        evaluate(args)
-    except torch.cuda.OutOfMemoryError:
-        print("evaluate_twins.py: out of GPU memory: lower --batch_size", file=sys.stderr)
-        return 2
-    except (InputError, OSError) as error:
-        print(f"evaluate_twins.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate_twins.py: interrupted; finished checkpoints have their results", file=sys.stderr)
-        return 130
-    return 0
+    """Evaluate; returns the exit code (see align.run_script)."""
+    text = "interrupted; finished checkpoints have their results"
+    return run_script("evaluate_twins.py", lambda: evaluate(parse_args(argv)), text)
 
 
 def list_checkpoints(names, baseline):

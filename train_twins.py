@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, positive_int, seed_number
+from align import Parser, add_alignment_arguments, align_files, positive_int, run_script, seed_number
 from evaluate_twins import COLOURS, embed, image_pairs, new_figure, save_figure, scores_of, verification_metrics
 from net import (
     ARCHITECTURES,
@@ -621,23 +621,15 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Run both stages; returns the exit code: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
-    try:
-        args = parse_args(argv)
-        trainer = TwinTrainer(args)
-        if not args.skip_alignment:
+    """Run both stages; returns the exit code (see align.run_script)."""
+
+    def work():
+        trainer = TwinTrainer(parse_args(argv))
+        if not trainer.args.skip_alignment:
             trainer.align()
         trainer.train()
-    except torch.cuda.OutOfMemoryError:
-        print("train_twins.py: out of GPU memory: lower --batch_size", file=sys.stderr)
-        return 2
-    except (InputError, OSError) as error:
-        print(f"train_twins.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train_twins.py: interrupted; crops and finished epochs are saved, --resume goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_script("train_twins.py", work, "interrupted; crops and finished epochs are saved, --resume goes on")
 
 
 if __name__ == "__main__":
