@@ -196,7 +196,10 @@ def error_rates(genuine, impostor, genuine_weights=None, impostor_weights=None):
 
 
 def twin_metrics(rates):
-    """{name: (R,) values} of genuine against twin impostor scores; rates (R, K), see verification_metrics."""
+    """{name: (R,) values} of genuine against twin impostor scores; rates (R, K), see verification_metrics.
+
+    NaN for a resample without genuine or without impostor pairs.
+    """
     each = np.arange(len(rates.genuine))
     at = np.argmin(np.abs(rates.false_matches * rates.genuine - rates.false_non_matches * rates.impostor), 1)
     right = rates.impostor - rates.false_matches + rates.genuine - rates.false_non_matches
@@ -213,7 +216,8 @@ def twin_metrics(rates):
     }
     for far in FALSE_ACCEPT_RATES:  # FMR falls and FNMR rises with the threshold: the first that will do is the best
         result[f"tar_at_far_{far:g}"] = 1 - rates.fnmr[each, np.argmax(rates.fmr <= far, 1)]
-    return result
+    both = ((rates.genuine > 0) & (rates.impostor > 0))[:, 0]
+    return {name: np.where(both, value, np.nan) for name, value in result.items()}
 
 
 def verification_metrics(genuine, impostor):

@@ -599,7 +599,9 @@ def parse_args(argv=None):
     add("--monitor", choices=("val_loss", "val_eer"), default="val_loss", help=text)
     text = "stop after N epochs in a row without a new best (default 5)"
     add("--patience", type=positive_int, default=5, metavar="N", help=text)
-    text = "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); reported figures are always fp32"
+    text = (
+        "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); epoch 0 and validation are always fp32"
+    )
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
     add("--seed", type=seed_number, default=42, help="of the split, the sampled triplets and their order (default 42)")
 

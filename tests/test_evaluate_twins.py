@@ -249,6 +249,15 @@ def test_figures_are_the_unweighted_ones_and_null_where_unresolved():
     assert all(np.array_equal(samples[name], again[name], equal_nan=True) for name in samples)
 
 
+def test_a_resample_without_pairs_of_a_kind_says_nothing():
+    genuine, twin = np.array([0.5, 0.6]), np.array([0.1, 0.2])
+    weights = np.array([[1, 1], [1, 1], [0, 0]]), np.array([[1, 1], [0, 0], [1, 1]])
+    with np.errstate(invalid="ignore"):
+        got = ev.twin_metrics(ev.error_rates(genuine, twin, *weights))
+    for name, values in got.items():
+        assert np.isnan(values).tolist() == [False, True, True], name
+
+
 def test_one_family_has_no_general_pairs():
     case = Case(0, n_families=1)
     figures, _ = case.evaluator.metrics(case.scores)
