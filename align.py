@@ -14,6 +14,7 @@ Every crop carries a key of its source file and settings, so a repeated run only
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -25,6 +26,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,12 +34,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
-
-from net import CROP_SIZE, InputError, pick_device, replacing
-from triplet_dataset import read_id_to_images, read_json, read_pairs, resolve, write_json
 
 # Left eye, right eye (as seen in the picture), nose, mouth corners, in pixels of the crop: the template of
 # ArcFace (Deng et al., CVPR 2019; reference points of insightface), which AdaFace's crops follow.
@@ -45,7 +43,96 @@ TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees
+CROP_SIZE = 112  # pixels, width and height
 SETTINGS = "arcface-112 area bilinear 1"  # part of each crop's key: change it whenever crops would differ
+
+
+# ---- files ----
+
+
+class InputError(ValueError):
+    """A file, an entry or a setting that a user gave is wrong; the message is one line for that user."""
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path in `path`'s folder that becomes `path` when the block ends without error.
+
+    A reader sees the old file or the whole new one, never a part: the data is on the disk before the rename.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path):
+    """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN."""
+
+    def unique(entries):
+        result = {}
+        for key, value in entries:
+            if key in result:
+                raise ValueError(f"key {key!r} stands there twice; merge the two entries")
+            result[key] = value
+        return result
+
+    def number(text):
+        raise ValueError(f"{text} is not a number in JSON")
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=number)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be what is expected here") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+
+
+def read_id_to_images(path):
+    """{"ID": ["path", ...]} -> {ID: [path, ...]}, relative paths taken from the file's own folder."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f'{path}: expected {{"ID": ["path", ...], ...}} with at least one ID')
+    for name, images in content.items():
+        if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+            raise InputError(f"{path}: the images of ID {name!r} must be a list of paths")
+    folder = os.path.dirname(os.path.abspath(path))
+    return {name: [resolve(folder, image) for image in images] for name, images in content.items()}
+
+
+def read_pairs(path):
+    """[["ID", "twin's ID"], ...] -> [(ID, ID), ...]."""
+    content = read_json(path)
+    if not isinstance(content, list) or not content:
+        raise InputError(f'{path}: expected [["ID", "twin\'s ID"], ...] with at least one pair')
+    for number, pair in enumerate(content, 1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise InputError(f"{path}: pair {number} is {str(pair)[:80]}; expected two IDs, both strings")
+    return [(a, b) for a, b in content]
+
+
+def resolve(folder, path):
+    """`path` as it is meant in a file that lies in `folder`."""
+    return os.path.normpath(os.path.join(folder, path))
+
+
+def write_json(path, content):
+    """Write `content` as JSON, atomically; NaN is refused (ValueError), since JSON has none."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
 
 
 # ---- landmarks from a file ------------------------------------------------------------------------------------------
@@ -159,6 +246,7 @@ class FaceAlignmentDetector:
 
     def __init__(self, device="cpu"):
         import face_alignment
+        from torch import hub
 
         try:
             self.network = face_alignment.FaceAlignment(
@@ -172,7 +260,7 @@ class FaceAlignmentDetector:
             raise InputError(
                 f"face-alignment's weights cannot be loaded ({error}): put s3fd-619a316812.pth and "
                 f"2DFAN4-11f355bf06.pth.tar from https://www.adrianbulat.com/downloads/python-fan/ into "
-                f"{os.path.join(torch.hub.get_dir(), 'checkpoints')}, or give --landmarks"
+                f"{os.path.join(hub.get_dir(), 'checkpoints')}, or give --landmarks"
             ) from error
 
     def __call__(self, image):
@@ -382,6 +470,8 @@ _detector = None  # one per worker process
 
 def _start_worker(threads):
     global _detector
+    import torch
+
     torch.set_num_threads(threads)
     cv2.setNumThreads(1)
     _detector = FaceAlignmentDetector("cpu")
@@ -391,7 +481,7 @@ def _align_in_worker(job):
     return align_one(job, _detector)
 
 
-def align_files(args, pairs, device):
+def align_files(args, pairs):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
     args: the flags of `add_alignment_arguments` and --id_to_images, --aligned_folder, --aligned_json; pairs:
@@ -423,6 +513,7 @@ def align_files(args, pairs, device):
         landmarks = read_landmarks(args.landmarks, os.path.dirname(os.path.abspath(images_file)))
         if not any(source in landmarks for sources in photos.values() for source in sources):
             raise InputError(f"{args.landmarks}: no photograph of {images_file} has an entry; compare the paths")
+    device = "cpu" if landmarks is not None else pick_device(args.device)
     mapping, report = align_images(photos, folder, landmarks, device, args.max_workers, args.realign)
     write_json(Path(folder) / "alignment_report.json", report)
 
@@ -480,6 +571,27 @@ LANDMARKS_HELP = (
 )
 
 
+def pick_device(name="auto"):
+    """torch.device for "auto" (cuda if there is one, else cpu), "cuda", "cuda:N" or "cpu".
+
+    Also turns TF32 off for the process: reported figures are computed in full float32.
+    Raises InputError for a device that this machine does not have.
+    """
+    import torch  # here, because with landmarks given the alignment does without
+
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= available:
+            raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
+        device = torch.device("cuda", device.index or 0)  # with its number, as tensors say it
+        torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
 def positive_int(text):
     """An argparse type: an integer of at least 1."""
     value = int(text)
@@ -526,16 +638,25 @@ def run_script(name, work, interrupted):
     """
     try:
         work()
-    except torch.OutOfMemoryError:
-        print(f"{name}: out of GPU memory: lower --batch_size, or take another --device", file=sys.stderr)
-        return 2
     except (InputError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which may not have been loaded
+            raise
+        print(f"{name}: out of GPU memory: lower --batch_size, or take another --device", file=sys.stderr)
+        return 2
     return 0
+
+
+def answer_flags(name, parse_args):
+    """Answer --help and wrong flags at the top of a script, before PyTorch is loaded, which takes seconds."""
+    code = run_script(name, parse_args, "interrupted")
+    if code:
+        sys.exit(code)
 
 
 def main(argv=None):
@@ -543,7 +664,7 @@ def main(argv=None):
 
     def work():
         args = parse_args(argv)
-        align_files(args, read_pairs(args.pairs) if args.pairs else None, pick_device(args.device))
+        align_files(args, read_pairs(args.pairs) if args.pairs else None)
 
     return run_script("align.py", work, "interrupted; the crops made so far are kept, run it again to go on")
 

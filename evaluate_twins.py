@@ -18,28 +18,64 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from align import (
+    InputError,
+    Parser,
+    add_alignment_arguments,
+    align_files,
+    answer_flags,
+    pick_device,
+    positive_int,
+    read_id_to_images,
+    read_pairs,
+    replacing,
+    run_script,
+    seed_number,
+    stem_names,
+    write_json,
+)
+
+
+def parse_args(argv=None):
+    text = "Measure how well checkpoints tell the twins of a test set apart."
+    parser = Parser(prog="evaluate_twins.py", description=text)
+    add = parser.add_argument
+    add("--test_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
+    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
+    add("--aligned_folder", default="test_aligned_images", metavar="DIR", help="test crops (default %(default)s)")
+    text = "list of the test crops, which the alignment writes (default %(default)s)"
+    add("--aligned_json", default="id_to_test_aligned_images.json", metavar="FILE", help=text)
+    add("--skip_alignment", action="store_true", help="take the crops of --aligned_json as they are")
+    add_alignment_arguments(parser)
+    text = "networks to compare, the start first; a folder stands for the .pth and .ckpt files in it"
+    add("--checkpoints", required=True, nargs="+", metavar="FILE", help=text)
+    add("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
+    add("--output_dir", default="evaluation_results", metavar="DIR", help="where results go (default %(default)s)")
+    text = "images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only"
+    add("--batch_size", type=positive_int, metavar="N", help=text)
+    add("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
+    add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
+    text = "evaluate checkpoints on people they were trained or validated on, and say so in every output"
+    add("--allow_overlap", action="store_true", help=text)
+    args = parser.parse_args(argv)
+    if not args.skip_alignment and not args.id_to_images:
+        parser.error("--id_to_images is needed unless --skip_alignment is given")
+    return args
+
+
+if __name__ == "__main__":
+    answer_flags("evaluate_twins.py", parse_args)
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from align import (
-    Parser,
-    add_alignment_arguments,
-    align_files,
-    positive_int,
-    run_script,
-    seed_number,
-    stem_names,
-)
-from net import InputError, load_checkpoint, pick_device, read_facts, replacing, to_input
+from net import load_checkpoint, read_facts, to_input
 from triplet_dataset import (
     TwinImages,
     find_families,
     load_crops,
     read_checked_pairs,
-    read_id_to_images,
-    read_pairs,
-    write_json,
 )
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
@@ -649,33 +685,6 @@ def _against(result, baseline):
 # ---- command line -----------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    text = "Measure how well checkpoints tell the twins of a test set apart."
-    parser = Parser(prog="evaluate_twins.py", description=text)
-    add = parser.add_argument
-    add("--test_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
-    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
-    add("--aligned_folder", default="test_aligned_images", metavar="DIR", help="test crops (default %(default)s)")
-    text = "list of the test crops, which the alignment writes (default %(default)s)"
-    add("--aligned_json", default="id_to_test_aligned_images.json", metavar="FILE", help=text)
-    add("--skip_alignment", action="store_true", help="take the crops of --aligned_json as they are")
-    add_alignment_arguments(parser)
-    text = "networks to compare, the start first; a folder stands for the .pth and .ckpt files in it"
-    add("--checkpoints", required=True, nargs="+", metavar="FILE", help=text)
-    add("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
-    add("--output_dir", default="evaluation_results", metavar="DIR", help="where results go (default %(default)s)")
-    text = "images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only"
-    add("--batch_size", type=positive_int, metavar="N", help=text)
-    add("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
-    add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
-    text = "evaluate checkpoints on people they were trained or validated on, and say so in every output"
-    add("--allow_overlap", action="store_true", help=text)
-    args = parser.parse_args(argv)
-    if not args.skip_alignment and not args.id_to_images:
-        parser.error("--id_to_images is needed unless --skip_alignment is given")
-    return args
-
-
 def main(argv=None):
     """Evaluate; returns the exit code (see align.run_script)."""
     text = "interrupted; finished checkpoints have their results"
@@ -728,7 +737,7 @@ def evaluate(args):
                 raise InputError(
                     f"--{flag} {trained}: {checkpoint} was trained from there; name another for test crops"
                 )
-    crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs, device)
+    crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs)
     pairs, warnings = read_checked_pairs(args.test_pairs, crops)
     evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed)
     for warning in warnings + evaluator.warnings:

@@ -11,15 +11,15 @@ State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.co
 so weights go both ways unchanged.
 """
 
-import os
 import pickle
 from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+from align import CROP_SIZE, InputError, replacing
 
 # name: (units per stage, channels per stage, bottleneck units, squeeze-and-excitation)
 _BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
@@ -37,11 +37,6 @@ ARCHITECTURES = {
 ARCHITECTURES["ir_se_200"] = (*ARCHITECTURES["ir_200"][:3], True)
 
 EMBEDDING_SIZE = 512
-CROP_SIZE = 112
-
-
-class InputError(ValueError):
-    """A file, an entry or a setting that a user gave is wrong; the message is one line for that user."""
 
 
 class SEBlock(nn.Module):
@@ -169,45 +164,7 @@ def to_input(crops):
     return bgr.to(torch.float32).sub_(127.5).div_(127.5)
 
 
-def pick_device(name="auto"):
-    """torch.device for "auto" (cuda if there is one, else cpu), "cuda", "cuda:N" or "cpu".
-
-    Also turns TF32 off for the process: reported figures are computed in full float32.
-    Raises InputError for a device that this machine does not have.
-    """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        name = "cuda" if available else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if (device.index or 0) >= available:
-            raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
-        device = torch.device("cuda", device.index or 0)  # with its number, as tensors say it
-        torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return device
-
-
 # ---- checkpoints ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path):
-    """Yield a temporary path in `path`'s folder that becomes `path` when the block ends without error.
-
-    A reader sees the old file or the whole new one, never a part: the data is on the disk before the rename.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def plain(value):

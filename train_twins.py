@@ -24,19 +24,137 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from align import (
+    InputError,
+    Parser,
+    add_alignment_arguments,
+    align_files,
+    answer_flags,
+    pick_device,
+    positive_int,
+    read_id_to_images,
+    read_pairs,
+    run_script,
+    seed_number,
+    write_json,
+)
+
+
+def boolean(text):
+    """An argparse type: True or False in any usual spelling."""
+    word = text.strip().lower()
+    if word in ("true", "t", "yes", "y", "on", "1"):
+        return True
+    if word in ("false", "f", "no", "n", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+
+
+def number(low, high, low_included=False):
+    """An argparse type: a finite float between low and high."""
+
+    def parse(text):
+        value = float(text)
+        if not (low < value < high or (low_included and value == low)):
+            raise argparse.ArgumentTypeError(
+                f"must be {'at least' if low_included else 'above'} {low} and below {high}"
+            )
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def percentage(text):
+    """An argparse type: an integer from 1 to 100."""
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 100, not {value}")
+    return value
+
+
+def file_name(text):
+    """An argparse type: a plain name for files and folders."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-' alone, not {text!r}")
+    return text
+
+
+def parse_args(argv=None):
+    parser = Parser(
+        prog="train_twins.py", description="Fine-tune AdaFace to tell identical twins apart, with triplet loss."
+    )
+    group = parser.add_argument_group("data and stage 1, alignment")
+    add = group.add_argument
+    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
+    add("--train_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
+    add("--aligned_folder", default="train_aligned_images", metavar="DIR", help="training crops (default %(default)s)")
+    text = "list of the crops, which stage 1 writes and stage 2 reads (default %(default)s)"
+    add("--aligned_json", default="id_to_train_aligned_images.json", metavar="FILE", help=text)
+    add("--skip_alignment", action="store_true", help="stage 2 alone, on the crops of --aligned_json")
+    add_alignment_arguments(group)
+
+    add = parser.add_argument_group("what is trained").add_argument
+    text = "network: ir_18, ir_34, ir_50 (default), ir_101, ir_152, ir_200, ir_se_50, ir_se_101, ir_se_152, ir_se_200"
+    add("--arch", default="ir_50", metavar="NAME", help=text)
+    text = "weights to start from (default %(default)s); none: random weights"
+    add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", metavar="FILE", help=text)
+    text = "train only the embedding layer (default False; bare means True)"
+    add("--freeze_backbone", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
+    text = "share of each training pair's triplets, 1..100 (default 100)"
+    add("--train_percentage", type=percentage, default=100, metavar="P", help=text)
+    text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
+    add("--validation_split", type=number(0, 1, True), default=0.15, metavar="SHARE", help=text)
+
+    add = parser.add_argument_group("how it is trained").add_argument
+    add("--margin", type=number(0, 2), default=0.3, metavar="D", help="triplet margin, a distance (default 0.3)")
+    text = "1 - cos, or euclidean between unit vectors (default cosine)"
+    add("--distance", choices=("cosine", "euclidean"), default="cosine", help=text)
+    add("--batch_size", type=positive_int, default=16, metavar="N", help="triplets per step (default 16)")
+    add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
+    text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
+    add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
+    text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
+    add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)
+    text = "the best epoch has the lowest of this (default val_loss)"
+    add("--monitor", choices=("val_loss", "val_eer"), default="val_loss", help=text)
+    text = "stop after N epochs in a row without a new best (default 5)"
+    add("--patience", type=positive_int, default=5, metavar="N", help=text)
+    text = (
+        "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); epoch 0 and validation are always fp32"
+    )
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
+    add("--seed", type=seed_number, default=42, help="of the split, the sampled triplets and their order (default 42)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="models", metavar="DIR", help="best epoch's checkpoint (default %(default)s)")
+    text = "its folder <run name>/ gets logs, curves and last.pth (default %(default)s)"
+    add("--log_dir", default="training_logs", metavar="DIR", help=text)
+    add("--run_name", type=file_name, metavar="NAME", help="name of the run (default like full_100pct_margin0.3)")
+    add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
+    add("--overwrite", action="store_true", help="replace the run of this name")
+    args = parser.parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-3 if args.freeze_backbone else 1e-4
+    if not args.skip_alignment and not args.id_to_images:
+        parser.error("--id_to_images is needed unless --skip_alignment is given")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+if __name__ == "__main__":
+    answer_flags("train_twins.py", parse_args)
+
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from align import Parser, add_alignment_arguments, align_files, positive_int, run_script, seed_number
 from evaluate_twins import COLOURS, embed, image_pairs, new_figure, save_figure, scores_of, verification_metrics
 from net import (
-    ARCHITECTURES,
-    InputError,
     build_model,
     load_checkpoint,
-    pick_device,
     plain,
     read_checkpoint,
     save_checkpoint,
@@ -45,13 +163,10 @@ from net import (
 from triplet_dataset import (
     TwinTripletDataset,
     read_checked_pairs,
-    read_id_to_images,
-    read_pairs,
     split_pairs,
     usable_pairs,
-    write_json,
 )
-from triplet_loss import DISTANCES, TripletLoss
+from triplet_loss import TripletLoss
 
 # Entries of config.json in which a resumed run may differ: how long, where, and how the crops came about.
 CHANGEABLE = {"epochs", "patience", "device", "max_workers", "resume", "overwrite", "realign", "skip_alignment"}
@@ -187,7 +302,7 @@ class TwinTrainer:
     def align(self):
         """Align the photographs of all training pairs and write --aligned_json."""
         pairs = read_pairs(self.args.train_pairs)
-        align_files(self.args, pairs, self.device)
+        align_files(self.args, pairs)
 
     # ---- stage 2
 
@@ -517,109 +632,6 @@ def plot_curves(folder, log):
 
 
 # ---- command line -----------------------------------------------------------------------------------
-
-
-def boolean(text):
-    """An argparse type: True or False in any usual spelling."""
-    word = text.strip().lower()
-    if word in ("true", "t", "yes", "y", "on", "1"):
-        return True
-    if word in ("false", "f", "no", "n", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-
-
-def number(low, high, low_included=False):
-    """An argparse type: a finite float between low and high."""
-
-    def parse(text):
-        value = float(text)
-        if not (low < value < high or (low_included and value == low)):
-            raise argparse.ArgumentTypeError(
-                f"must be {'at least' if low_included else 'above'} {low} and below {high}"
-            )
-        return value
-
-    parse.__name__ = "number"
-    return parse
-
-
-def percentage(text):
-    """An argparse type: an integer from 1 to 100."""
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 100, not {value}")
-    return value
-
-
-def file_name(text):
-    """An argparse type: a plain name for files and folders."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
-        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-' alone, not {text!r}")
-    return text
-
-
-def parse_args(argv=None):
-    parser = Parser(
-        prog="train_twins.py", description="Fine-tune AdaFace to tell identical twins apart, with triplet loss."
-    )
-    group = parser.add_argument_group("data and stage 1, alignment")
-    add = group.add_argument
-    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
-    add("--train_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
-    add("--aligned_folder", default="train_aligned_images", metavar="DIR", help="training crops (default %(default)s)")
-    text = "list of the crops, which stage 1 writes and stage 2 reads (default %(default)s)"
-    add("--aligned_json", default="id_to_train_aligned_images.json", metavar="FILE", help=text)
-    add("--skip_alignment", action="store_true", help="stage 2 alone, on the crops of --aligned_json")
-    add_alignment_arguments(group)
-
-    add = parser.add_argument_group("what is trained").add_argument
-    text = f"network, default %(default)s: {', '.join(ARCHITECTURES)}"
-    add("--arch", default="ir_50", choices=ARCHITECTURES, metavar="NAME", help=text)
-    text = "weights to start from (default %(default)s); none: random weights"
-    add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", metavar="FILE", help=text)
-    text = "train only the embedding layer (default False; bare means True)"
-    add("--freeze_backbone", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
-    text = "share of each training pair's triplets, 1..100 (default 100)"
-    add("--train_percentage", type=percentage, default=100, metavar="P", help=text)
-    text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
-    add("--validation_split", type=number(0, 1, True), default=0.15, metavar="SHARE", help=text)
-
-    add = parser.add_argument_group("how it is trained").add_argument
-    add("--margin", type=number(0, 2), default=0.3, metavar="D", help="triplet margin, a distance (default 0.3)")
-    text = "1 - cos, or euclidean between unit vectors (default cosine)"
-    add("--distance", choices=DISTANCES, default="cosine", help=text)
-    add("--batch_size", type=positive_int, default=16, metavar="N", help="triplets per step (default 16)")
-    add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
-    text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
-    add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
-    text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
-    add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)
-    text = "the best epoch has the lowest of this (default val_loss)"
-    add("--monitor", choices=("val_loss", "val_eer"), default="val_loss", help=text)
-    text = "stop after N epochs in a row without a new best (default 5)"
-    add("--patience", type=positive_int, default=5, metavar="N", help=text)
-    text = (
-        "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); epoch 0 and validation are always fp32"
-    )
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
-    add("--seed", type=seed_number, default=42, help="of the split, the sampled triplets and their order (default 42)")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="models", metavar="DIR", help="best epoch's checkpoint (default %(default)s)")
-    text = "its folder <run name>/ gets logs, curves and last.pth (default %(default)s)"
-    add("--log_dir", default="training_logs", metavar="DIR", help=text)
-    add("--run_name", type=file_name, metavar="NAME", help="name of the run (default like full_100pct_margin0.3)")
-    add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
-    add("--overwrite", action="store_true", help="replace the run of this name")
-    args = parser.parse_args(argv)
-    if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.freeze_backbone else 1e-4
-    if not args.skip_alignment and not args.id_to_images:
-        parser.error("--id_to_images is needed unless --skip_alignment is given")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    return args
 
 
 def main(argv=None):

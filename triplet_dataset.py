@@ -12,10 +12,8 @@ gives the same triplets on any machine, and 10 % of a pair's triplets contain th
 """
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,72 +21,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from net import CROP_SIZE, InputError, replacing, to_input
-
-# ---- the JSON files ---------------------------------------------------------------------------------
-
-
-def read_json(path):
-    """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN."""
-
-    def unique(entries):
-        result = {}
-        for key, value in entries:
-            if key in result:
-                raise ValueError(f"key {key!r} stands there twice; merge the two entries")
-            result[key] = value
-        return result
-
-    def number(text):
-        raise ValueError(f"{text} is not a number in JSON")
-
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=number)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: nested too deeply to be what is expected here") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-
-
-def read_id_to_images(path):
-    """{"ID": ["path", ...]} -> {ID: [path, ...]}, relative paths taken from the file's own folder."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not content:
-        raise InputError(f'{path}: expected {{"ID": ["path", ...], ...}} with at least one ID')
-    for name, images in content.items():
-        if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-            raise InputError(f"{path}: the images of ID {name!r} must be a list of paths")
-    folder = os.path.dirname(os.path.abspath(path))
-    return {name: [resolve(folder, image) for image in images] for name, images in content.items()}
-
-
-def read_pairs(path):
-    """[["ID", "twin's ID"], ...] -> [(ID, ID), ...]."""
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
-        raise InputError(f'{path}: expected [["ID", "twin\'s ID"], ...] with at least one pair')
-    for number, pair in enumerate(content, 1):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
-            raise InputError(f"{path}: pair {number} is {str(pair)[:80]}; expected two IDs, both strings")
-    return [(a, b) for a, b in content]
-
-
-def resolve(folder, path):
-    """`path` as it is meant in a file that lies in `folder`."""
-    return os.path.normpath(os.path.join(folder, path))
-
-
-def write_json(path, content):
-    """Write `content` as JSON, atomically; NaN is refused (ValueError), since JSON has none."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.write("\n")
-
+from align import CROP_SIZE, InputError, read_pairs
+from net import to_input
 
 # ---- pseudo-random permutations ---------------------------------------------------------------------
 

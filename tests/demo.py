@@ -19,9 +19,10 @@ import torch
 import align
 import evaluate_twins
 import train_twins
+from align import read_id_to_images
 from net import build_model, save_checkpoint
 from tests.synthetic import write_photos
-from triplet_dataset import load_crops, read_id_to_images
+from triplet_dataset import load_crops
 
 MARKER = "made by tests.demo"
 

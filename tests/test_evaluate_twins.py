@@ -9,8 +9,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 import evaluate_twins as ev
 import net
+from align import read_id_to_images, read_pairs
 from tests.synthetic import write_photos
-from triplet_dataset import TwinImages, load_crops, read_id_to_images, read_pairs
+from triplet_dataset import TwinImages, load_crops
 
 # ---- metrics
 

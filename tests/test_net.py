@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import align
 import net
 from tests.oracle import fill
 
@@ -254,8 +255,8 @@ def test_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path, tiny_model)
 
 def test_device_that_is_not_there():
     with pytest.raises(net.InputError, match="--device cuda:99"):
-        net.pick_device("cuda:99")
-    assert net.pick_device("cpu").type == "cpu"
+        align.pick_device("cuda:99")
+    assert align.pick_device("cpu").type == "cpu"
 
 
 def test_a_cuda_device_is_named_with_its_number_and_without_tf32(monkeypatch):
@@ -265,7 +266,7 @@ def test_a_cuda_device_is_named_with_its_number_and_without_tf32(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     torch.backends.cudnn.allow_tf32 = True
-    assert net.pick_device("auto") == net.pick_device("cuda") == torch.device("cuda:0")
-    assert net.pick_device("cuda:1") == chosen[-1] == torch.device("cuda:1")
+    assert align.pick_device("auto") == align.pick_device("cuda") == torch.device("cuda:0")
+    assert align.pick_device("cuda:1") == chosen[-1] == torch.device("cuda:1")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32

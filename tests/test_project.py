@@ -18,10 +18,10 @@ from tests.synthetic import draw_person, draw_photo
 ROOT = Path(__file__).parent.parent
 PRODUCT = {"train_twins.py", "triplet_dataset.py", "triplet_loss.py", "net.py", "align.py", "evaluate_twins.py"}
 MAY_IMPORT = {
-    "net": set(),
+    "align": set(),
+    "net": {"align"},
     "triplet_loss": set(),
-    "triplet_dataset": {"net"},
-    "align": {"net", "triplet_dataset"},
+    "triplet_dataset": {"align", "net"},
     "evaluate_twins": {"align", "net", "triplet_dataset"},
     "train_twins": {"align", "evaluate_twins", "net", "triplet_dataset", "triplet_loss"},
 }
@@ -42,6 +42,22 @@ def test_imports_point_one_way_and_need_only_the_runtime_packages(module):
     found = set(imports(ROOT / f"{module}.py"))
     assert found & set(MAY_IMPORT) <= MAY_IMPORT[module]
     assert found - set(MAY_IMPORT) - MODULES <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("script", ["train_twins.py", "evaluate_twins.py", "align.py"])
+def test_help_and_wrong_flags_are_answered_without_loading_pytorch(script):
+    for flag, code in (("--help", 0), ("--nonsense", 2)):
+        command = [sys.executable, "-X", "importtime", ROOT / script, flag]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+        assert "argparse" in loaded
+        assert not loaded & {"torch", "matplotlib", "face_alignment"}
+
+
+def test_alignment_with_landmarks_needs_no_pytorch():
+    code = "import sys, align; assert not {'torch', 'matplotlib', 'face_alignment'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_tree_is_the_agreed_one():

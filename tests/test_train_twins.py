@@ -15,8 +15,9 @@ from torch import nn
 import evaluate_twins
 import net
 import train_twins
+from align import read_id_to_images, read_pairs
 from tests.synthetic import write_photos
-from triplet_dataset import TwinTripletDataset, load_crops, read_id_to_images, read_pairs
+from triplet_dataset import TwinTripletDataset, load_crops
 from triplet_loss import TripletLoss
 
 FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [1, 1]]

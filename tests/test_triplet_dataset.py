@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from scipy.stats import chi2
 
+import align
 import triplet_dataset as td
 from net import InputError, to_input
 
@@ -199,8 +200,8 @@ def test_touched_counts_distinct_images_and_people():
 
 def test_items_are_the_network_inputs_of_the_three_crops(write_crops):
     aligned, pairs = write_crops([[3, 2]])
-    images = td.read_id_to_images(aligned)
-    dataset = td.TwinTripletDataset(images, td.read_pairs(pairs), 100)
+    images = align.read_id_to_images(aligned)
+    dataset = td.TwinTripletDataset(images, align.read_pairs(pairs), 100)
     for i in (0, len(dataset) - 1, -1):
         row = dataset.triplets([i % len(dataset)])[0]
         expected = to_input(np.stack([np.array(Image.open(dataset.images.paths[r])) for r in row]))
@@ -213,7 +214,7 @@ def test_items_are_the_network_inputs_of_the_three_crops(write_crops):
 
 def test_every_crop_is_read_once(write_crops, monkeypatch):
     aligned, pairs = write_crops([[3, 2]])
-    dataset = td.TwinTripletDataset(td.read_id_to_images(aligned), td.read_pairs(pairs))
+    dataset = td.TwinTripletDataset(align.read_id_to_images(aligned), align.read_pairs(pairs))
     reads, read = Counter(), td.read_crop
     monkeypatch.setattr(td, "read_crop", lambda path: reads.update([path]) or read(path))
     for _ in range(2):
@@ -355,28 +356,28 @@ def test_splitting_a_hundred_thousand_pairs_is_quick():
 def test_wrong_image_lists_are_refused(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match=rf"x\.json: .*{message}") as caught:
-        td.read_id_to_images(tmp_path / "x.json")
+        align.read_id_to_images(tmp_path / "x.json")
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_not_there_or_not_utf8(tmp_path):
     (tmp_path / "x.json").write_bytes('{"a": ["é"]}'.encode("utf-16"))
     with pytest.raises(InputError, match="not UTF-8"):
-        td.read_id_to_images(tmp_path / "x.json")
+        align.read_id_to_images(tmp_path / "x.json")
     with pytest.raises(InputError, match="No such file"):
-        td.read_id_to_images(tmp_path / "y.json")
+        align.read_id_to_images(tmp_path / "y.json")
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '[["a"]]', '[["a", 1]]', '["ab"]', '[["a", "b", "c"]]'])
 def test_wrong_pair_lists_are_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match=r"x\.json: (expected|pair 1)"):
-        td.read_pairs(tmp_path / "x.json")
+        align.read_pairs(tmp_path / "x.json")
 
 
 def test_paths_are_relative_to_the_file_and_a_byte_order_mark_is_fine(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": ["b/c.png", "/d.png"]}), encoding="utf-8-sig")
-    assert td.read_id_to_images(tmp_path / "x.json") == {"a": [str(tmp_path / "b/c.png"), "/d.png"]}
+    assert align.read_id_to_images(tmp_path / "x.json") == {"a": [str(tmp_path / "b/c.png"), "/d.png"]}
 
 
 def save(path, mode="RGB", size=(112, 112)):
