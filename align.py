@@ -481,7 +481,7 @@ def _align_in_worker(job):
     return align_one(job, _detector)
 
 
-def align_files(args, pairs):
+def align_files(args, pairs, ranks=None):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
     args: the flags of `add_alignment_arguments` and --id_to_images, --aligned_folder, --aligned_json; pairs:

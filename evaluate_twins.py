@@ -15,6 +15,7 @@ import csv
 import math
 import os
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -351,15 +352,22 @@ class TwinEvaluator:
             if len(rows) == 0:
                 raise InputError(f"nothing to evaluate: {what} among the test pairs; check the aligned crops")
         self.device, self.batch_size, self.flip = device, batch_size, flip
-        self.crops = load_crops(self.images.paths)
         _, self.family = np.unique(self.family, return_inverse=True)  # families without a crop do not count
         n = int(self.family.max()) + 1
         self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
 
+    @cached_property
+    def crops(self):
+        """The crops (N, 112, 112, 3) uint8 RGB of `images`, read when first needed."""
+        return load_crops(self.images.paths)
+
     def score(self, model, description="embedding"):
         """Embed every image once with `model` and score all pairs: Scores."""
         model = model.to(self.device, memory_format=torch.channels_last).eval()
-        embeddings = embed(model, self.crops, self.device, self.batch_size, description, self.flip)
+        return self.compare(embed(model, self.crops, self.device, self.batch_size, description, self.flip))
+
+    def compare(self, embeddings):
+        """Scores of all pairs, of embeddings (N, 512) of unit length in the order of `images`."""
         general = general_scores(embeddings, self.family)
         return Scores(scores_of(embeddings, self.genuine), scores_of(embeddings, self.twin), general)
 
@@ -380,6 +388,11 @@ class TwinEvaluator:
 
     def metrics(self, scores):
         """(figures, samples): {name: float, or None if the pairs cannot resolve it}, {name: (resamples,) array}."""
+        figures = self.figures(scores)
+        return figures, self.estimate(scores, self.weights)
+
+    def figures(self, scores):
+        """{name: float, or None if the pairs cannot resolve it} of all metrics."""
         once = self.estimate(scores, np.ones((1, self.weights.shape[1]), int))
         figures = {name: float(value[0]) for name, value in once.items()}
         for name in figures:
@@ -387,7 +400,7 @@ class TwinEvaluator:
             pairs = len(scores.twin) if name.startswith("tar_at_far") else scores.general.total
             if (name == "general_auc" and pairs == 0) or (rate[0].isdigit() and pairs < 1 / float(rate)):
                 figures[name] = None
-        return figures, self.estimate(scores, self.weights)
+        return figures
 
 
 def interval(samples, figure):

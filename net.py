@@ -11,15 +11,18 @@ State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.co
 so weights go both ways unchanged.
 """
 
+import os
 import pickle
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from align import CROP_SIZE, InputError, replacing
+from align import CROP_SIZE, InputError, pick_device, replacing
 
 # name: (units per stage, channels per stage, bottleneck units, squeeze-and-excitation)
 _BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
@@ -162,6 +165,63 @@ def to_input(crops):
         raise ValueError(f"crops must be (N, 112, 112, 3), not {tuple(crops.shape)}")
     bgr = crops.permute(0, 3, 1, 2).flip(1)
     return bgr.to(torch.float32).sub_(127.5).div_(127.5)
+
+
+# ---- processes --------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """This process among those that torchrun started; alone without it.
+
+    `rank` (0 writes the files), `world`, the number of processes, `local`, the number on this machine. Every process
+    must make the same calls in the same order. `name` of a device: gloo serves the CPU, NCCL CUDA.
+    """
+
+    def __init__(self):
+        self.rank, self.world, self.local = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+
+    def pick_device(self, name="auto"):
+        """align.pick_device, each process on a machine its own CUDA device; also joins the processes."""
+        several = self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
+        self.device = pick_device(f"cuda:{self.local}" if several else name)
+        if self.world > 1 and not dist.is_initialized():
+            # Alignment is shared out beforehand, and one process may be hours behind another.
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=2))
+        return self.device
+
+    def share(self, n):
+        """This process's part of range(n), as a slice."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def gather(self, part, n):
+        """The whole (n, ...) tensor of which `part` is this process's `share`, on every process."""
+        if self.world == 1:
+            return part
+        longest = -(-n // self.world)
+        padded = part.new_zeros((longest, *part.shape[1:]))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        counts = [n * (r + 1) // self.world - n * r // self.world for r in range(self.world)]
+        return torch.cat([p[:count] for p, count in zip(parts, counts, strict=True)])
+
+    def sum(self, tensor):
+        """The sum of the processes' tensors, on every process."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def collect(self, value):
+        """The list of all processes' values (anything that pickles), on every process; also waits for all."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------

@@ -14,15 +14,23 @@ frozen backbone the backbone runs once per image for the whole run, and an epoch
 """
 
 import argparse
+import hashlib
 import math
 import os
 import platform
 import re
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, nothing keeps two processes from one run
+    fcntl = None
 
 from align import (
     InputError,
@@ -30,7 +38,6 @@ from align import (
     add_alignment_arguments,
     align_files,
     answer_flags,
-    pick_device,
     positive_int,
     read_id_to_images,
     read_pairs,
@@ -110,8 +117,16 @@ def parse_args(argv=None):
     add("--margin", type=number(0, 2), default=0.3, metavar="D", help="triplet margin, a distance (default 0.3)")
     text = "1 - cos, or euclidean between unit vectors (default cosine)"
     add("--distance", choices=("cosine", "euclidean"), default="cosine", help=text)
-    add("--batch_size", type=positive_int, default=16, metavar="N", help="triplets per step (default 16)")
+    text = "shuffled (default): random triplets; grouped: all sampled triplets among the images of a step"
+    add("--batching", choices=("shuffled", "grouped"), default="shuffled", help=text)
+    add("--batch_size", type=positive_int, metavar="N", help="shuffled: triplets per step (default 16)")
+    add("--images_per_batch", type=positive_int, metavar="N", help="grouped: images per step (default 96)")
     add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
+    text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
+    text = "cosine: rises over the first tenth of --epochs, then falls to zero; constant (default cosine)"
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
+    text = "weight of the mean cosine distance of each embedding to what it was before training (default 0)"
+    add("--keep", type=number(0, 1e6, True), default=0.0, metavar="WEIGHT", help=text)
     text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
     add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
     text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
@@ -124,6 +139,8 @@ def parse_args(argv=None):
         "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); epoch 0 and validation are always fp32"
     )
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
+    text = "torch.compile the training step: minutes at the start, for long runs (default off)"
+    add("--compile", action="store_true", help=text)
     add("--seed", type=seed_number, default=42, help="of the split, the sampled triplets and their order (default 42)")
 
     add = parser.add_argument_group("output").add_argument
@@ -131,6 +148,10 @@ def parse_args(argv=None):
     text = "its folder <run name>/ gets logs, curves and last.pth (default %(default)s)"
     add("--log_dir", default="training_logs", metavar="DIR", help=text)
     add("--run_name", type=file_name, metavar="NAME", help="name of the run (default like full_100pct_margin0.3)")
+    text = "also save the state to resume from every so many minutes within an epoch (default 10)"
+    add("--save_every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help=text)
+    text = "do not keep decoded crops and, with a frozen backbone, its features on the disk beside --aligned_json"
+    add("--no_cache", action="store_true", help=text)
     add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
     add("--overwrite", action="store_true", help="replace the run of this name")
     args = parser.parse_args(argv)
@@ -138,6 +159,12 @@ def parse_args(argv=None):
         args.learning_rate = 1e-3 if args.freeze_backbone else 1e-4
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
+    if args.batching == "grouped" and args.batch_size:
+        parser.error("--batch_size is of shuffled batching; with --batching grouped give --images_per_batch")
+    if args.batching == "shuffled" and args.images_per_batch:
+        parser.error("--images_per_batch is of --batching grouped; shuffled batching has --batch_size")
+    args.batch_size = args.batch_size or 16
+    args.images_per_batch = args.images_per_batch or 96
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -149,19 +176,16 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from evaluate_twins import COLOURS, embed, image_pairs, new_figure, save_figure, scores_of, verification_metrics
-from net import (
-    build_model,
-    load_checkpoint,
-    plain,
-    read_checkpoint,
-    save_checkpoint,
-    to_input,
-)
+from evaluate_twins import COLOURS, TwinEvaluator, new_figure, save_figure
+from net import Ranks, build_model, load_checkpoint, plain, read_checkpoint, save_checkpoint, to_input
 from triplet_dataset import (
     TwinTripletDataset,
+    load_crops,
+    map_array,
+    new_array,
     read_checked_pairs,
     split_pairs,
     usable_pairs,
@@ -171,6 +195,8 @@ from triplet_loss import TripletLoss
 # Entries of config.json in which a resumed run may differ: how long, where, and how the crops came about.
 CHANGEABLE = {"epochs", "patience", "device", "max_workers", "resume", "overwrite", "realign", "skip_alignment"}
 CHANGEABLE |= {"id_to_images", "landmarks", "aligned_folder", "precision", "used_device", "device_name", "versions"}
+CHANGEABLE |= {"save_every", "no_cache", "compile", "processes"}
+CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
 
 
 # ---- parts of training ------------------------------------------------------------------------------
@@ -209,6 +235,16 @@ def make_optimizer(model, learning_rate, weight_decay):
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
+def rate_factor(progress, schedule):
+    """What the learning rate is multiplied with at `progress` (0 to 1) of all planned steps.
+
+    "constant": 1. "cosine": a linear rise over the first tenth, then half a cosine down to zero.
+    """
+    if schedule == "constant":
+        return 1.0
+    return min(progress / 0.1, (1 + math.cos(math.pi * max(0.0, (progress - 0.1) / 0.9))) / 2)
+
+
 def installed(package):
     """The version of an installed package, or None: OpenCV, for one, comes under several names."""
     try:
@@ -217,48 +253,107 @@ def installed(package):
         return None
 
 
-def resident(tensor, device):
-    """The tensor on `device` if it takes less than half of the free memory there, else in pinned host memory."""
-    if device.type != "cuda":
-        return tensor
-    if tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return tensor.to(device)
-    return tensor.pin_memory()
+def digest(tensors):
+    """SHA-256 of tensors' bytes, in hexadecimal; a memory map is read piece by piece."""
+    result = hashlib.sha256()
+    for tensor in tensors:
+        for piece in tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1).split(1024):
+            result.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
-def take(tensor, rows, device):
-    """tensor[rows] on `device`, for a tensor there or in (pinned) host memory; rows: int64 array."""
-    rows = torch.from_numpy(rows)
-    if tensor.device.type == device.type:
-        return tensor[rows.to(device, non_blocking=True)]
-    return tensor[rows].pin_memory().to(device, non_blocking=True)
+def backbone_features(model, crops, device, ranks, path=None):
+    """Features (N, C, 7, 7) float16 of all crops behind `input_layer` and `body`; each crop passes once.
+
+    path: a .npy file that is made if it is not there and then memory-mapped; None: in memory.
+    Half precision halves the file, and moves a cosine of two embeddings by less than 1e-3.
+    Raises InputError when a feature is beyond half precision (65504): no trained network comes near.
+    """
+    with torch.no_grad():
+        shape = (len(crops), model.output_layer[0].num_features, 7, 7)
+
+        def parts():
+            own = range(len(crops))[ranks.share(len(crops))]
+            text = "backbone, once per image"
+            for start in tqdm(own[::32], text, unit="batch", leave=False, disable=None if ranks.rank == 0 else True):
+                stop = min(start + 32, own.stop)
+                part = model.features(to_input(crops[start:stop].to(device))).half().cpu()
+                if not torch.isfinite(part).all():
+                    raise InputError("the backbone's features are beyond half precision; is the checkpoint damaged?")
+                yield slice(start, stop), part
+
+        if path is None:
+            own = [torch.empty(0, *shape[1:], dtype=torch.float16), *(part for _, part in parts())]
+            return ranks.gather(torch.cat(own), len(crops))
+        if not any(ranks.collect(os.path.exists(path))):
+            with new_array(path, np.float16, shape) if ranks.rank == 0 else nullcontext() as array:
+                (name, *_) = ranks.collect(array.filename if ranks.rank == 0 else None)
+                array = np.load(name, mmap_mode="r+") if array is None else array
+                for rows, part in parts():
+                    array[rows] = part.numpy()
+                array.flush()
+                ranks.collect(None)
+        ranks.collect(None)
+        return map_array(path, np.float16, shape)
+
+
+class TrainedPart(nn.Module):
+    """The part of a network that training changes: all of it, or `head` behind a frozen backbone.
+
+    `forward`: uint8 crops (N, 112, 112, 3), or features (N, C, 7, 7) -> embeddings (N, 512) float32.
+    """
+
+    def __init__(self, model, frozen):
+        super().__init__()
+        self.model, self.frozen = model, frozen
+
+    def forward(self, data):
+        return self.model.head(data.float())[0] if self.frozen else self.model(to_input(data))[0]
 
 
 class Images:
-    """What the trained part of the network sees of a dataset's images, and their embeddings.
+    """Crops or features of all images (N, ...), where training can reach them fast, and their embeddings."""
 
-    In full mode the uint8 crops; in frozen mode the backbone's features (N, C, 7, 7) float32, computed once.
-    """
+    def __init__(self, data, part, device, ranks):
+        self.part, self.device, self.ranks = part, device, ranks
+        # What takes less than half of the GPU's free memory goes there; the rest stays where it is.
+        fits = device.type == "cuda" and data.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.data = data.to(device) if fits else data
 
-    def __init__(self, model, crops, device, frozen, description):
-        self.model, self.device, self.frozen = model, device, frozen
-        if frozen:
-            parts = tqdm(crops.split(32), f"backbone, {description} images", unit="batch", leave=False, disable=None)
-            with torch.no_grad():
-                crops = torch.cat([model.features(to_input(part.to(device))).cpu().contiguous() for part in parts])
-        self.data = resident(crops, device)
+    def take(self, rows):
+        """The data of the images `rows` (K,) int64 on the device."""
+        rows = torch.from_numpy(rows)
+        if self.data.device.type == self.device.type:
+            return self.data[rows.to(self.device, non_blocking=True)]
+        return self.data[rows].pin_memory().to(self.device, non_blocking=True)
 
-    def embed_rows(self, rows):
-        """Embeddings (K, 512) of the images `rows` (K,), with gradients."""
-        batch = take(self.data, rows, self.device)
-        return self.model.head(batch)[0] if self.frozen else self.model(to_input(batch))[0]
-
-    def embed_all(self):
-        """Embeddings (N, 512) of all images, in float32, without gradients."""
-        if not self.frozen:
-            return embed(self.model, self.data, self.device)
+    def embed(self, rows):
+        """Embeddings (K, 512) of the images `rows` (K,) in float32, without gradients; the processes share the work."""
+        own, size = rows[self.ranks.share(len(rows))], 256 if self.part.frozen or self.device.type == "cuda" else 32
         with torch.no_grad():
-            return torch.cat([self.model.head(part.to(self.device))[0] for part in self.data.split(256)])
+            parts = [self.part(self.take(own[i : i + size])) for i in range(0, len(own), size)]
+        return self.ranks.gather(torch.cat(parts or [torch.empty(0, 512, device=self.device)]), len(rows))
+
+
+@contextmanager
+def postponed_interrupt():
+    """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
+    asked = []
+
+    def note(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- the trainer ------------------------------------------------------------------------------------
@@ -276,10 +371,12 @@ class TwinTrainer:
 
     def __init__(self, args):
         self.args = args
+        self.ranks = Ranks()
+        self.first = self.ranks.rank == 0  # writes and prints
         mode = "frozen" if args.freeze_backbone else "full"
         self.run_name = args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
         self.log_dir = Path(args.log_dir) / self.run_name
-        self.device = pick_device(args.device)
+        self.device = self.ranks.pick_device(args.device)
         self.saved = self._earlier_run()
         # A run goes on in the precision that it began with, wherever.
         go_on = self.saved and args.precision == "auto"
@@ -297,12 +394,16 @@ class TwinTrainer:
             raise InputError("--precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
         return name
 
+    def _say(self, text):
+        if self.first:
+            print(text, flush=True)
+
     # ---- stage 1
 
     def align(self):
         """Align the photographs of all training pairs and write --aligned_json."""
         pairs = read_pairs(self.args.train_pairs)
-        align_files(self.args, pairs)
+        align_files(self.args, pairs, self.ranks)
 
     # ---- stage 2
 
@@ -310,23 +411,27 @@ class TwinTrainer:
         """Fine-tune and write everything; returns the content of training_log.json."""
         self._prepare_data()
         self._prepare_model()
-        self.config = self._describe()
+        crops = self._load_crops()
+        self.config = self._describe(digest([crops]))
         self.log = {"config": self.config, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
-        if self.saved:
-            self._check_same_run()
-            self._restore()
-        if self._stop_reason():
-            self._write_log()  # again: the run may have been interrupted between its last files
-            print(f"{self.run_name} is finished ({self.log['stopped']}); best epoch: {self.log['best_checkpoint']}")
-            return self.log
-        self._write_start()
-        self._prepare_images()
-        start = len(self.log["epochs"])
-        for epoch in range(start, self.args.epochs + 1):
-            self._finish_epoch(self._train_epoch(epoch) if epoch else self._measure_start())
+        self.progress = {"epoch": 0, "step": 0, "sums": [0.0] * 5}  # where an epoch that is not over yet stands
+        with self._lock():
+            self.ranks.collect(None)
+            if self.saved:
+                self._check_same_run()
+                self._restore()
             if self._stop_reason():
-                break
-        self._report()
+                self._write_log()  # again: the run may have been interrupted between its last files
+                self._say(f"{self.run_name} is finished ({self.log['stopped']}); best: {self.log['best_checkpoint']}")
+                return self.log
+            self._write_start()
+            self._prepare_images(crops)
+            start = len(self.log["epochs"])
+            for epoch in range(start, self.args.epochs + 1):
+                self._finish_epoch(self._train_epoch(epoch) if epoch else self._measure_start())
+                if self._stop_reason():
+                    break
+            self._report()
         return self.log
 
     def _earlier_run(self):
@@ -334,7 +439,7 @@ class TwinTrainer:
         args, last = self.args, self.log_dir / "last.pth"
         if args.resume and last.is_file():
             saved = read_checkpoint(last)
-            if not {"state_dict", "optimizer", "scaler", "log", "config"} <= saved.keys():
+            if not {"state_dict", "optimizer", "scaler", "log", "config", "progress"} <= saved.keys():
                 raise InputError(f"{last}: not the state of a run; --overwrite starts anew")
             return saved
         if not args.overwrite:
@@ -350,6 +455,21 @@ class TwinTrainer:
                 "--pretrained FILE, or --pretrained none to start from random weights"
             )
         return None
+
+    @contextmanager
+    def _lock(self):
+        """Refuse a second process on this run; the system lets go of the lock of a process that died."""
+        if not self.first or fcntl is None:
+            yield
+            return
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.log_dir / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                text = "another process works on this run; wait for it, or give this one a --run_name"
+                raise InputError(f"{self.log_dir}: {text}") from error
+            yield
 
     def _checkpoints(self):
         """The best-epoch checkpoints of this run's name."""
@@ -375,8 +495,22 @@ class TwinTrainer:
             )
         self.train_set = TwinTripletDataset(images, train, args.train_percentage, args.seed)
         self.val_set = TwinTripletDataset(images, val, 100, args.seed) if val else None
+        if args.batching == "grouped":
+            self.train_set.grouped_epoch(1, args.images_per_batch)  # refuses a budget that is too small
         for warning in dict.fromkeys(warnings + self.train_set.warnings):
-            print(f"warning: {warning}")
+            self._say(f"warning: {warning}")
+
+    def _load_crops(self):
+        """The crops of all training and validation images, by path, so that other splits find them on the disk too."""
+        sets = [s for s in (self.train_set, self.val_set) if s]
+        paths = sorted(path for s in sets for path in s.images.paths)
+        row = {path: i for i, path in enumerate(paths)}
+        self.rows = [np.array([row[path] for path in s.images.paths]) for s in sets]
+        self.cache = None if self.args.no_cache else f"{self.args.aligned_json}."
+        if self.first or not self.cache:  # the first process makes the file for all
+            crops = load_crops(paths, self.cache)
+        self.ranks.collect(None)
+        return crops if self.first or not self.cache else load_crops(paths, self.cache)
 
     def _prepare_model(self):
         args = self.args
@@ -398,21 +532,35 @@ class TwinTrainer:
         self.optimizer.load_state_dict(self.saved["optimizer"])
         self.scaler.load_state_dict(self.saved["scaler"])
         self.log.update(self.saved["log"])
+        self.progress = self.saved["progress"]
+        self.start_embeddings = self.saved["start_embeddings"].to(self.device)
 
-    def _prepare_images(self):
-        crops = self.train_set.load()
+    def _prepare_images(self, crops):
         if self.args.pretrained == "none" and not self.log["epochs"]:
-            set_batchnorm_statistics(self.model, crops, self.device)
-        self.train_images = Images(self.model, crops, self.device, self.args.freeze_backbone, "training")
+            set_batchnorm_statistics(self.model, crops[torch.from_numpy(np.sort(self.rows[0]))], self.device)
+        if self.args.freeze_backbone:
+            state = self.model.state_dict()
+            key = digest([crops, *(v for k, v in state.items() if not k.startswith("output_layer."))])[:16]
+            path = f"{self.cache}features-{key}.npy" if self.cache else None
+            crops = backbone_features(self.model, crops, self.device, self.ranks, path)
+        part = TrainedPart(self.model, self.args.freeze_backbone)
+        self.images = Images(crops, part, self.device, self.ranks)
+        self.trained = torch.compile(part) if self.args.compile else part
+        if self.ranks.world > 1:  # no buffer changes, so none is broadcast
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.trained = DistributedDataParallel(self.trained, ids, broadcast_buffers=False)
         if self.val_set:
-            crops = self.val_set.load()
-            self.val_images = Images(self.model, crops, self.device, self.args.freeze_backbone, "validation")
-            self.genuine, self.twin = image_pairs(self.val_set.images)
+            images = {name: [] for name in self.val_set.images.ids}
+            for path, person in zip(self.val_set.images.paths, self.val_set.images.person, strict=True):
+                images[self.val_set.images.ids[person]].append(path)
+            self.evaluator = TwinEvaluator(images, self.val_set.pairs, self.device, seed=self.args.seed)
+        self.saved_at = time.monotonic()
 
-    def _describe(self):
+    def _describe(self, crops_sha256):
         """The content of config.json."""
         images, ids = self.train_set.touched()
         packages = ("torch", "torchvision", "numpy", "opencv-python", "pillow", "face-alignment")
+        cuda = self.device.type == "cuda"
         return {
             **vars(self.args),
             "run_name": self.run_name,
@@ -427,12 +575,12 @@ class TwinTrainer:
             "n_touched_ids": ids,
             "train_ids": self.train_set.images.ids,
             "val_ids": self.val_set.images.ids if self.val_set else [],
+            "crops_sha256": crops_sha256,
             "trainable_parameters": [name for name, p in self.model.named_parameters() if p.requires_grad],
             "used_device": str(self.device),
-            "device_name": torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else platform.machine(),
+            "device_name": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
             "used_precision": self.precision,
+            "processes": self.ranks.world,
             "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
         }
 
@@ -447,19 +595,20 @@ class TwinTrainer:
         ]
         if differing:
             raise InputError(
-                f"{self.log_dir}: cannot resume with other settings: {'; '.join(differing)}; "
+                f"{self.log_dir}: cannot resume with other settings or data: {'; '.join(differing)}; "
                 "use the first ones, or --run_name for another run"
             )
 
     def _write_start(self):
         config = self.config
-        if self.args.overwrite:
-            for name in ("last.pth", "training_log.json"):  # else --resume could go on with the replaced run
-                (self.log_dir / name).unlink(missing_ok=True)
-        write_json(self.log_dir / "config.json", config)
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        if self.first:
+            if self.args.overwrite:
+                for name in ("last.pth", "training_log.json"):  # else --resume could go on with the replaced run
+                    (self.log_dir / name).unlink(missing_ok=True)
+            write_json(self.log_dir / "config.json", config)
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         n_val, n_train = config["n_val_pairs"], config["n_train_pairs"]
-        print(
+        self._say(
             f"{self.run_name}: {n_train} training and {n_val} validation pairs, {len(self.train_set)} of "
             f"{self.train_set.n_possible} triplets, which touch {config['n_touched_images']} images of "
             f"{config['n_touched_ids']} people; {self.args.arch} on {self.device}, {self.precision}"
@@ -468,57 +617,145 @@ class TwinTrainer:
     def _measure_start(self):
         """The log entry of epoch 0: the network before training, on training and validation triplets."""
         began = time.perf_counter()
-        statistics = self.criterion.over(self.train_set, self.train_images.embed_all())
-        return self._entry(0, statistics, began)
+        self.start_embeddings = self.images.embed(self.rows[0])
+        return self._entry(0, self.criterion.over(self.train_set, self.start_embeddings), began)
+
+    def _steps(self, epoch, start):
+        """(number of steps of an epoch, iterator from step `start` on over (triplets (K, 3), count)).
+
+        The triplets are this process's, and `count` is what all processes' losses of the step are divided by: its
+        triplets, or in grouped batching the epoch's mean, so that a large family keeps its weight.
+        """
+        rank, world, size = self.ranks.rank, self.ranks.world, self.args.batch_size
+        if self.args.batching == "shuffled":
+            batches = self.train_set.epoch(epoch, size, start)
+            return math.ceil(len(self.train_set) / size), ((batch[rank::world], len(batch)) for batch in batches)
+        steps = self.train_set.grouped_epoch(epoch, self.args.images_per_batch)
+
+        def groups():
+            for blocks in steps[start:]:
+                load, own = [0] * world, [np.empty((0, 3), np.int64)]
+                for block in sorted(blocks, key=lambda block: -block.size):  # the largest first, to the least busy
+                    least = load.index(min(load))
+                    load[least] += block.size
+                    if least == rank:
+                        own.append(self.train_set.block_triplets(block))
+                yield np.concatenate(own), len(self.train_set) / len(steps)
+
+        return len(steps), groups()
 
     def _train_epoch(self, epoch):
         """Visit every sampled triplet once; returns the epoch's log entry."""
-        began = time.perf_counter()
-        sums = torch.zeros(5, device=self.device, dtype=torch.float64)
-        size = self.args.batch_size
-        batches = self.train_set.epoch(epoch, size)
-        steps = math.ceil(len(self.train_set) / size)
-        bar = tqdm(batches, f"epoch {epoch}", steps, unit="step", leave=False, disable=None)
-        for step, triplets in enumerate(bar, 1):
-            statistics = self._step(triplets)
-            sums += torch.stack(list(statistics.values())).double() * len(triplets)  # no wait for the device here
-            if step % 100 == 0 and not bar.disable:
-                bar.set_postfix(loss=f"{float(statistics['loss']):.4f}")
-        means = dict(zip(statistics, (sums / len(self.train_set)).tolist(), strict=True))
-        return self._entry(epoch, means, began)
+        began, n_images = time.perf_counter(), 0
+        start = self.progress["step"] if self.progress["epoch"] == epoch else 0
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        if start and self.first:
+            sums += torch.tensor(self.progress["sums"], dtype=torch.float64, device=self.device)
+        n_steps, steps = self._steps(epoch, start)
+        watched = []  # the statistics and images of the last steps
+        silent = None if self.first else True
+        bar = tqdm(steps, f"epoch {epoch}", n_steps, initial=start, unit="step", leave=False, disable=silent)
+        with postponed_interrupt() as asked:
+            for step, (triplets, count) in enumerate(bar, start):
+                factor = rate_factor((epoch - 1 + (step + 0.5) / n_steps) / self.args.epochs, self.args.schedule)
+                rows, statistics = self._step(triplets, count, self.args.learning_rate * factor)
+                n_images += len(rows)
+                sums += statistics * len(triplets)  # no wait for the device here
+                watched.append((step, rows, statistics))
+                last = step + 1 == n_steps
+                if len(watched) == CHECK_EVERY or last:
+                    self._watch(epoch, watched, bar)
+                    watched = []
+                if last or (self.ranks.world > 1 and watched):  # several processes agree on a step to stop at
+                    continue
+                due = time.monotonic() - self.saved_at > 60 * self.args.save_every
+                if asked or due or self.ranks.world > 1:
+                    stop, due = (any(flags) for flags in zip(*self.ranks.collect((bool(asked), due)), strict=True))
+                    if stop or due:
+                        if watched:
+                            self._watch(epoch, watched, bar)  # nothing broken is saved
+                        totals = self.ranks.sum(sums).tolist()
+                        self._save({"epoch": epoch, "step": step + 1, "sums": totals})
+                    if stop:
+                        raise KeyboardInterrupt
+        means = (self.ranks.sum(sums) / len(self.train_set)).tolist()
+        entry = self._entry(epoch, dict(zip(self.criterion.STATISTICS, means, strict=True)), began)
+        entry["timing"]["images"] = n_images
+        return entry
 
-    def _step(self, triplets):
-        """One optimizer step on (B, 3) triplets, each distinct image embedded once; returns their statistics."""
+    def _step(self, triplets, count, learning_rate):
+        """One optimizer step on this process's (K, 3) triplets, each distinct image embedded once.
+
+        Returns the images (rows of the training set) and the statistics of the triplets, (5,) float64 on the device.
+        """
         rows, inverse = np.unique(triplets, return_inverse=True)
-        index = torch.from_numpy(inverse.reshape(triplets.shape)).to(self.device, non_blocking=True)
+        if len(rows) == 0:
+            rows = np.zeros(1, np.int64)  # a process without triplets takes part in the step too
+        index = torch.from_numpy(inverse.reshape(-1, 3)).to(self.device, non_blocking=True)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            embeddings = self.train_images.embed_rows(rows)
+            embeddings = self.trained(self.images.take(self.rows[0][rows]))
         distances = self.criterion.distances(embeddings, index)
-        loss = self.criterion.loss(*distances)
+        # DistributedDataParallel takes the mean of the processes' gradients; wanted is that of the sum of all losses.
+        loss = self.criterion.loss(*distances, count / self.ranks.world)
+        if self.args.keep:
+            # Per triplet, as the loss is, so that any number of processes computes the same.
+            before = self.start_embeddings[torch.from_numpy(rows).to(self.device)]
+            drift = (1 - (embeddings * before).sum(1))[index].mean(1).sum()
+            loss = loss + self.args.keep * self.ranks.world / count * drift
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return self.criterion.statistics(*distances)
+        if len(triplets) == 0:
+            return rows, torch.zeros(5, dtype=torch.float64, device=self.device)
+        return rows, torch.stack(list(self.criterion.statistics(*distances).values())).double()
+
+    def _watch(self, epoch, watched, bar):
+        """Stop the run when the last steps' loss was not finite, or when all embeddings have fallen together."""
+        values = torch.stack([statistics for _, _, statistics in watched]).cpu()
+        bar.set_postfix(loss=f"{float(values[-1, 0]):.4f}", refresh=False)
+        where = f"{self.run_name}, epoch {epoch}"
+        state = f"{self.log_dir / 'last.pth'} holds the last good state"
+        for (step, rows, _), finite in zip(watched, torch.isfinite(values).all(1).tolist(), strict=True):
+            if not finite:
+                paths = [self.train_set.images.paths[row] for row in rows]
+                raise InputError(
+                    f"{where}, step {step + 1}: the loss is not finite, on images {', '.join(paths[:5])} "
+                    f"{f'and {len(paths) - 5} more' if len(paths) > 5 else ''}; {state}; "
+                    "start again with a lower --learning_rate or --precision fp32"
+                )
+        margin = self.criterion.margin
+        loss, positive, negative = values[:, :3].mean(0).tolist()
+        if max(positive, negative) < 0.01 * margin and abs(loss - margin) <= 0.01 * margin:
+            raise InputError(
+                f"{where}: the embeddings have collapsed: all distances are near zero and the loss sits at the margin "
+                f"({loss:.4f}); {state}; start again with a lower --learning_rate"
+            )
 
     def _entry(self, epoch, statistics, began):
         """Validate and make an epoch's log entry."""
         trained = time.perf_counter()
         entry = {"epoch": epoch, "train_loss": statistics["loss"]}
-        entry |= {"val_loss": None, "val_eer": None, "val_auc": None}
+        entry |= {"val_loss": None, "val_eer": None, "val_auc": None, "val_general_auc": None}
         entry |= {name: value for name, value in statistics.items() if name != "loss"}
         if self.val_set:
-            embeddings = self.val_images.embed_all()
+            embeddings = self.images.embed(self.rows[1])
             validation = self.criterion.over(self.val_set, embeddings)
-            metrics = verification_metrics(scores_of(embeddings, self.genuine), scores_of(embeddings, self.twin))
-            entry |= {"val_loss": validation["loss"], "val_eer": metrics["eer"], "val_auc": metrics["auc"]}
+            self.scores = self.evaluator.compare(embeddings)
+            figures = self.evaluator.figures(self.scores)
+            entry |= {"val_loss": validation["loss"], "val_eer": figures["eer"], "val_auc": figures["auc"]}
+            entry["val_general_auc"] = figures["general_auc"]
+            entry["loss_gap"] = validation["loss"] - statistics["loss"]
             entry["val_active_triplets"] = validation["active_triplets"]
             entry["val_violated_triplets"] = validation["violated_triplets"]
+            entry["val_spread"] = 1 - float(embeddings.mean(0).square().sum())  # mean cosine distance of all images
         if not all(math.isfinite(value) for value in entry.values() if value is not None):
             raise InputError(
-                f"{self.run_name}: the loss is not finite in epoch {epoch}; last.pth holds the epoch before; "
-                "lower --learning_rate, or use --precision fp32"
+                f"{self.run_name}: a figure of epoch {epoch} is not finite; last.pth holds the epoch before; "
+                "start again with a lower --learning_rate or --precision fp32"
             )
         seconds = time.perf_counter() - began
         entry["timing"] = {"seconds": seconds, "validation_seconds": time.perf_counter() - trained}
@@ -532,31 +769,44 @@ class TwinTrainer:
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
-            save_checkpoint(path, self.model, epoch=epoch, config=self.config, metrics=metrics)
+            if self.first:
+                save_checkpoint(path, self.model, epoch=epoch, config=self.config, metrics=metrics)
             self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
         self.log["stopped"] = self._stop_reason()
-        save_checkpoint(
-            self.log_dir / "last.pth",
-            self.model,
-            epoch=epoch,
-            config=self.config,
-            metrics={},
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            log={key: value for key, value in self.log.items() if key != "config"},
-        )
+        self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
         self._write_log()
         text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
         if entry["val_loss"] is not None:
             text += (
                 f", val loss {entry['val_loss']:.4f}, EER {100 * entry['val_eer']:.2f} %, AUC {entry['val_auc']:.4f}"
             )
+            if entry["val_general_auc"] is not None:
+                text += f", general AUC {entry['val_general_auc']:.4f}"
         best = "  best so far" if self.log["best_epoch"] == epoch else ""
-        print(f"{text}, {100 * entry['active_triplets']:.0f} % active, {entry['timing']['seconds']:.1f} s{best}")
+        self._say(f"{text}, {100 * entry['active_triplets']:.0f} % active, {entry['timing']['seconds']:.1f} s{best}")
+
+    def _save(self, progress):
+        """Write last.pth, from which --resume goes on."""
+        if self.first:
+            save_checkpoint(
+                self.log_dir / "last.pth",
+                self.model,
+                epoch=progress["epoch"] - 1,
+                config=self.config,
+                metrics={},
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
+                log={key: value for key, value in self.log.items() if key != "config"},
+                progress=progress,
+                start_embeddings=self.start_embeddings.cpu(),
+            )
+        self.saved_at = time.monotonic()
 
     def _write_log(self):
         """What follows from the log: its file, the curves, and that of this run's checkpoints only the best is kept."""
         self.log["stopped"] = self._stop_reason()
+        if not self.first:
+            return
         write_json(self.log_dir / "training_log.json", self.log)
         if self.log["best_epoch"]:
             for path in self._checkpoints():  # not before what replaces them is on the disk

@@ -13,7 +13,10 @@ gives the same triplets on any machine, and 10 % of a pair's triplets contain th
 
 import hashlib
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from align import CROP_SIZE, InputError, read_pairs
+from align import CROP_SIZE, InputError, read_pairs, replacing
 from net import to_input
 
 # ---- pseudo-random permutations ---------------------------------------------------------------------
@@ -33,8 +36,8 @@ def hash_key(*words):
     return np.uint64(int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
 
 
-def permute(position, size, key):
-    """Where a keyed pseudo-random permutation of range(size) sends each position; element-wise.
+def permute(position, size, key, inverse=False):
+    """Where a keyed pseudo-random permutation of range(size) sends each position; element-wise. Or `inverse`, back.
 
     position int64 in [0, size), size int64 >= 1, key uint64, broadcast against each other -> int64.
     A Feistel network over a grid of about sqrt(size) by sqrt(size) cells; results that fall beyond `size`
@@ -48,15 +51,23 @@ def permute(position, size, key):
     todo = np.arange(result.size)
     flat = result.reshape(-1)  # a view: `flat` and `result` are one array
     size, key, width, height = (x.reshape(-1) for x in (size, key, width, height))
+
+    def turn(value, by, modulus):
+        by = by % modulus
+        return (value + (modulus - by if inverse else by)) % modulus
+
     while todo.size:
         w, h, k, small = width[todo], height[todo], key[todo], size[todo] < 1024
         row, column = flat[todo] // w, flat[todo] % w
         # Six rounds mix a large grid; one of 3 x 2 cells needs sixteen until all orders are equally likely.
-        for i in range(0, 16 if small.any() else 6, 2):
-            mixed = (column + _mix(row, k, i)) % w
-            column = mixed if i < 6 else np.where(small, mixed, column)
-            mixed = (row + _mix(column, k, i + 1)) % h
-            row = mixed if i < 6 else np.where(small, mixed, row)
+        rounds = range(16 if small.any() else 6)
+        for i in reversed(rounds) if inverse else rounds:
+            if i % 2 == 0:
+                mixed = turn(column, _mix(row, k, i), w)
+                column = mixed if i < 6 else np.where(small, mixed, column)
+            else:
+                mixed = turn(row, _mix(column, k, i), h)
+                row = mixed if i < 6 else np.where(small, mixed, row)
         flat[todo] = row * w + column
         todo = todo[flat[todo] >= size[todo]]
     return result.astype(np.int64)
@@ -229,22 +240,81 @@ def read_crop(path):
     raise InputError(f"{path}: {size[0]}x{size[1]} {mode}, but a crop is 112x112 RGB; run the alignment stage on it")
 
 
-def load_crops(paths):
-    """(N, 112, 112, 3) uint8 RGB tensor of all crops, each file read once, with a progress bar."""
-    crops = torch.empty((len(paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
-    view = crops.numpy()
+def load_crops(paths, cache=None):
+    """(N, 112, 112, 3) uint8 RGB tensor of all crops, each file read once, with a progress bar.
+
+    cache: the beginning of a file name. Then the tensor is a read-only memory map of `<cache>crops-<key>.npy`, which is
+    made if it is not there; the key is of all paths, sizes and times of change. It need not fit into memory, and
+    processes share it.
+    """
+    shape = (len(paths), CROP_SIZE, CROP_SIZE, 3)
+    if cache is None:
+        crops = np.empty(shape, np.uint8)
+        _read_crops(paths, crops)
+        return torch.from_numpy(crops)
+    facts = [(os.path.abspath(path), *_size_and_time(path)) for path in paths]
+    path = f"{cache}crops-{hashlib.sha256(repr(facts).encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.npy"
+    if not os.path.exists(path):
+        with new_array(path, np.uint8, shape) as crops:
+            _read_crops(paths, crops)
+    return map_array(path, np.uint8, shape)
+
+
+def _size_and_time(path):
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no such aligned crop; run the alignment stage again") from error
+    return info.st_size, info.st_mtime_ns
+
+
+def _read_crops(paths, crops):
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        read = tqdm(pool.map(read_crop, paths), "reading crops", len(paths), unit="crop", leave=False, disable=None)
+        bar = tqdm(total=len(paths), desc="reading crops", unit="crop", leave=False, disable=None)
         try:
-            for row, crop in enumerate(read):
-                view[row] = crop
+            with bar:
+                for start in range(0, len(paths), 4096):  # a million waiting crops would fill the memory
+                    for row, crop in enumerate(pool.map(read_crop, paths[start : start + 4096]), start):
+                        crops[row] = crop
+                        bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
             raise
-    return crops
+
+
+@contextmanager
+def new_array(path, dtype, shape):
+    """Yield a memory-mapped array to fill; it becomes the file `path` (.npy) when the block ends without error."""
+    with replacing(path) as temporary:
+        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        with open(temporary, "rb+") as file:  # writing to a map on a full disk would kill the process
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        yield array
+        array.flush()
+
+
+def map_array(path, dtype, shape):
+    """The array in a .npy file as a read-only memory-mapped tensor. Raises InputError unless it is of this kind."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it, it will be made again") from error
+    if array.dtype != dtype or array.shape != tuple(shape):
+        raise InputError(f"{path}: holds {array.dtype} {array.shape}; delete it, it will be made again")
+    with warnings.catch_warnings():  # that the tensor must not be written to: no one does
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
 
 
 # ---- triplets ---------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Images that are embedded together because many triplets lie among them; see TwinTripletDataset.grouped_epoch."""
+
+    size: int  # number of images
+    pairs: list  # numbers of the pairs whose sampled triplets it holds
+    part: tuple | None = None  # of one pair: (anchor is in the second twin, part, part of the person, part of the twin)
 
 
 class TwinTripletDataset(Dataset):
@@ -284,6 +354,7 @@ class TwinTripletDataset(Dataset):
         self._key = np.array([hash_key("triplets", seed, a, b) for a, b in self.pairs], np.uint64)
         self._end = np.cumsum([(int(percentage) * maximum + 99) // 100 for maximum in maxima])
         self.n_possible = sum(maxima)
+        self._blocks = None
         self._crops, self._decoded = None, np.zeros(len(images.paths), bool)
 
     def __len__(self):
@@ -307,17 +378,90 @@ class TwinTripletDataset(Dataset):
         positive = positive + (positive >= anchor)
         return np.stack([first + anchor, first + positive, other + negative], 1)
 
-    def epoch(self, epoch, batch_size):
-        """Yield the (B, 3) triplets of every batch of an epoch, each sampled triplet once, in shuffled order.
+    def epoch(self, epoch, batch_size, start=0):
+        """Yield the (B, 3) triplets of each step of an epoch, from step `start` on: every sampled triplet once.
 
-        The order follows from seed and epoch alone; the last batch may be smaller.
+        They are shuffled by seed and epoch alone; the last step may be smaller.
         """
         size, key = len(self), hash_key("epoch", self.seed, epoch)
-        window = max(1, 65536 // batch_size) * batch_size  # many batches worked out at once, few held
-        for start in range(0, size, window):
-            positions = np.arange(start, min(start + window, size))
+        window = max(1, 65536 // batch_size) * batch_size  # many steps worked out at once, few held
+        for begin in range(start * batch_size, size, window):
+            positions = np.arange(begin, min(begin + window, size))
             rows = self.triplets(permute(positions, size, key))
             yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+    def grouped_epoch(self, epoch, images_per_step):
+        """The steps of an epoch that embeds few images for many triplets: a list of lists of blocks.
+
+        A block is a group of images with all sampled triplets inside it (`block_triplets`): a family's, if it has no
+        more than `images_per_step` images, else a pair's, else a part of a pair. A step takes blocks in the order of
+        seed and epoch as long as its images are no more than that. So every sampled triplet is visited once.
+        Raises InputError for fewer than 3 images per step, which hold no triplet.
+        """
+        if self._blocks is None or self._blocks[0] != images_per_step:
+            if images_per_step < 3:
+                raise InputError(f"a step of {images_per_step} images holds no triplet; it needs at least 3")
+            self._blocks = images_per_step, self._cut_into_blocks(images_per_step)
+        blocks = self._blocks[1]
+        order = permute(np.arange(len(blocks)), len(blocks), hash_key("blocks", self.seed, epoch))
+        steps, room = [], 0
+        for block in (blocks[i] for i in order):
+            if block.size > room:
+                steps.append([])
+                room = images_per_step
+            steps[-1].append(block)
+            room -= block.size
+        return steps
+
+    def _cut_into_blocks(self, budget):
+        families = find_families(self.pairs)
+        members = {}
+        for pair, (name, _) in enumerate(self.pairs):
+            members.setdefault(families[name], []).append(pair)
+        blocks = []
+        for pairs in members.values():
+            people = np.unique(self.images.pairs[pairs])
+            size = int(self.images.count[people].sum())
+            blocks += [Block(size, pairs)] if size <= budget else [b for p in pairs for b in self._cut_pair(p, budget)]
+        return blocks
+
+    def _cut_pair(self, pair, budget):
+        """The blocks of one pair: itself, or if it is too large, every choice of up to three parts of its images.
+
+        Anchor and positive lie in two parts of a person or both in one, the negative in a part of the twin, so every
+        triplet lies in one of the choices.
+        """
+        counts = self._count[pair]
+        if counts.sum() <= budget:
+            return [Block(int(counts.sum()), [pair])]
+        # A third of the budget each, as even as possible: parts of one image more than that cost whole further steps.
+        parts = [np.array_split(np.arange(n), -(-n // (budget // 3))) for n in counts]
+        blocks = []
+        for swapped in (False, True):
+            own, other = (parts[1], parts[0]) if swapped else (parts[0], parts[1])
+            for i, one in enumerate(own):
+                for two in own[i + (len(one) == 1) :]:  # one image is not anchor and positive
+                    size = len(one) + (two is not one) * len(two)
+                    blocks += [Block(size + len(rest), [pair], (swapped, one, two, rest)) for rest in other]
+        return blocks
+
+    def block_triplets(self, block):
+        """(K, 3) int64 rows of `images.paths`: the sampled triplets of a block of `grouped_epoch`."""
+        if block.part is None:
+            begins = [self._end[pair - 1] if pair else 0 for pair in block.pairs]
+            ranges = [np.arange(begin, self._end[pair]) for begin, pair in zip(begins, block.pairs, strict=True)]
+            return self.triplets(np.concatenate(ranges))
+        (pair,), (swapped, one, two, rest) = block.pairs, block.part
+        (n, m), (first, other) = self._count[pair][:: -1 if swapped else 1], self._first[pair][:: -1 if swapped else 1]
+        choices = [(one, two)] if one is two else [(one, two), (two, one)]
+        grids = [np.stack(np.meshgrid(a, p, rest, indexing="ij"), -1).reshape(-1, 3) for a, p in choices]
+        anchor, positive, negative = np.concatenate([grid[grid[:, 0] != grid[:, 1]] for grid in grids]).T
+        # The number of each triplet among the pair's, as `triplets` reads it, and its place in the permutation: the
+        # sampled ones are those in the permutation's first part.
+        number = (anchor * (n - 1) + positive - (positive > anchor)) * m + negative + swapped * m * (m - 1) * n
+        place = permute(number, self._maximum[pair], self._key[pair], inverse=True)
+        sampled = place < self._end[pair] - (self._end[pair - 1] if pair else 0)
+        return np.stack([first + anchor, first + positive, other + negative], 1)[sampled]
 
     def by_pair(self, chunk=1 << 17):
         """Yield (rows, triplets) over all sampled triplets, pair by pair.

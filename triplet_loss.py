@@ -27,6 +27,8 @@ class TripletLoss(nn.Module):
     gradients stay finite.
     """
 
+    STATISTICS = ("loss", "positive_distance", "negative_distance", "active_triplets", "violated_triplets")
+
     def __init__(self, margin=0.3, distance="cosine"):
         super().__init__()
         if distance not in DISTANCES:
@@ -60,9 +62,9 @@ class TripletLoss(nn.Module):
         anchor, positive, negative = triplets.unbind(1)
         return matrix[anchor, positive], matrix[anchor, negative]
 
-    def loss(self, to_positive, to_negative):
-        """Distances (T,) from the anchor to positive and negative -> scalar mean loss."""
-        return F.relu(to_positive - to_negative + self.margin).mean()
+    def loss(self, to_positive, to_negative, count=None):
+        """Distances (T,) from the anchor to positive and negative -> scalar loss: its sum / `count` (default T)."""
+        return F.relu(to_positive - to_negative + self.margin).sum() / (len(to_positive) if count is None else count)
 
     def statistics(self, to_positive, to_negative):
         """What the triplets of a batch say, from their distances (T,): a dict of 0-dim tensors, detached.
