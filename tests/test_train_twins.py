@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import evaluate_twins
@@ -416,6 +417,192 @@ def test_interruption_keeps_the_last_epoch_and_exits_130(tmp_path, write_crops, 
     assert "--resume" in process.stderr.read().splitlines()[-1]
     assert json.loads(log.read_text())["epochs"]
     assert torch.load(log.parent / "last.pth", weights_only=True)["log"]["epochs"]
+
+
+# ---- grouped batching
+
+
+def test_a_grouped_steps_gradient_is_that_of_the_naive_computation(write_crops, tiny_model):
+    aligned, pairs = write_crops([[3, 3], [2, 2, 2], [4, 3]])
+    flags = (
+        f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --device cpu --pretrained none --no_cache "
+    )
+    flags += "--arch ir_tiny --batching grouped --images_per_batch 7 --train_percentage 60 --validation_split 0"
+    trainer = train_twins.TwinTrainer(train_twins.parse_args(flags.split()))
+    trainer._prepare_data()
+    trainer.model = tiny_model
+    crops = trainer._load_crops()
+    trainer.trained = train_twins.TrainedPart(tiny_model, False)
+    trainer.images = train_twins.Images(crops, trainer.trained, trainer.device, trainer.ranks)
+    trainer.optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    dataset = trainer.train_set
+    n_steps, steps = trainer._steps(1, 0)
+    seen = 0
+    for triplets, count in steps:
+        rows, _ = trainer._step(triplets, count, 0.0)
+        assert len(rows) <= 7
+        got = [p.grad.clone() for p in tiny_model.parameters()]
+        tiny_model.zero_grad()
+        inputs = [net.to_input(dataset.load()[torch.from_numpy(triplets[:, i])]) for i in range(3)]
+        loss = TripletLoss(0.3)(*(tiny_model(x)[0] for x in inputs)) * len(triplets) / (len(dataset) / n_steps)
+        loss.backward()
+        for a, p in zip(got, tiny_model.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-3)
+        seen += len(triplets)
+    assert seen == len(dataset)
+
+
+@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
+def test_grouped_training_learns(run, mode):
+    _, log = run(f"{mode} --batching grouped --images_per_batch 8 --learning_rate 1e-3 --epochs 4")
+    assert log["epochs"][-1]["train_loss"] < 0.8 * log["epochs"][0]["train_loss"]
+    assert log["config"]["batching"] == "grouped"
+
+
+# ---- what is kept on the disk
+
+
+def test_features_and_crops_are_kept_for_the_next_run(tmp_path, run, monkeypatch):
+    run("--freeze_backbone --epochs 1", "first")
+    kept = sorted(p.name.split("-")[0] for p in tmp_path.glob("train.json.*"))
+    assert kept == ["train.json.crops", "train.json.features"]
+    seen = count_images(monkeypatch, "features")
+    monkeypatch.setattr("triplet_dataset.read_crop", None)  # no crop is read again
+    assert run("--freeze_backbone --epochs 1 --train_percentage 50 --margin 0.2 --seed 3", "second")[0] == 0
+    assert seen[0] == 0
+
+
+def test_no_cache_leaves_nothing_and_gives_the_same(tmp_path, run):
+    _, a = run("--freeze_backbone --no_cache", "a")
+    assert not list(tmp_path.glob("train.json.*"))
+    _, b = run("--freeze_backbone", "b")
+    for x, y in zip(a["epochs"], b["epochs"], strict=True):
+        assert {k: v for k, v in x.items() if k != "timing"} == {k: v for k, v in y.items() if k != "timing"}
+
+
+def test_another_checkpoint_or_changed_crops_get_features_of_their_own(tmp_path, run, tiny_model):
+    run("--freeze_backbone --epochs 1", "first")
+    tiny_model.input_layer[0].weight.data[0, 0, 0, 0] += 0.1
+    net.save_checkpoint(tmp_path / "start.pth", tiny_model)
+    run("--freeze_backbone --epochs 1", "second")
+    assert len(list(tmp_path.glob("*.features-*"))) == 2
+    assert len(list(tmp_path.glob("*.crops-*"))) == 1
+    crop = next((tmp_path / "train_aligned").rglob("*.png"))
+    Image.new("RGB", (112, 112), (1, 2, 3)).save(crop)
+    run("--freeze_backbone --epochs 1", "third")
+    assert len(list(tmp_path.glob("*.features-*"))) == 3
+    assert len(list(tmp_path.glob("*.crops-*"))) == 2
+
+
+def test_a_damaged_cache_is_named(tmp_path, run, capsys):
+    run("--freeze_backbone --epochs 1", "first")
+    (path,) = tmp_path.glob("*.features-*")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run("--freeze_backbone --epochs 1", "second")[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert path.name in line
+    assert "delete it" in line
+
+
+def test_half_precision_features_move_a_cosine_by_less_than_a_thousandth(write_crops, tiny_model):
+    aligned, _ = write_crops([[4, 4]])
+    crops = load_crops([p for paths in read_id_to_images(aligned).values() for p in paths])
+    features = train_twins.backbone_features(tiny_model, crops, torch.device("cpu"), net.Ranks())
+    with torch.no_grad():
+        exact, rounded = tiny_model(net.to_input(crops))[0], tiny_model.head(features.float())[0]
+    assert features.dtype == torch.float16
+    assert (exact @ exact.T - rounded @ rounded.T).abs().max() < 1e-3
+
+
+def test_keep_holds_the_embeddings(run):
+    _, free = run("--freeze_backbone --learning_rate 1e-2 --epochs 3 --schedule constant", "free")
+    _, kept = run("--freeze_backbone --learning_rate 1e-2 --epochs 3 --schedule constant --keep 1000", "kept")
+    drift = [abs(log["epochs"][-1]["val_auc"] - log["epochs"][0]["val_auc"]) for log in (free, kept)]
+    moved = [
+        abs(log["epochs"][-1]["positive_distance"] - log["epochs"][0]["positive_distance"]) for log in (free, kept)
+    ]
+    assert moved[1] < 0.2 * moved[0]
+    assert drift[1] <= drift[0]
+
+
+def test_the_rate_rises_over_a_tenth_and_falls_to_zero():
+    rates = [train_twins.rate_factor(progress, "cosine") for progress in (0, 0.05, 0.1, 0.55, 1)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert train_twins.rate_factor(0.9, "constant") == 1
+
+
+# ---- numbers that go wrong
+
+
+def test_collapse_is_recognised_and_the_last_good_state_is_kept(tmp_path, run, capsys):
+    assert run("--learning_rate 100 --schedule constant --epochs 5")[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "collapsed" in line or "not finite" in line
+    assert "--learning_rate" in line
+    state = torch.load(tmp_path / "logs" / "run" / "last.pth", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_embeddings_that_coincide_are_a_collapse(run, capsys, monkeypatch):
+    forward = train_twins.TrainedPart.forward
+
+    def constant(self, data):
+        embeddings = forward(self, data)
+        return embeddings * 0 + torch.eye(512)[0] if torch.is_grad_enabled() else embeddings
+
+    monkeypatch.setattr(train_twins.TrainedPart, "forward", constant)
+    assert run("--epochs 1")[0] == 2
+    assert "the embeddings have collapsed" in capsys.readouterr().err
+
+
+# ---- killed and resumed
+
+
+@pytest.mark.parametrize("flags", ["--freeze_backbone", "--batching grouped --images_per_batch 8"])
+def test_a_run_killed_within_an_epoch_and_resumed_is_the_same_bit_for_bit(tmp_path, run, monkeypatch, flags):
+    _, whole = run(f"{flags} --epochs 2", "whole")
+    save, left = train_twins.TwinTrainer._save, [6]
+
+    def save_and_die(self, progress):
+        save(self, progress)
+        left[0] -= 1
+        if left[0] == 0:
+            raise SystemExit(9)
+
+    monkeypatch.setattr(train_twins.TwinTrainer, "_save", save_and_die)
+    with pytest.raises(SystemExit):
+        run(f"{flags} --epochs 2 --save_every 1e-9", "parts")
+    left[0] = -1
+    saved = torch.load(tmp_path / "logs" / "parts" / "last.pth", weights_only=True)["progress"]
+    assert saved["epoch"] >= 1
+    assert saved["step"] > 0
+    code, parts = run(f"{flags} --epochs 2 --resume", "parts")
+    assert code == 0
+    assert json.loads(json.dumps(without_timing(parts)).replace("parts", "whole")) == without_timing(whole)
+    a, b = (states(tmp_path, name)[1] for name in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_second_process_on_one_run_is_refused_and_a_dead_ones_lock_is_not(tmp_path, run, capsys):
+    import fcntl
+
+    folder = tmp_path / "logs" / "run"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run()[0] == 2
+        assert "another process works on this run" in capsys.readouterr().err
+        assert [p.name for p in folder.iterdir()] == [".lock"]
+    assert run("--epochs 1")[0] == 0  # the file is still there, its holder is gone
+
+
+def test_changed_crops_are_refused_on_resume(tmp_path, run, capsys):
+    run("--epochs 1")
+    crop = next((tmp_path / "train_aligned").rglob("*.png"))
+    Image.new("RGB", (112, 112), (1, 2, 3)).save(crop)
+    assert run("--epochs 2 --resume")[0] == 2
+    assert "crops_sha256 was" in capsys.readouterr().err
 
 
 # ---- both stages

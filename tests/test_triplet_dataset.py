@@ -399,3 +399,51 @@ def test_wrong_crops_are_refused(tmp_path, make, message):
     make(tmp_path / "x.png")
     with pytest.raises(InputError, match=rf"x\.png: .*{message}|{message}"):
         td.read_crop(tmp_path / "x.png")
+
+
+# ---- grouped steps
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_grouped_steps_visit_every_sampled_triplet_once_within_the_budget(seed):
+    rng = np.random.default_rng(seed)
+    images, pairs = {}, []
+    for family in range(rng.integers(1, 6)):
+        names = [f"{family}{letter}" for letter in "abc"[: rng.integers(2, 4)]]
+        images |= {name: [f"/{name}/{k}" for k in range(rng.integers(2, 9))] for name in names}
+        pairs += itertools.combinations(names, 2)
+    dataset = td.TwinTripletDataset(images, pairs, int(rng.choice([1, 10, 37, 100])), seed)
+    wanted = Counter(map(tuple, dataset.triplets(np.arange(len(dataset))).tolist()))
+    for budget in (3, 4, 7, 12, 40):
+        visited = Counter()
+        for blocks in dataset.grouped_epoch(1, budget):
+            triplets = np.concatenate([dataset.block_triplets(block) for block in blocks])
+            assert len(np.unique(triplets)) <= budget
+            visited.update(map(tuple, triplets.tolist()))
+        assert visited == wanted
+        assert set(visited.values()) == {1}
+
+
+def test_grouped_epochs_differ_and_repeat():
+    dataset = td.TwinTripletDataset(people([4] * 20), [(f"p{i}", f"p{i + 1}") for i in range(0, 20, 2)])
+    orders = [[[b.pairs for b in step] for step in dataset.grouped_epoch(epoch, 16)] for epoch in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert [len(step) for step in orders[0]] == [2] * 5  # two families of eight images a step
+    with pytest.raises(InputError, match="at least 3"):
+        dataset.grouped_epoch(1, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 100, 1023, 1025, 5000])
+def test_permute_goes_back(size):
+    for seed in range(3):
+        there = td.permute(np.arange(size), size, td.hash_key(seed))
+        assert td.permute(there, size, td.hash_key(seed), inverse=True).tolist() == list(range(size))
+
+
+def test_an_epoch_can_begin_at_any_step():
+    dataset = td.TwinTripletDataset(people([7, 6]), [("p0", "p1")])
+    whole = list(dataset.epoch(3, 16))
+    for start in (0, 1, 5, len(whole)):
+        rest = list(dataset.epoch(3, 16, start))
+        assert len(rest) == len(whole) - start
+        assert all(np.array_equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
