@@ -438,6 +438,19 @@ def differences(figures, samples, baseline_figures, baseline_samples):
     return result
 
 
+def verdict(change):
+    """One sentence from `differences` to the start: better, worse or not distinguishable, on twins and the others."""
+
+    def words(names):
+        found = {change[name]["verdict"] for name in names if name in change} - {"not distinguishable"}
+        return " and ".join(sorted(found)) or "not distinguishable"
+
+    return (
+        f"On the validation people, against the start: {words(('auc', 'eer'))} on twins, "
+        f"{words(('general_auc', 'fnmr_0.001'))} on everyone else."
+    )
+
+
 class Result(NamedTuple):
     """One checkpoint's evaluation."""
 
@@ -665,6 +678,9 @@ def comparison_table(results, baseline, chosen):
         if result is not baseline:
             lines += _against(result, baseline)
     for result in results:
+        metrics = result.facts.get("metrics", {})
+        if metrics.get("improved") is False:
+            lines.append(f"{result.name}: its training found NO epoch better than its start on the validation people.")
         if result.overlap:
             lines.append(
                 f"OVERLAP: {result.name} has seen {len(result.overlap)} of the test people; its figures flatter."

@@ -57,15 +57,14 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
 
 
-def number(low, high, low_included=False):
+def number(low, high, low_included=False, high_included=False):
     """An argparse type: a finite float between low and high."""
 
     def parse(text):
         value = float(text)
-        if not (low < value < high or (low_included and value == low)):
-            raise argparse.ArgumentTypeError(
-                f"must be {'at least' if low_included else 'above'} {low} and below {high}"
-            )
+        if not (low < value < high or (low_included and value == low) or (high_included and value == high)):
+            least, most = "at least" if low_included else "above", "at most" if high_included else "below"
+            raise argparse.ArgumentTypeError(f"must be {least} {low} and {most} {high}")
         return value
 
     parse.__name__ = "number"
@@ -122,12 +121,14 @@ def parse_args(argv=None):
     add("--batch_size", type=positive_int, metavar="N", help="shuffled: triplets per step (default 16)")
     add("--images_per_batch", type=positive_int, metavar="N", help="grouped: images per step (default 96)")
     add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
-    text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
     text = "cosine: rises over the first tenth of --epochs, then falls to zero; constant (default cosine)"
     add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
-    text = "weight of the mean cosine distance of each embedding to what it was before training (default 0)"
-    add("--keep", type=number(0, 1e6, True), default=0.0, metavar="WEIGHT", help=text)
-    text = "of AdamW (default 1e-4, with a frozen backbone 1e-3)"
+    text = "weight of the mean cosine distance of each embedding to what it was before training (default 10; 0: off)"
+    add("--keep", type=number(0, 1e6, True), default=10.0, metavar="WEIGHT", help=text)
+    text = "save and validate weights this share of the way from the start to the trained ones"
+    text += " (default 0.5, with a frozen backbone 1)"
+    add("--blend", type=number(0, 1, high_included=True), metavar="SHARE", help=text)
+    text = "of AdamW (default 1e-4, with a frozen backbone 3e-5)"
     add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
     text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
     add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)
@@ -156,7 +157,9 @@ def parse_args(argv=None):
     add("--overwrite", action="store_true", help="replace the run of this name")
     args = parser.parse_args(argv)
     if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.freeze_backbone else 1e-4
+        args.learning_rate = 3e-5 if args.freeze_backbone else 1e-4
+    if args.blend is None:
+        args.blend = 1.0 if args.freeze_backbone else 0.5
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
     if args.batching == "grouped" and args.batch_size:
@@ -179,7 +182,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from evaluate_twins import COLOURS, TwinEvaluator, new_figure, save_figure
+from evaluate_twins import COLOURS, TwinEvaluator, differences, new_figure, save_figure, verdict
 from net import Ranks, build_model, load_checkpoint, plain, read_checkpoint, save_checkpoint, to_input
 from triplet_dataset import (
     TwinTripletDataset,
@@ -414,6 +417,7 @@ class TwinTrainer:
         crops = self._load_crops()
         self.config = self._describe(digest([crops]))
         self.log = {"config": self.config, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
+        self.val_embeddings = {}  # at the start and in the best epoch
         self.progress = {"epoch": 0, "step": 0, "sums": [0.0] * 5}  # where an epoch that is not over yet stands
         with self._lock():
             self.ranks.collect(None)
@@ -428,7 +432,11 @@ class TwinTrainer:
             self._prepare_images(crops)
             start = len(self.log["epochs"])
             for epoch in range(start, self.args.epochs + 1):
-                self._finish_epoch(self._train_epoch(epoch) if epoch else self._measure_start())
+                statistics, began = self._train_epoch(epoch) if epoch else self._measure_start()
+                with self._blended():
+                    self._finish_epoch(self._entry(epoch, statistics, began))
+                self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
+                self._write_log()
                 if self._stop_reason():
                     break
             self._report()
@@ -534,6 +542,8 @@ class TwinTrainer:
         self.log.update(self.saved["log"])
         self.progress = self.saved["progress"]
         self.start_embeddings = self.saved["start_embeddings"].to(self.device)
+        self.start_weights = [p.to(self.device) for p in self.saved["start_weights"]]
+        self.val_embeddings = {key: e.to(self.device) for key, e in self.saved["val_embeddings"].items()}
 
     def _prepare_images(self, crops):
         if self.args.pretrained == "none" and not self.log["epochs"]:
@@ -614,11 +624,32 @@ class TwinTrainer:
             f"{config['n_touched_ids']} people; {self.args.arch} on {self.device}, {self.precision}"
         )
 
+    @contextmanager
+    def _blended(self):
+        """The network as it is validated and saved: weights `--blend` of the way from the start to the trained ones.
+
+        Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT), CVPR 2022.
+        """
+        share = self.args.blend
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p.detach().clone() for p in parameters] if share < 1 else []
+        with torch.no_grad():
+            for p, start in zip(parameters, self.start_weights, strict=True):
+                if share < 1:
+                    p.copy_(start + share * (p - start))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(parameters, trained, strict=False):
+                    p.copy_(value)
+
     def _measure_start(self):
-        """The log entry of epoch 0: the network before training, on training and validation triplets."""
+        """(statistics, time of beginning) of epoch 0: the network before training, on the training triplets."""
         began = time.perf_counter()
         self.start_embeddings = self.images.embed(self.rows[0])
-        return self._entry(0, self.criterion.over(self.train_set, self.start_embeddings), began)
+        self.start_weights = [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
+        return self.criterion.over(self.train_set, self.start_embeddings), began
 
     def _steps(self, epoch, start):
         """(number of steps of an epoch, iterator from step `start` on over (triplets (K, 3), count)).
@@ -645,8 +676,8 @@ class TwinTrainer:
         return len(steps), groups()
 
     def _train_epoch(self, epoch):
-        """Visit every sampled triplet once; returns the epoch's log entry."""
-        began, n_images = time.perf_counter(), 0
+        """Visit every sampled triplet once; returns (statistics, time of beginning)."""
+        began = time.perf_counter()
         start = self.progress["step"] if self.progress["epoch"] == epoch else 0
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         if start and self.first:
@@ -659,7 +690,6 @@ class TwinTrainer:
             for step, (triplets, count) in enumerate(bar, start):
                 factor = rate_factor((epoch - 1 + (step + 0.5) / n_steps) / self.args.epochs, self.args.schedule)
                 rows, statistics = self._step(triplets, count, self.args.learning_rate * factor)
-                n_images += len(rows)
                 sums += statistics * len(triplets)  # no wait for the device here
                 watched.append((step, rows, statistics))
                 last = step + 1 == n_steps
@@ -679,9 +709,7 @@ class TwinTrainer:
                     if stop:
                         raise KeyboardInterrupt
         means = (self.ranks.sum(sums) / len(self.train_set)).tolist()
-        entry = self._entry(epoch, dict(zip(self.criterion.STATISTICS, means, strict=True)), began)
-        entry["timing"]["images"] = n_images
-        return entry
+        return dict(zip(self.criterion.STATISTICS, means, strict=True)), began
 
     def _step(self, triplets, count, learning_rate):
         """One optimizer step on this process's (K, 3) triplets, each distinct image embedded once.
@@ -742,10 +770,9 @@ class TwinTrainer:
         entry |= {"val_loss": None, "val_eer": None, "val_auc": None, "val_general_auc": None}
         entry |= {name: value for name, value in statistics.items() if name != "loss"}
         if self.val_set:
-            embeddings = self.images.embed(self.rows[1])
+            self.embeddings = embeddings = self.images.embed(self.rows[1])
             validation = self.criterion.over(self.val_set, embeddings)
-            self.scores = self.evaluator.compare(embeddings)
-            figures = self.evaluator.figures(self.scores)
+            figures = self.evaluator.figures(self.evaluator.compare(embeddings))
             entry |= {"val_loss": validation["loss"], "val_eer": figures["eer"], "val_auc": figures["auc"]}
             entry["val_general_auc"] = figures["general_auc"]
             entry["loss_gap"] = validation["loss"] - statistics["loss"]
@@ -762,19 +789,24 @@ class TwinTrainer:
         return entry
 
     def _finish_epoch(self, entry):
-        """Log an epoch, save the best checkpoint and the state to resume from, draw the curves."""
+        """Log an epoch and save the best checkpoint, of the network as it stands."""
         self.log["epochs"].append(entry)
         epoch = entry["epoch"]
+        if self.val_set and epoch == 0:
+            self.val_embeddings["start"] = self.embeddings
         if epoch > 0 and self._best_epoch() == epoch:
+            metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
+            if self.val_set:
+                self.val_embeddings["best"] = self.embeddings
+                metrics["against_start"] = self._against_start()
+                metrics["improved"] = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
-            metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
             if self.first:
                 save_checkpoint(path, self.model, epoch=epoch, config=self.config, metrics=metrics)
             self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
+            self.log["against_start"] = metrics.get("against_start")
         self.log["stopped"] = self._stop_reason()
-        self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
-        self._write_log()
         text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
         if entry["val_loss"] is not None:
             text += (
@@ -799,6 +831,8 @@ class TwinTrainer:
                 log={key: value for key, value in self.log.items() if key != "config"},
                 progress=progress,
                 start_embeddings=self.start_embeddings.cpu(),
+                start_weights=[p.cpu() for p in self.start_weights],
+                val_embeddings={key: e.cpu() for key, e in self.val_embeddings.items()},
             )
         self.saved_at = time.monotonic()
 
@@ -836,13 +870,23 @@ class TwinTrainer:
         best, start = (
             next(e for e in self.log["epochs"] if e["epoch"] == number) for number in (self.log["best_epoch"], 0)
         )
-        print(f"stopped by {self.log['stopped']}; best epoch {best['epoch']}: {self.log['best_checkpoint']}")
+        self._say(f"stopped by {self.log['stopped']}; best epoch {best['epoch']}: {self.log['best_checkpoint']}")
         key = self.args.monitor
-        if self.val_set and best[key] >= start[key]:
-            print(
-                f"WARNING: no epoch is better than the network before training ({key} {start[key]:.4f} at the start, "
-                f"{best[key]:.4f} in epoch {best['epoch']}): keep the start, or try other settings"
-            )
+        if self.val_set:
+            self._say(verdict(self.log["against_start"]))
+            if best[key] >= start[key]:
+                self._say(
+                    f"WARNING: no epoch is better than the network before training ({key} {start[key]:.4f} at the "
+                    f"start, {best[key]:.4f} in epoch {best['epoch']}): keep the start, or try other settings"
+                )
+
+    def _against_start(self):
+        """The best epoch's differences to the start on the validation people, of twins and of everyone else."""
+        results = []
+        for key in ("start", "best"):
+            results += self.evaluator.metrics(self.evaluator.compare(self.val_embeddings[key]))
+        found = differences(*results[2:], *results[:2])
+        return {name: found[name] for name in ("auc", "eer", "general_auc", "fnmr_0.001") if name in found}
 
 
 def plot_curves(folder, log):
@@ -871,14 +915,20 @@ def plot_curves(folder, log):
     axes.set_ylim(bottom=0)
     finish(figure, axes, "loss_curves.png")
 
-    figure, axes = new_figure()
-    draw(axes, "val_eer", "EER", COLOURS[0], scale=100)
-    axes.set(ylabel="EER on validation twins (%)", title=log["config"]["run_name"])
-    right = axes.twinx()
-    draw(right, "val_auc", "AUC", COLOURS[1], "--")
-    right.set_ylabel("AUC on validation twins (dashed)")
-    axes.plot([], [], color=COLOURS[1], linestyle="--", marker="o", markersize=3, label="AUC")
-    finish(figure, axes, "validation_curves.png", legend=1.14)
+    figure, (above, below) = new_figure(7.4, 5.6, 2, 1)
+    draw(above, "val_eer", "EER of twins", COLOURS[0], scale=100)
+    above.set(ylabel="EER (%)", title=f"{log['config']['run_name']}: validation people")
+    draw(below, "val_auc", "AUC, twins", COLOURS[0])
+    draw(below, "val_general_auc", "AUC, everyone else", COLOURS[1], "--")
+    below.set_ylabel("AUC")
+    for axes in (above, below):
+        for line in axes.get_lines():
+            axes.axhline(line.get_ydata()[0], color=line.get_color(), linewidth=0.8, linestyle=":")
+        axes.plot([], [], color="grey", linewidth=0.8, linestyle=":", label="before training")
+    above.grid(alpha=0.3)
+    above.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    above.xaxis.get_major_locator().set_params(integer=True)
+    finish(figure, below, "validation_curves.png")
 
 
 # ---- command line -----------------------------------------------------------------------------------
