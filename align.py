@@ -53,7 +53,7 @@ CROP_EYES = 70  # pixels between the eyes that the crop needs in the decoded pho
 # frontal photographs of 30 people that this was chosen on reach 6.6 (median 3.1); a head turned by 50 degrees has
 # 7.5, by 60 degrees 9.5, left and right eye exchanged 23, 99 % of random points more than 11.
 MAX_RESIDUAL = 8.0
-MIN_EYES = 12  # pixels between the eyes in the photograph; fewer would be enlarged more than threefold
+MIN_EYES = 10  # pixels between the eyes in the photograph; fewer would be enlarged more than 3.5 times
 SECOND_FACE = 0.5  # another face of this share of the main face's area could be the one that was meant
 DETECTION_BATCH = 8  # photographs that CUDA works on at once
 SETTINGS = (
@@ -433,7 +433,7 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     """What became of a photograph; the report has these fields for each.
 
-    Statuses with a crop: "aligned", "already done"; without: "no face", "too small" (eyes under 12 pixels apart),
+    Statuses with a crop: "aligned", "already done"; without: "no face", "too small" (eyes under 10 pixels apart),
     "poor fit" (residual over 8, or landmarks outside the photograph), "no landmarks", "unreadable".
     """
 
