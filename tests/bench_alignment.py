@@ -30,7 +30,7 @@ class KnownFace(align.FaceAlignmentDetector):
 
     def boxes(self, images):
         super().boxes(images)
-        return [np.array([[0.3, 0.2, 0.7, 0.8]]) * [*image.shape[1::-1]] * 2 for image in images]
+        return [np.array([[0.3, 0.2, 0.7, 0.8]]) * np.tile(image.shape[1::-1], 2) for image in images]
 
     def landmarks(self, images, boxes):
         super().landmarks(images, boxes)
