@@ -1,6 +1,6 @@
 """Photographs aligned per second, and where the time goes, on drawn 12-megapixel JPEGs. By hand, not in CI.
 
-    python -m tests.bench_alignment [photographs]
+    python -m tests.bench_alignment [photographs [part]]      # part: 1 or 2 (workers) or split; all without
 
 Both networks run, with random weights; their answers are replaced by the known face, since a random detector finds
 thousands of faces and a random landmark network points nowhere. Each row of the first table aligns all photographs anew
@@ -121,25 +121,26 @@ def time_split(photographs, folder):
     return {step: 1000 * seconds / len(photographs) for step, seconds in spent.items()}
 
 
-def main(n):
+def main(n, parts):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         os.environ["TORCH_HOME"] = str(folder)
         write_weights(folder)
         photographs = write_photographs(folder, n)
         align.FaceAlignmentDetector, align._start_worker = KnownFace, start_known_face
-        print(
-            f"{n} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores\n\nworkers  detection/s  --landmarks/s",
-            flush=True,
-        )
-        for workers in (1, 2):
-            rates = [rate(photographs, folder / "crops", workers, landmarks) for landmarks in (False, True)]
-            print("{:>7} {:>12.2f} {:>14.1f}".format(workers, *rates), flush=True)
-        split = time_split(photographs[: max(3, n // 3)], folder)
-        print("\nstep        ms per photograph, one thread")
-        for step in ("decode", "detect", "landmarks", "warp", "write", "all"):
-            print(f"{step:<10} {split[step]:>8.1f}")
+        print(f"{n} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores", flush=True)
+        for workers in (int(part) for part in parts if part != "split"):
+            given, detected = (rate(photographs, folder / "crops", workers, given) for given in (True, False))
+            print(
+                f"{workers} workers: {given:.1f} photographs/s with --landmarks, {detected:.3f} with detection",
+                flush=True,
+            )
+        if "split" in parts:
+            split = time_split(photographs, folder)
+            print("step        ms per photograph, one thread")
+            for step in ("decode", "detect", "landmarks", "warp", "write", "all"):
+                print(f"{step:<10} {split[step]:>8.1f}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 12)
+    main(int(sys.argv[1]) if sys.argv[1:] else 12, sys.argv[2:] or ["1", "2", "split"])
