@@ -130,11 +130,9 @@ def main(n, parts):
         align.FaceAlignmentDetector, align._start_worker = KnownFace, start_known_face
         print(f"{n} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores", flush=True)
         for workers in (int(part) for part in parts if part != "split"):
-            given, detected = (rate(photographs, folder / "crops", workers, given) for given in (True, False))
-            print(
-                f"{workers} workers: {given:.1f} photographs/s with --landmarks, {detected:.3f} with detection",
-                flush=True,
-            )
+            for given, how in ((True, "--landmarks"), (False, "detection")):
+                speed = rate(photographs, folder / "crops", workers, given)
+                print(f"{workers} workers, {how}: {speed:.3f} photographs/s", flush=True)
         if "split" in parts:
             split = time_split(photographs, folder)
             print("step        ms per photograph, one thread")
