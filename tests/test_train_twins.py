@@ -34,7 +34,8 @@ def run(tmp_path, write_crops, tiny_model):
         command = (
             f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --arch ir_tiny "
             f"--pretrained {tmp_path}/start.pth --output_dir {tmp_path}/models --log_dir {tmp_path}/logs "
-            f"--validation_split 0.3 --device cpu --epochs 2 --batch_size 8 --run_name {name} {flags}"
+            f"--validation_split 0.3 --device cpu --epochs 2 --keep 0 --blend 1 --run_name {name} {flags}"
+            f"{'' if 'grouped' in flags or '--batch_size' in flags else ' --batch_size 8'}"
         )
         code = train_twins.main(command.split())
         path = tmp_path / "logs" / name / "training_log.json"
@@ -517,10 +518,46 @@ def test_half_precision_features_move_a_cosine_by_less_than_a_thousandth(write_c
 
 
 def test_keep_holds_the_embeddings(run):
-    _, free = run("--freeze_backbone --learning_rate 1e-2 --epochs 3 --schedule constant", "free")
-    _, kept = run("--freeze_backbone --learning_rate 1e-2 --epochs 3 --schedule constant --keep 1000", "kept")
-    moved = [abs(log["epochs"][-1]["train_loss"] - log["epochs"][0]["train_loss"]) for log in (free, kept)]
-    assert moved[1] < 0.2 * moved[0]
+    flags = "--freeze_backbone --learning_rate 1e-3 --epochs 3"
+    moved = []
+    for keep in (0, 100):
+        _, log = run(f"{flags} --keep {keep}", f"keep{keep}")
+        moved.append(log["epochs"][0]["val_loss"] - log["epochs"][-1]["val_loss"])
+    assert abs(moved[1]) < 0.3 * abs(moved[0])
+
+
+@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
+def test_blended_checkpoint_lies_between_start_and_trained_weights(tmp_path, run, mode):
+    _, log = run(f"{mode} --blend 0.25 --epochs 1 --learning_rate 1e-2")
+    start, trained = states(tmp_path)
+    saved = net.load_checkpoint(log["best_checkpoint"]).state_dict()
+    for key in start:
+        torch.testing.assert_close(saved[key], start[key] + 0.25 * (trained[key] - start[key]), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(saved["output_layer.3.weight"], trained["output_layer.3.weight"])
+
+
+def test_the_end_says_how_it_went_on_twins_and_on_everyone_else(run, capsys):
+    _, log = run("--epochs 1")
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("On the validation people"))
+    assert re.fullmatch(r".* against the start: [a-z ]+ on twins, [a-z ]+ on everyone else\.", line)
+    assert {"auc", "eer"} <= set(log["against_start"])
+    metrics = net.load_checkpoint(log["best_checkpoint"]).facts["metrics"]
+    assert metrics["improved"] == (log["epochs"][1]["val_loss"] < log["epochs"][0]["val_loss"])
+    assert log["epochs"][1]["loss_gap"] == pytest.approx(log["epochs"][1]["val_loss"] - log["epochs"][1]["train_loss"])
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (("better", "not distinguishable", "worse", "worse"), "better on twins, worse on everyone else"),
+        (("worse", "better", "better", "not distinguishable"), "better and worse on twins, better on everyone else"),
+        (("not distinguishable",) * 4, "not distinguishable on twins, not distinguishable on everyone else"),
+    ],
+)
+def test_the_verdict_in_words(verdicts, words):
+    names = ("auc", "eer", "general_auc", "fnmr_0.001")
+    change = {name: {"verdict": value} for name, value in zip(names, verdicts, strict=True)}
+    assert words in evaluate_twins.verdict(change)
 
 
 def test_the_rate_rises_over_a_tenth_and_falls_to_zero():
@@ -636,14 +673,16 @@ def test_help_lists_every_documented_flag(capsys):
         assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag
 
 
-def test_defaults_are_the_plans():
+def test_defaults_are_the_plans_or_measured():
     args = train_twins.parse_args(["--train_pairs", "x", "--id_to_images", "y"])
     plan = {"train_percentage": 100, "freeze_backbone": False, "margin": 0.3, "batch_size": 16, "epochs": 20}
     plan |= {"learning_rate": 1e-4, "weight_decay": 1e-4, "validation_split": 0.15, "device": "auto", "patience": 5}
     plan |= {"arch": "ir_50", "pretrained": "pretrained/adaface_ir50_ms1mv2.ckpt", "distance": "cosine"}
     plan |= {"output_dir": "models", "log_dir": "training_logs", "monitor": "val_loss", "precision": "auto"}
     assert {key: vars(args)[key] for key in plan} == plan
-    assert train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--freeze_backbone"]).learning_rate == 1e-3
+    assert (args.schedule, args.keep, args.blend, args.batching) == ("cosine", 10, 0.5, "shuffled")
+    frozen = train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--freeze_backbone"])
+    assert (frozen.learning_rate, frozen.keep, frozen.blend) == (3e-5, 10, 1)
 
 
 @pytest.mark.parametrize(
@@ -673,6 +712,11 @@ def test_freeze_backbone_takes_usual_spellings(text, value):
             for f in ("batch_size", "epochs", "patience", "max_workers")
             for v in ("0", "-1", "nan", "x", "1.5")
         ),
+        *(f"--{f} {v}" for f in ("keep", "save_every") for v in ("-1", "nan", "inf", "x")),
+        *(f"--blend {v}" for v in ("0", "1.1", "nan")),
+        "--images_per_batch 96",
+        "--batching random",
+        "--schedule linear",
         *(f"--{f} {v}" for f in ("margin", "learning_rate") for v in ("0", "-1", "nan", "inf", "x")),
         *(f"--weight_decay {v}" for v in ("-1", "nan", "inf", "x")),
         *(f"--validation_split {v}" for v in ("-0.1", "1", "nan", "x")),
