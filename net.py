@@ -14,6 +14,8 @@ so weights go both ways unchanged.
 import math
 import pickle
 import pickletools
+import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -313,10 +315,7 @@ def read_checkpoint(path):
     except InputError:
         raise
     except Exception as error:  # a hostile or damaged file can fail in any way
-        if isinstance(error, pickle.UnpicklingError) and "is blocked" in str(error):
-            reason = f"it asks to run {str(error).split('GLOBAL ')[-1].split(' ')[0]}, so it was not loaded"
-        else:
-            reason = f"not a readable PyTorch checkpoint ({type(error).__name__}), download or copy it again"
+        reason = f"not a readable PyTorch checkpoint ({type(error).__name__}), download or copy it again"
         raise InputError(f"{path}: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint's dict")
@@ -340,16 +339,17 @@ class _InertDict:
         return OrderedDict()
 
 
-# What PyTorch calls without question, and what a few bytes can make fill the memory or work for years: zeros of any
-# size, copies of expanded tensors, the check of expanded sparse indices. No checkpoint of a face network needs them.
-GREEDY = {
-    "builtins bytearray",
-    "__builtin__ bytearray",
-    "torch._utils _rebuild_device_tensor_from_cpu_tensor",
-    "torch._utils _rebuild_device_tensor_from_numpy",
-    "torch._utils _rebuild_sparse_tensor",
-}
-MAX_OPERATIONS = 20_000_000  # of a pickle, each making one small object: a million IDs take some 4 million
+# Names for which a checkpoint is refused. These are an attack in plain sight: they would be inert, but say more
+# about the file than its weights do.
+# (commands and __builtin__ are the names of subprocess and builtins in Python 2, which pickles keep.)
+HOSTILE_MODULES = {"os", "posix", "nt", "sys", "io", "subprocess", "commands", "shutil", "importlib", "runpy", "pty"}
+HOSTILE_MODULES |= {"socket", "ctypes"}
+HOSTILE = {f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("eval", "exec", "compile", "open")}
+# And PyTorch calls these without question, where a few bytes can make them fill the memory or work for years: zeros
+# of any size, copies of expanded tensors, the check of expanded sparse indices. No face network needs them.
+HOSTILE |= {"builtins bytearray", "__builtin__ bytearray"}
+HOSTILE |= {f"torch._utils _rebuild_{kind}" for kind in ("sparse_tensor", "device_tensor_from_cpu_tensor")}
+MAX_OPERATIONS = 5_000_000  # of a pickle, each making one small object: a million IDs take 2 million
 MAX_TUPLE = 1_000_000  # entries of a tuple with all that is in it
 
 
@@ -377,7 +377,7 @@ def _check_sizes(path):
 
 
 def _check_pickle(file, path):
-    """Go through a pickle without making anything: refuse GREEDY calls, endless ones and endless tuples.
+    """Go through a pickle without making anything: refuse HOSTILE names, endless pickles and endless tuples.
 
     Tuples that hold one tuple twice, and so on, double at every step, and hashing one as a key of a dict visits all.
     So the stack is followed with the size of each object in its place.
@@ -385,9 +385,9 @@ def _check_pickle(file, path):
     stack, memo = [], {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
         name = operation.name
-        if name == "GLOBAL" and argument in GREEDY:
+        if name == "GLOBAL" and (argument in HOSTILE or re.split("[. ]", argument)[0] in HOSTILE_MODULES):
             raise InputError(
-                f"{path}: it asks for {argument.replace(' ', '.')}, which no network needs; do not trust it"
+                f"{path}: it asks to run {argument.replace(' ', '.')}, so it was not loaded; do not trust it"
             )
         if number > MAX_OPERATIONS:
             raise InputError(f"{path}: more than {MAX_OPERATIONS} entries beside the tensors; do not trust it")
@@ -412,8 +412,11 @@ def _check_pickle(file, path):
 
 
 def _load_inert(path, names, stand_in):
-    stand_ins = [(type(name.rpartition(".")[2], (stand_in,), {}), name) for name in names]
-    with torch.serialization.safe_globals(stand_ins):
+    # NumPy has no kind of dict, but states that none takes: numbers may stand beside a kind of dict.
+    kinds = [(name, _Inert if name.startswith("numpy.") else stand_in) for name in names]
+    stand_ins = [(type(name.rpartition(".")[2], (kind,), {}), name) for name, kind in kinds]
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong with them is said in one line
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

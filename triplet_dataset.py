@@ -13,6 +13,7 @@ gives the same triplets on any machine, and 10 % of a pair's triplets contain th
 
 import hashlib
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -211,6 +212,9 @@ def split_pairs(pairs, validation_split, seed, related=()):
                 validation.update(by_size[size].pop())
     return [p for p in pairs if p not in validation], [p for p in pairs if p in validation]
 
+
+# A picture of any size is told from its header to be no crop; Pillow's remark on large ones would be a second line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # ---- crops ------------------------------------------------------------------------------------------
 
