@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import re
+import reprlib
 import signal
 import stat
 import sys
@@ -89,7 +90,10 @@ def replacing(path):
 
 
 def read_json(path):
-    """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN."""
+    """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN.
+
+    Half a surrogate pair (\\ud800), which JSON can escape, is refused: no UTF-8 file or terminal can take it later.
+    """
 
     def unique(entries):
         result = {}
@@ -99,20 +103,31 @@ def read_json(path):
             result[key] = value
         return result
 
-    def number(text):
+    def constant(text):
         raise ValueError(f"{text} is not a number in JSON")
+
+    def integer(text):
+        if len(text) > 300:  # as a float it would overflow; and int() refuses 4301 digits with advice on Python
+            raise ValueError(f"the number {text[:20]}... has {len(text)} digits")
+        return int(text)
 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=number)
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # rare, so the text is made again only then
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1]
+        raise InputError(f"{path}: {half!r} is half a character; rename what is called so") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply to be what is expected here") from error
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+        raise InputError(f"{path}: not valid JSON: {error}; correct the file there") from error
 
 
 def read_id_to_images(path):
@@ -134,7 +149,7 @@ def read_pairs(path):
         raise InputError(f'{path}: expected [["ID", "twin\'s ID"], ...] with at least one pair')
     for number, pair in enumerate(content, 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
-            raise InputError(f"{path}: pair {number} is {str(pair)[:80]}; expected two IDs, both strings")
+            raise InputError(f"{path}: pair {number} is {reprlib.repr(pair)}; expected two IDs, both strings")
     return [(a, b) for a, b in content]
 
 
@@ -166,7 +181,11 @@ def read_landmarks(path, images_folder):
     for image, points in content.items():
         try:
             five = five_points(points)
-        except (TypeError, ValueError) as error:
+            if np.asarray(points).dtype.kind not in "if":  # "1" would pass for a number
+                raise ValueError("not all numbers")
+            if np.abs(five).max() > 1e6:  # no photograph is so large, and squares of such may overflow
+                raise ValueError("a coordinate is out of range")
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: landmarks of {image!r}: expected 5 or 68 points [x, y] ({error})") from error
         for folder in (images_folder, os.path.dirname(os.path.abspath(path))):
             landmarks[resolve(folder, image)] = five
@@ -846,7 +865,7 @@ def add_alignment_arguments(parser):
     parser.add_argument("--realign", action="store_true", help="make every crop anew, also those already done")
     parser.add_argument(
         "--max_workers",
-        type=positive_int,
+        type=worker_count,
         default=6,
         metavar="N",
         help="photographs aligned at once (default 6); each is a process with its own detector if that runs on the CPU",
@@ -883,20 +902,22 @@ def pick_device(name="auto"):
     return device
 
 
-def positive_int(text):
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def integer(low, high):
+    """An argparse type: an integer from low to high."""
+
+    def parse(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {value}")
+        return value
+
+    parse.__name__ = "integer"  # as argparse calls it: "invalid integer value: 'x'"
+    return parse
 
 
-def seed_number(text):
-    """An argparse type: an integer from 0 to 2^32 - 1, what every random generator takes as a seed."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be from 0 to {2**32 - 1}, not {value}")
-    return value
+positive_int = integer(1, 10**9)  # what array libraries count with; no use of a flag comes near it
+worker_count = integer(1, 1024)  # a pool of processes starts them all
+seed_number = integer(0, 2**32 - 1)  # what every random generator takes as a seed
 
 
 def device_name(text):
@@ -930,7 +951,7 @@ def run_script(name, work, interrupted):
     try:
         work()
     except (InputError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
@@ -941,6 +962,14 @@ def run_script(name, work, interrupted):
         print(f"{name}: out of GPU memory: lower --batch_size, or take another --device", file=sys.stderr)
         return 2
     return 0
+
+
+def one_line(message, longest=1000):
+    """The text of a message as one line of printable characters, whatever IDs and paths it quotes."""
+    text = str(message)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"  # the file stands first, the remedy last
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def answer_flags(name, parse_args):

@@ -11,8 +11,13 @@ State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.co
 so weights go both ways unchanged.
 """
 
+import math
 import os
 import pickle
+import pickletools
+import re
+import warnings
+import zipfile
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -283,22 +288,67 @@ def load_checkpoint(path, arch=None):
         first = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
         raise InputError(f"{path}: not a whole {arch or found} network ({first}); {fits} {found}")
     for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} holds NaN or infinite weights; take an earlier checkpoint")
+        _check_weights(key, value, path)
     model = build_model(found)
     model.load_state_dict(state, strict=False)  # strictness was checked above; num_batches_tracked may miss
-    model.facts = _facts(content)
+    model.facts = _facts(content, path)
     return model.eval()
 
 
 def read_facts(path):
     """The `facts` of load_checkpoint alone, without making the network. Raises InputError as read_checkpoint."""
-    return _facts(read_checkpoint(path))
+    return _facts(read_checkpoint(path), path)
 
 
-def _facts(content):
-    ours = "arch" in content and isinstance(content.get("config"), dict) and isinstance(content.get("metrics"), dict)
-    return {key: value for key, value in content.items() if key != "state_dict"} if ours else {}
+def _check_weights(key, value, path):
+    """Refuse a tensor of the network that cannot be its weights: of a dense, finite, floating-point kind."""
+    real = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    counter = key.endswith("num_batches_tracked") and value.dtype in (torch.int64, torch.int32)
+    if value.layout != torch.strided or value.device.type != "cpu" or not (real or counter):
+        kind = f"{value.layout} {value.dtype} on {value.device}".replace("torch.", "")
+        raise InputError(f"{path}: {key} is {kind}, not plain weights; save the network as float32")
+    if not torch.isfinite(value.float()).all():  # as float32, which float64 may exceed
+        raise InputError(f"{path}: {key} holds NaN or infinite weights; take an earlier checkpoint")
+    if key.endswith("running_var") and (value < 0).any():  # its root is NaN in every embedding
+        raise InputError(f"{path}: {key} holds negative variances; take an earlier checkpoint")
+
+
+def _facts(content, path):
+    """What a checkpoint of ours says beside the weights; raises InputError when that is not what we write."""
+    parts = "config", "metrics"
+    if "arch" not in content or not all(isinstance(content.get(part), dict) for part in parts):
+        return {}
+    for part in parts:
+        for key, value in content[part].items():
+            if not isinstance(key, str) or not _is_fact(key, value, part):
+                raise InputError(
+                    f"{path}: the entry {part}[{key!r:.60}] is damaged; take the checkpoint as it was saved"
+                )
+    return {key: value for key, value in content.items() if key != "state_dict"}
+
+
+def _is_fact(key, value, part):
+    """Whether an entry of config or metrics is a plain value, or a list or dict of such, and of the right kind.
+
+    Other entries would end an evaluation hours later, or, as `train_ids`, keep it from seeing a leak.
+    """
+
+    def plain_value(entry):
+        return entry is None or type(entry) in (bool, int, str) or (type(entry) is float and math.isfinite(entry))
+
+    if part == "metrics":
+        return value is None or (type(value) in (int, float) and plain_value(value))
+    if key in ("train_ids", "val_ids"):
+        return type(value) is list and all(type(name) is str for name in value)
+    if key in ("aligned_folder", "aligned_json"):
+        return value is None or type(value) is str
+    if key == "train_percentage":
+        return type(value) is int and 1 <= value <= 100
+    if type(value) in (list, tuple):
+        return all(map(plain_value, value))
+    if type(value) in (dict, OrderedDict):
+        return all(type(name) is str and plain_value(entry) for name, entry in value.items())
+    return plain_value(value)
 
 
 def read_checkpoint(path):
@@ -306,12 +356,14 @@ def read_checkpoint(path):
 
     PyTorch's weights-only unpickler makes tensors and plain types. Every other class that the file
     names (Lightning callbacks, hyper-parameters) becomes an inert stand-in, so its package need not be
-    installed and its code is not called. Files that name `os`, `sys` and the like are refused.
+    installed and its code is not called. Files that name `os`, `sys` and the like are refused, and so are files
+    that would grow far beyond their size (see _check_sizes).
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
+        _check_sizes(path)
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except ValueError:  # not a zip file: written by PyTorch before 1.6, or no checkpoint at all
@@ -320,11 +372,10 @@ def read_checkpoint(path):
             content = _load_inert(path, foreign, _Inert)
         except pickle.UnpicklingError:  # perhaps a class of the file is a kind of dict, into which entries are put
             content = _load_inert(path, foreign, _InertDict)
+    except InputError:
+        raise
     except Exception as error:  # a hostile or damaged file can fail in any way
-        if isinstance(error, pickle.UnpicklingError) and "is blocked" in str(error):
-            reason = f"it asks to run {str(error).split('GLOBAL ')[-1].split(' ')[0]}, so it was not loaded"
-        else:
-            reason = f"not a readable PyTorch checkpoint ({type(error).__name__}), download or copy it again"
+        reason = f"not a readable PyTorch checkpoint ({type(error).__name__}), download or copy it again"
         raise InputError(f"{path}: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint's dict")
@@ -348,9 +399,84 @@ class _InertDict:
         return OrderedDict()
 
 
+# Names for which a checkpoint is refused. These are an attack in plain sight: they would be inert, but say more
+# about the file than its weights do.
+# (commands and __builtin__ are the names of subprocess and builtins in Python 2, which pickles keep.)
+HOSTILE_MODULES = {"os", "posix", "nt", "sys", "io", "subprocess", "commands", "shutil", "importlib", "runpy", "pty"}
+HOSTILE_MODULES |= {"socket", "ctypes"}
+HOSTILE = {f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("eval", "exec", "compile", "open")}
+# And PyTorch calls these without question, where a few bytes can make them fill the memory or work for years: zeros
+# of any size, copies of expanded tensors, the check of expanded sparse indices. No face network needs them.
+HOSTILE |= {"builtins bytearray", "__builtin__ bytearray"}
+HOSTILE |= {f"torch._utils _rebuild_{kind}" for kind in ("sparse_tensor", "device_tensor_from_cpu_tensor")}
+MAX_OPERATIONS = 5_000_000  # of a pickle, each making one small object: a million IDs take 2 million
+MAX_TUPLE = 1_000_000  # entries of a tuple with all that is in it
+
+
+def _check_sizes(path):
+    """Refuse a checkpoint whose content is far larger than the file: a zip bomb, or a pickle that is one.
+
+    `torch.save` stores zip entries as they are; a network is most of its file, so nothing is lost by insisting.
+    Raises InputError, or whatever a damaged file leads to.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # written by PyTorch before 1.6: five pickles, then the bare tensors
+            file.seek(0)
+            for _ in range(5):
+                _check_pickle(file, path)
+            return
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise InputError(f"{path}: its entries are compressed, which torch.save never does; save it again")
+            for entry in entries:
+                if entry.filename.endswith("/data.pkl"):
+                    with archive.open(entry) as pickled:
+                        _check_pickle(pickled, path)
+
+
+def _check_pickle(file, path):
+    """Go through a pickle without making anything: refuse HOSTILE names, endless pickles and endless tuples.
+
+    Tuples that hold one tuple twice, and so on, double at every step, and hashing one as a key of a dict visits all.
+    So the stack is followed with the size of each object in its place.
+    """
+    stack, memo = [], {}
+    for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        name = operation.name
+        if name == "GLOBAL" and (argument in HOSTILE or re.split("[. ]", argument)[0] in HOSTILE_MODULES):
+            raise InputError(
+                f"{path}: it asks to run {argument.replace(' ', '.')}, so it was not loaded; do not trust it"
+            )
+        if number > MAX_OPERATIONS:
+            raise InputError(f"{path}: more than {MAX_OPERATIONS} entries beside the tensors; do not trust it")
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+            continue
+        if name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            continue
+        taken = 0
+        if pickletools.markobject in operation.stack_before:
+            while (entry := stack.pop()) is not None:  # None: the mark
+                taken += entry
+            before = operation.stack_before.index(pickletools.markobject)
+        else:
+            before = len(operation.stack_before)
+        for _ in range(before):
+            taken += stack.pop()
+        if name.startswith("TUPLE") and taken > MAX_TUPLE:
+            raise InputError(f"{path}: holds a tuple of more than {MAX_TUPLE} entries; do not trust it")
+        stack += [None if name == "MARK" else 1 + taken] * len(operation.stack_after)
+
+
 def _load_inert(path, names, stand_in):
-    stand_ins = [(type(name.rpartition(".")[2], (stand_in,), {}), name) for name in names]
-    with torch.serialization.safe_globals(stand_ins):
+    # NumPy has no kind of dict, but states that none takes: numbers may stand beside a kind of dict.
+    kinds = [(name, _Inert if name.startswith("numpy.") else stand_in) for name in names]
+    stand_ins = [(type(name.rpartition(".")[2], (kind,), {}), name) for name, kind in kinds]
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong with them is said in one line
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

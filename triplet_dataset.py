@@ -223,6 +223,9 @@ def split_pairs(pairs, validation_split, seed, related=()):
     return [p for p in pairs if p not in validation], [p for p in pairs if p in validation]
 
 
+# A picture of any size is told from its header to be no crop; Pillow's remark on large ones would be a second line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 # ---- crops ------------------------------------------------------------------------------------------
 
 
