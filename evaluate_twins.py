@@ -678,8 +678,7 @@ def comparison_table(results, baseline, chosen):
         if result is not baseline:
             lines += _against(result, baseline)
     for result in results:
-        metrics = result.facts.get("metrics", {})
-        if metrics.get("improved") is False:
+        if result.facts.get("improved") is False:
             lines.append(f"{result.name}: its training found NO epoch better than its start on the validation people.")
         if result.overlap:
             lines.append(

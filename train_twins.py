@@ -796,16 +796,17 @@ class TwinTrainer:
             self.val_embeddings["start"] = self.embeddings
         if epoch > 0 and self._best_epoch() == epoch:
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
+            facts = {"epoch": epoch, "config": self.config, "metrics": metrics}
             if self.val_set:
                 self.val_embeddings["best"] = self.embeddings
-                metrics["against_start"] = self._against_start()
-                metrics["improved"] = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
+                self.log["against_start"] = self._against_start()
+                facts["against_start"] = self.log["against_start"]
+                facts["improved"] = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
             if self.first:
-                save_checkpoint(path, self.model, epoch=epoch, config=self.config, metrics=metrics)
+                save_checkpoint(path, self.model, **facts)
             self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
-            self.log["against_start"] = metrics.get("against_start")
         self.log["stopped"] = self._stop_reason()
         text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
         if entry["val_loss"] is not None:

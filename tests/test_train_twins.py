@@ -541,8 +541,9 @@ def test_the_end_says_how_it_went_on_twins_and_on_everyone_else(run, capsys):
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("On the validation people"))
     assert re.fullmatch(r".* against the start: [a-z ]+ on twins, [a-z ]+ on everyone else\.", line)
     assert {"auc", "eer"} <= set(log["against_start"])
-    metrics = net.load_checkpoint(log["best_checkpoint"]).facts["metrics"]
-    assert metrics["improved"] == (log["epochs"][1]["val_loss"] < log["epochs"][0]["val_loss"])
+    facts = net.load_checkpoint(log["best_checkpoint"]).facts
+    assert facts["against_start"] == log["against_start"]
+    assert facts["improved"] == (log["epochs"][1]["val_loss"] < log["epochs"][0]["val_loss"])
     assert log["epochs"][1]["loss_gap"] == pytest.approx(log["epochs"][1]["val_loss"] - log["epochs"][1]["train_loss"])
 
 
