@@ -3,7 +3,7 @@
     FUZZ_CASES=5000 python -m pytest tests/test_fuzz.py -s        # all cases by hand; the default is a few hundred
 
 Every case ends in a result or an InputError of one line, within five seconds; it opens no file to write, starts no
-program and leaves the folder as it was. Cases are the same in every run: hypothesis is derandomised, mutations are seeded.
+program and leaves the folder as it was. Cases are the same in every run: hypothesis is derandomised, mutations seeded.
 """
 
 import io
