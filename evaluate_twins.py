@@ -364,7 +364,12 @@ class TwinEvaluator:
     def score(self, model, description="embedding"):
         """Embed every image once with `model` and score all pairs: Scores."""
         model = model.to(self.device, memory_format=torch.channels_last).eval()
-        return self.compare(embed(model, self.crops, self.device, self.batch_size, description, self.flip))
+        embeddings = embed(model, self.crops, self.device, self.batch_size, description, self.flip)
+        if not torch.isfinite(embeddings).all():
+            raise InputError(
+                "the network's embeddings are not finite; its weights are damaged, take another checkpoint"
+            )
+        return self.compare(embeddings)
 
     def compare(self, embeddings):
         """Scores of all pairs, of embeddings (N, 512) of unit length in the order of `images`."""
@@ -554,6 +559,11 @@ def new_figure(width=6.0, height=4.2, rows=1, columns=1):
     return figure, figure.subplots(rows, columns)
 
 
+def literal(text):
+    """Text for a picture as it is: matplotlib would read formulas between dollar signs."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure, path):
     with replacing(path) as temporary:
         figure.savefig(temporary)
@@ -566,7 +576,7 @@ def plot_roc_and_det(path, results, kinds):
     for kind, axes in zip(kinds, np.atleast_1d(all_axes), strict=True):
         for number, result in enumerate(results):
             rates = error_rates(result.scores.genuine, result.scores.twin)
-            label = f"{result.name}\nAUC {result.figures['auc']:.3f}, EER {100 * result.figures['eer']:.1f} %"
+            label = f"{literal(result.name)}\nAUC {result.figures['auc']:.3f}, EER {100 * result.figures['eer']:.1f} %"
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
             # An FMR of 0 has no place on a logarithmic axis: the curve ends at one pair.
             fmr, fnmr = np.maximum(100 * rates.fmr[0], lowest), 100 * rates.fnmr[0]
@@ -599,7 +609,9 @@ def plot_distributions(path, result):
     at = result.figures["general_threshold_0.001"]
     if at is not None:
         axes.axvline(at, color="black", linewidth=1, linestyle="--", label="threshold at general\nFMR 0.1 %")
-    axes.set(xlabel="score (cosine similarity)", ylabel="share of the image pairs per bin (%)", title=result.name)
+    axes.set(
+        xlabel="score (cosine similarity)", ylabel="share of the image pairs per bin (%)", title=literal(result.name)
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
@@ -617,9 +629,9 @@ def plot_hardest(path, evaluator, result, columns=4):
             if place < len(order):
                 a, b = rows[order[place]]
                 at.imshow(np.concatenate([evaluator.crops[a].numpy(), evaluator.crops[b].numpy()], 1))
-                names = " | ".join(evaluator.images.ids[evaluator.images.person[i]][:16] for i in (a, b))
+                names = " | ".join(literal(evaluator.images.ids[evaluator.images.person[i]][:16]) for i in (a, b))
                 at.set_title(f"{title}\nscore {values[order[place]]:.3f}\n{names}", fontsize=7)
-    figure.suptitle(f"{result.name}: most confident mistakes first", fontsize=9)
+    figure.suptitle(f"{literal(result.name)}: most confident mistakes first", fontsize=9)
     save_figure(figure, path)
 
 
@@ -645,7 +657,9 @@ def plot_data_percentage(path, results):
             axes.annotate(text, (at, value), xytext=(5, 5), textcoords="offset points", fontsize=7)
     for result in results:
         if "train_percentage" not in result.facts.get("config", {}):
-            axes.axhline(100 * result.figures["eer"], color="grey", linestyle=":", label=f"{result.name} (no training)")
+            axes.axhline(
+                100 * result.figures["eer"], color="grey", linestyle=":", label=f"{literal(result.name)} (no training)"
+            )
     axes.set(xscale="log", xlim=(0.8, 160), title="How much data is enough")
     axes.set_xticks([1, 2, 5, 10, 25, 50, 100], ["1", "2", "5", "10", "25", "50", "100"])
     axes.set_xticks([], minor=True)

@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +279,7 @@ def load_checkpoint(path, arch=None):
     """
     content = read_checkpoint(path)
     state = _network_state(content, path)
-    found, differences = _closest_architecture(state)
+    found, differences = _closest_architecture(state, arch)
     if arch not in (None, found):
         fits = "the closest architecture is" if differences else "its tensors fit"
         differences = _differences(_shapes(arch), state)
@@ -499,6 +500,7 @@ def _network_state(content, path):
     return state
 
 
+@cache
 def _shapes(arch):
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in build_model(arch).state_dict().items()}
@@ -515,10 +517,10 @@ def _differences(expected, state):
     )
 
 
-def _closest_architecture(state):
-    """(name, differences) of the architecture with the fewest differences to the tensors."""
+def _closest_architecture(state, likely=None):
+    """(name, differences) of the architecture with the fewest differences to the tensors; `likely` is tried first."""
     best = None
-    for arch in ARCHITECTURES:
+    for arch in sorted(ARCHITECTURES, key=lambda name: name != likely):
         differences = _differences(_shapes(arch), state)
         if best is None or len(differences) < len(best[1]):
             best = arch, differences

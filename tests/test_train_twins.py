@@ -35,7 +35,7 @@ def run(tmp_path, write_crops, tiny_model):
             f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --arch ir_tiny "
             f"--pretrained {tmp_path}/start.pth --output_dir {tmp_path}/models --log_dir {tmp_path}/logs "
             f"--validation_split 0.3 --device cpu --epochs 2 --keep 0 --blend 1 --run_name {name} {flags}"
-            f"{'' if 'grouped' in flags or '--batch_size' in flags else ' --batch_size 8'}"
+            f"{'' if 'grouped' in flags or '--batch_size' in flags else ' --batch_size 24'}"
         )
         code = train_twins.main(command.split())
         path = tmp_path / "logs" / name / "training_log.json"
@@ -596,6 +596,7 @@ def test_embeddings_that_coincide_are_a_collapse(run, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", ["--freeze_backbone", "--batching grouped --images_per_batch 8"])
 def test_a_run_killed_within_an_epoch_and_resumed_is_the_same_bit_for_bit(tmp_path, run, monkeypatch, flags):
+    flags += "" if "grouped" in flags else " --batch_size 8"
     _, whole = run(f"{flags} --epochs 2", "whole")
     save, left = train_twins.TwinTrainer._save, [6]
 
