@@ -981,10 +981,15 @@ def run_script(name, work, interrupted):
         if first:
             print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
+    except MemoryError:
+        tell("out of memory: leave out --no_cache, if given, or lower --max_workers")
+        return 2
     except RuntimeError as error:
         kind = type(error).__name__  # PyTorch's, which may not have been loaded
         if kind == "OutOfMemoryError":
             tell("out of GPU memory: lower --batch_size, or take another --device")
+        elif "DefaultCPUAllocator" in str(error):
+            tell("out of memory: leave out --no_cache, if given, or lower --batch_size or --images_per_batch")
         elif kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in str(error):
             tell(f"another process of this run has died, so it was {interrupted}")
         else:
