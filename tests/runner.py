@@ -52,6 +52,9 @@ def limit_memory(size):
     """Allow `size` bytes beyond what is taken now; crops are noise, so that no thousand files need to be made."""
     triplet_dataset.read_crop = lambda path: np.random.default_rng(len(path)).integers(0, 256, (112, 112, 3), np.uint8)
     triplet_dataset._size_and_time = lambda path: (0, 0)
+    p = torch.zeros(1, requires_grad=True)  # what PyTorch loads and starts when it first trains
+    p.sum().backward()
+    torch.optim.AdamW([p], fused=True).step()
     (taken,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(taken) + size,) * 2)
 
@@ -76,6 +79,8 @@ def break_off(self):
 
 if __name__ == "__main__":
     net.Backbone.features = features
+    for name in net.ARCHITECTURES.keys() - {"ir_tiny"}:  # a checkpoint is compared with each
+        del net.ARCHITECTURES[name]
     train_twins.signal.signal(train_twins.signal.SIGTERM, train_twins.signal.default_int_handler)
     net.Ranks.leave = lambda self: None  # one command after the other, with the same processes
     torch.set_num_threads(1)
@@ -84,8 +89,6 @@ if __name__ == "__main__":
         setattr(evaluate_twins, name, lambda *args: None)
     if "RECORD" in os.environ:
         record(os.environ["RECORD"])
-    if "LIMIT" in os.environ:
-        limit_memory(int(os.environ["LIMIT"]))
     rank = os.environ.get("RANK", "0")
     if "PIDS" in os.environ:
         Path(os.environ["PIDS"], f"{rank}.pid").write_text(str(os.getpid()))
@@ -93,6 +96,8 @@ if __name__ == "__main__":
         train_twins.rate_factor = slowly(train_twins.rate_factor, float(os.environ["PAUSE"]))
     if os.environ.get("BREAK") == rank:
         train_twins.TwinTrainer._write_start = break_off
+    if "LIMIT" in os.environ:
+        limit_memory(int(os.environ["LIMIT"]))
     for script, argv in json.loads(sys.argv[1]):
         code = {"train_twins": train_twins, "evaluate_twins": evaluate_twins}[script].main(argv)
     sys.exit(code)

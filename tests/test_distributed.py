@@ -74,7 +74,7 @@ class Data:
         result = []
         for batching, mode, keep in MODES:
             # The last of two steps has one of the 102 triplets, so all ranks but one have none.
-            size = "--batch_size 101" if batching == "shuffled" else "--batching grouped --images_per_batch 9"
+            size = "--batch_size 101" if batching == "shuffled" else "--batching grouped --images_per_batch 13"
             more = f"--freeze_backbone {mode == 'frozen'} --keep {keep} {size} --epochs 2 --learning_rate 0.002"
             more += " --no_cache" if keep else f" --aligned_json {self.copy(world)}"
             result.append(("train_twins", self.flags(f"{batching}-{mode}-{keep}", world, more)))

@@ -52,7 +52,7 @@ def test_runs_killed_at_random_moments_and_resumed_end_the_same(data):
     if kills < len(KINDS):
         kinds = [KINDS[0], KINDS[3]]
     for number, kind in enumerate(kinds):
-        flags = f"{kind} --epochs 12 --patience 12 --learning_rate 1e-3 --save_every 1e-6"
+        flags = f"{kind} --epochs 6 --patience 6 --learning_rate 1e-3 --save_every 1e-6"
         whole = start([("train_twins", data.flags("run", f"whole{number}", flags))], PAUSE="0.01")
         assert whole.wait(200) == 0
         share, code = (kills + number) // len(kinds), None
@@ -77,7 +77,7 @@ def test_runs_killed_at_random_moments_and_resumed_end_the_same(data):
         assert process.wait(200) == 0, process.stderr.read()
         assert_same_result(data, f"killed{number}", f"whole{number}")
         assert not [p for p in folder.iterdir() if p.name[0] == "." and p.name != ".lock"]  # nothing half-written stays
-    print(f"{done} kills, {within} of them within an epoch, and every run ended as an uninterrupted one")
+        print(f"{kind}: {done} kills so far, {within} within an epoch; ended as uninterrupted", flush=True)
     assert done == kills
 
 
@@ -118,7 +118,12 @@ def finished(data, run, capsys):
     """What a finished run left: {path: bytes}."""
     assert run("--epochs 1") == 0
     capsys.readouterr()
-    files = [p for folder in ("logs", "models") for p in (data.folder / "one" / folder).rglob("*") if p.is_file()]
+    files = [
+        p
+        for folder in ("logs", "models")
+        for p in (data.folder / "one" / folder).rglob("*")
+        if p.is_file() and p.name != "config.json"
+    ]
     return {path: path.read_bytes() for path in files}
 
 
@@ -133,7 +138,7 @@ def test_a_full_disk_is_one_line_and_spoils_nothing(data, run, finished, capsys)
     assert "cannot be written; File too large: raise the limit; what was there before is unchanged" in line
     assert "epoch2.pth" in line
     assert {path: path.read_bytes() for path in finished} == finished
-    assert sorted(p for path in {p.parent for p in finished} for p in path.iterdir()) == sorted(finished)
+    assert not [p for p in data.folder.rglob(".*") if p.name != ".lock"]
     assert run("--epochs 2 --resume") == 0
 
 
