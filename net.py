@@ -13,6 +13,7 @@ so weights go both ways unchanged.
 
 import os
 import pickle
+import time
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -229,6 +230,9 @@ class Ranks:
     def leave(self):
         """Part from the other processes, all having done their work."""
         if dist.is_initialized():
+            self.collect(None)
+            if self.rank > 0:
+                time.sleep(1)  # one that ends may break the connection under what another is still reading
             dist.destroy_process_group()
 
 

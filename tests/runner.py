@@ -82,7 +82,7 @@ if __name__ == "__main__":
     for name in net.ARCHITECTURES.keys() - {"ir_tiny"}:  # a checkpoint is compared with each
         del net.ARCHITECTURES[name]
     train_twins.signal.signal(train_twins.signal.SIGTERM, train_twins.signal.default_int_handler)
-    net.Ranks.leave = lambda self: None  # one command after the other, with the same processes
+    leave, net.Ranks.leave = net.Ranks.leave, lambda self: None  # one command after the other, with the same processes
     torch.set_num_threads(1)
     train_twins.plot_curves = lambda folder, log: None  # pictures take longer than the tiny network
     for name in ("plot_roc_and_det", "plot_distributions", "plot_hardest", "plot_data_percentage"):
@@ -100,4 +100,6 @@ if __name__ == "__main__":
         limit_memory(int(os.environ["LIMIT"]))
     for script, argv in json.loads(sys.argv[1]):
         code = {"train_twins": train_twins, "evaluate_twins": evaluate_twins}[script].main(argv)
+    if code == 0:
+        leave(net.Ranks())
     sys.exit(code)
