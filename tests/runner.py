@@ -82,7 +82,7 @@ if __name__ == "__main__":
     for name in net.ARCHITECTURES.keys() - {"ir_tiny"}:  # a checkpoint is compared with each
         del net.ARCHITECTURES[name]
     train_twins.signal.signal(train_twins.signal.SIGTERM, train_twins.signal.default_int_handler)
-    leave, net.Ranks.leave = net.Ranks.leave, lambda self: None  # one command after the other, with the same processes
+    leave, net.Ranks.leave = net.Ranks.leave, lambda self: self.collect(None)  # the same processes go on
     torch.set_num_threads(1)
     train_twins.plot_curves = lambda folder, log: None  # pictures take longer than the tiny network
     for name in ("plot_roc_and_det", "plot_distributions", "plot_hardest", "plot_data_percentage"):
