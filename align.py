@@ -16,6 +16,7 @@ alignment_report.json and .csv; alignment_sheet.png shows the worst.
 
 import argparse
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -27,11 +28,12 @@ import signal
 import stat
 import sys
 import threading
+import time
 import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -77,16 +79,31 @@ def replacing(path):
     A reader sees the old file or the whole new one, never a part: the data is on the disk before the rename.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        raise InputError(f"{path}: cannot be written; {_explain(error)}; what was there before is unchanged") from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(path):
+    with suppress(OSError):  # a folder that vanished or cannot be written to
+        path.unlink(missing_ok=True)
+
+
+def _explain(error):
+    """What an OSError says, and the way out, without the file's name."""
+    remedy = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EFBIG: "raise the limit"}
+    remedy |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its rights or take another folder")
+    return f"{error.strerror or error}: {remedy.get(error.errno, 'check the path and the disk')}"
 
 
 def read_json(path):
@@ -617,13 +634,14 @@ def plan_crops(id_to_images, folder, home=""):
     return plan
 
 
-def align_images(id_to_images, folder, landmarks=None, device="cpu", max_workers=6, realign=False, home=""):
+def align_images(id_to_images, folder, landmarks=None, device="cpu", max_workers=6, realign=False, home="", ranks=None):
     """Align every photograph of {ID: [path, ...]} into `folder`; returns ({ID: [crop path, ...]}, report).
 
     landmarks: {path: (5, 2)} or None to detect them on `device`. The mapping has every ID, in the given order,
     with the crops that there are, also those of earlier runs. The report is a list of dicts, one per photograph:
     "id", "source", "crop" (None without one), the fields of Result, and "key". `realign` makes every crop anew.
-    `home` is the folder from which sources are named, so that a data set can be moved as a whole.
+    `home` is the folder from which sources are named, so that a data set can be moved as a whole. The processes of
+    `ranks` (net.Ranks) share the photographs out among them and all return the whole.
 
     With landmarks, or with a detector on CUDA, `max_workers` threads share the work (image libraries release
     the interpreter lock); with a detector on the CPU, as many processes, each with a network of its own and
@@ -631,28 +649,36 @@ def align_images(id_to_images, folder, landmarks=None, device="cpu", max_workers
     """
     plan = plan_crops(id_to_images, folder, home)
     failures = {} if realign else earlier_failures(Path(folder) / "alignment_report.json")
-    jobs, results = [], {}
-    for identity, crops in plan.items():
-        for source, target in crops:
-            job = Job(source, target, identity, None if landmarks is None else landmarks.get(source))
-            if landmarks is not None and job.landmarks is None:
-                results[target] = Result("no landmarks", "not in the landmark file")
-            else:
-                try:
-                    job = job._replace(key=job_key(job, home or os.curdir))
-                except (OSError, ValueError) as error:
-                    results[target] = Result("unreadable", getattr(error, "strerror", None) or str(error))
-            jobs.append(job)
-    for job in jobs:
-        earlier = None if realign or job.target in results else earlier_result(job, failures)
+    jobs = [
+        Job(source, target, identity, None if landmarks is None else landmarks.get(source))
+        for identity, crops in plan.items()
+        for source, target in crops
+    ]
+    todo, results, keys = [], {}, {}
+    for job in jobs[ranks.rank :: ranks.world] if ranks else jobs:
+        if landmarks is not None and job.landmarks is None:
+            results[job.target] = Result("no landmarks", "not in the landmark file")
+            continue
+        try:
+            job = job._replace(key=job_key(job, home or os.curdir))
+        except (OSError, ValueError) as error:
+            results[job.target] = Result("unreadable", getattr(error, "strerror", None) or str(error))
+            continue
+        keys[job.target] = job.key
+        earlier = None if realign else earlier_result(job, failures)
         if earlier:
             results[job.target] = earlier
-    todo = [job for job in jobs if job.target not in results]
+        else:
+            todo.append(job)
     if todo:
-        results |= _align_all(todo, landmarks is None, device, max_workers)
+        results |= _align_all(todo, landmarks is None, device, max_workers, ranks is None or ranks.rank == 0)
+    for other_results, other_keys in ranks.collect((results, keys)) if ranks else ():
+        results |= other_results
+        keys |= other_keys
 
     mapping, report = {identity: [] for identity in plan}, []
     for job in jobs:
+        job = job._replace(key=keys.get(job.target, job.key))
         result = results[job.target]
         crop = str(job.target) if result.status in ("aligned", "already done") else None
         if crop:
@@ -661,12 +687,13 @@ def align_images(id_to_images, folder, landmarks=None, device="cpu", max_workers
     return mapping, report
 
 
-def _align_all(jobs, detect, device, max_workers):
-    """{crop path: Result} of all jobs, by a pool of workers, with a progress bar."""
+def _align_all(jobs, detect, device, max_workers, talk=True):
+    """{crop path: Result} of all jobs, by a pool of workers, with a progress bar if it may `talk`."""
     cv2.setNumThreads(1)  # the workers share the cores; OpenCV's own threads would fight them
     work, batch = align_jobs, 1
     if detect:
-        print(f"detecting faces on {device}", flush=True)
+        if talk:
+            print(f"detecting faces on {device}", flush=True)
         detector = FaceAlignmentDetector(device)  # on the CPU too: weights are fetched once, errors come at once
     if detect and str(device) == "cpu":
         max_workers = min(max_workers, len(jobs))
@@ -680,7 +707,7 @@ def _align_all(jobs, detect, device, max_workers):
             work, batch = partial(align_jobs, detector=detector), DETECTION_BATCH
     batches = [jobs[i : i + batch] for i in range(0, len(jobs), batch)]
     results = {}
-    with pool, tqdm(desc="aligning", total=len(jobs), unit="photo", disable=None) as bar:
+    with pool, tqdm(desc="aligning", total=len(jobs), unit="photo", disable=None if talk else True) as bar:
         try:
             for done, found in zip(batches, pool.map(work, batches), strict=True):
                 results |= {job.target: result for job, result in zip(done, found, strict=True)}
@@ -784,8 +811,10 @@ def align_files(args, pairs, ranks=None):
     args: the flags of `add_alignment_arguments` and --id_to_images, --aligned_folder, --aligned_json; pairs:
     [(ID, ID), ...] to align only those people, or None for all. Returns the mapping {ID: [crop path, ...]} that
     --aligned_json now holds (there relative to its folder). Raises InputError for wrong input and when not one
-    photograph gave a crop; --aligned_json is left as it was then.
+    photograph gave a crop; --aligned_json is left as it was then. The processes of `ranks` (net.Ranks) share the work;
+    the first of them writes.
     """
+    first = ranks is None or ranks.rank == 0
     images_file, folder = args.id_to_images, args.aligned_folder
     photos = read_id_to_images(images_file)
     if pairs is not None:
@@ -803,18 +832,19 @@ def align_files(args, pairs, ranks=None):
             if owner.setdefault(source, name) != name:
                 raise InputError(f"{images_file}: {source} is listed under {owner[source]!r} and {name!r}; keep one")
     repeated = sum(map(len, photos.values())) - len(owner)
-    if repeated:
+    if repeated and first:
         print(f"warning: {repeated} photographs are listed twice under one ID; each is used once")
     landmarks = None
     if args.landmarks:
         landmarks = read_landmarks(args.landmarks, os.path.dirname(os.path.abspath(images_file)))
         if not any(source in landmarks for sources in photos.values() for source in sources):
             raise InputError(f"{args.landmarks}: no photograph of {images_file} has an entry; compare the paths")
-    device = "cpu" if landmarks is not None else pick_device(args.device)
+    device = "cpu" if landmarks is not None else ranks.device if ranks else pick_device(args.device)
     home = os.path.dirname(os.path.abspath(images_file))
-    mapping, report = align_images(photos, folder, landmarks, device, args.max_workers, args.realign, home)
-    write_report(folder, mapping, report)
-    print_totals(mapping, report, Path(folder) / "alignment_report.json")
+    mapping, report = align_images(photos, folder, landmarks, device, args.max_workers, args.realign, home, ranks)
+    if first:
+        write_report(folder, mapping, report)
+        print_totals(mapping, report, Path(folder) / "alignment_report.json")
     failed = [entry for entry in report if entry["crop"] is None]
     if len(failed) == len(report):
         reason = f"{failed[0]['source']}: {failed[0]['reason']}" if failed else "no photographs are listed"
@@ -824,7 +854,10 @@ def align_files(args, pairs, ranks=None):
         identity: [Path(os.path.relpath(crop, home)).as_posix() for crop in crops]
         for identity, crops in mapping.items()
     }
-    write_json(args.aligned_json, relative)
+    if first:
+        write_json(args.aligned_json, relative)
+    if ranks:
+        ranks.collect(None)  # now all may read it
     return mapping
 
 
@@ -946,20 +979,42 @@ def run_script(name, work, interrupted):
     """Run `work()` as a script's main: returns its exit code.
 
     0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`. Anything else
-    that is raised is a bug and passes.
+    that is raised is a bug and passes. Of the processes of torchrun, the others leave it to the first to tell what
+    all of them meet.
     """
+    first = os.environ.get("RANK", "0") == "0"
+
+    def tell(text):
+        with suppress(KeyboardInterrupt):
+            if not first:
+                time.sleep(5)  # if the first met the same, it ends now, and torchrun ends this one before it speaks
+            print(f"{name}: {one_line(text)}", file=sys.stderr)
+
     try:
         work()
-    except (InputError, OSError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+    except InputError as error:
+        tell(error)
+        return 2
+    except OSError as error:
+        tell(f"{error.filename or 'a file'}: {_explain(error)}")
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
+        if first:
+            print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
+    except MemoryError:
+        tell("out of memory: leave out --no_cache, if given, or lower --max_workers")
+        return 2
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which may not have been loaded
+        kind = type(error).__name__  # PyTorch's, which may not have been loaded
+        if kind == "OutOfMemoryError":
+            tell("out of GPU memory: lower --batch_size, or take another --device")
+        elif "DefaultCPUAllocator" in str(error):
+            tell("out of memory: leave out --no_cache, if given, or lower --batch_size or --images_per_batch")
+        elif kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in str(error):
+            tell(f"another process of this run has died, so it was {interrupted}")
+        else:
             raise
-        print(f"{name}: out of GPU memory: lower --batch_size, or take another --device", file=sys.stderr)
         return 2
     return 0
 

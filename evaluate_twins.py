@@ -14,6 +14,7 @@ ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` vali
 import csv
 import math
 import os
+import signal
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,6 @@ from align import (
     add_alignment_arguments,
     align_files,
     answer_flags,
-    pick_device,
     positive_int,
     read_id_to_images,
     read_pairs,
@@ -71,12 +71,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from net import load_checkpoint, read_facts, to_input
+from net import Ranks, load_checkpoint, read_facts, to_input
 from triplet_dataset import (
     TwinImages,
     find_families,
     load_crops,
     read_checked_pairs,
+    read_crop,
 )
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
@@ -337,9 +338,11 @@ class TwinEvaluator:
     id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [(ID, ID), ...]. `resamples` bootstrap resamples of the
     families, drawn once from the seed, serve all networks, so that their differences are paired. Raises InputError
     when the pairs are wrong (see TwinImages), when a crop cannot be read, and without a genuine or a twin pair.
+    The processes of `ranks` (net.Ranks) share the embedding; the first has the scores.
     """
 
-    def __init__(self, id_to_images, pairs, device, batch_size=None, flip=False, seed=42, resamples=1000):
+    def __init__(self, id_to_images, pairs, device, batch_size=None, flip=False, seed=42, resamples=1000, ranks=None):
+        self.ranks = ranks or Ranks({})
         self.images = TwinImages(id_to_images, pairs)
         self.warnings = list(self.images.warnings)
         empty = int((self.images.count == 0).sum())
@@ -358,18 +361,18 @@ class TwinEvaluator:
 
     @cached_property
     def crops(self):
-        """The crops (N, 112, 112, 3) uint8 RGB of `images`, read when first needed."""
-        return load_crops(self.images.paths)
+        """The crops (K, 112, 112, 3) uint8 RGB of this process's share of `images`, read when first needed."""
+        return load_crops(self.images.paths[self.ranks.share(len(self.images.paths))])
 
     def score(self, model, description="embedding"):
-        """Embed every image once with `model` and score all pairs: Scores."""
+        """Embed every image once with `model` and score all pairs: Scores, or None in all but the first process."""
         model = model.to(self.device, memory_format=torch.channels_last).eval()
-        embeddings = embed(model, self.crops, self.device, self.batch_size, description, self.flip)
-        if not torch.isfinite(embeddings).all():
-            raise InputError(
-                "the network's embeddings are not finite; its weights are damaged, take another checkpoint"
-            )
-        return self.compare(embeddings)
+        first = self.ranks.rank == 0
+        own = embed(model, self.crops, self.device, self.batch_size, description if first else None, self.flip)
+        if not torch.isfinite(own).all():
+            raise InputError("the network's embeddings are not finite; take another checkpoint")
+        embeddings = self.ranks.gather(own, len(self.images.paths))
+        return self.compare(embeddings) if first else None
 
     def compare(self, embeddings):
         """Scores of all pairs, of embeddings (N, 512) of unit length in the order of `images`."""
@@ -628,7 +631,7 @@ def plot_hardest(path, evaluator, result, columns=4):
             at.set_axis_off()
             if place < len(order):
                 a, b = rows[order[place]]
-                at.imshow(np.concatenate([evaluator.crops[a].numpy(), evaluator.crops[b].numpy()], 1))
+                at.imshow(np.concatenate([read_crop(evaluator.images.paths[i]) for i in (a, b)], 1))
                 names = " | ".join(literal(evaluator.images.ids[evaluator.images.person[i]][:16]) for i in (a, b))
                 at.set_title(f"{title}\nscore {values[order[place]]:.3f}\n{names}", fontsize=7)
     figure.suptitle(f"{literal(result.name)}: most confident mistakes first", fontsize=9)
@@ -760,8 +763,12 @@ def find_overlap(facts, ids):
 
 
 def evaluate(args):
-    """The whole evaluation of the command line; returns the list of Results, the baseline first."""
-    device = pick_device(args.device)
+    """The whole evaluation of the command line; returns the list of Results, the baseline first.
+
+    Of several processes, the first has them and writes; the others return [].
+    """
+    ranks = Ranks()
+    device = ranks.pick_device(args.device)
     pairs = read_pairs(args.test_pairs)
     checkpoints = list_checkpoints(args.checkpoints, args.baseline)
     tested = {name for pair in pairs for name in pair}
@@ -779,18 +786,23 @@ def evaluate(args):
                 raise InputError(
                     f"--{flag} {trained}: {checkpoint} was trained from there; name another for test crops"
                 )
-    crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs)
+    crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs, ranks)
     pairs, warnings = read_checked_pairs(args.test_pairs, crops)
-    evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed)
-    for warning in warnings + evaluator.warnings:
+    evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed, ranks=ranks)
+    for warning in warnings + evaluator.warnings if ranks.rank == 0 else ():
         print(f"warning: {warning}")
     results, names = [], stem_names(checkpoints)
     for checkpoint in checkpoints:
         model, name = load_checkpoint(checkpoint), names[checkpoint]
         scores = evaluator.score(model, f"embedding with {name}")
+        if scores is None:
+            continue
         overlap = find_overlap(model.facts, evaluator.images.ids)
         results.append(Result(name, checkpoint, model.facts, scores, *evaluator.metrics(scores), overlap))
         write_result(Path(args.output_dir) / name, evaluator, results[-1])
+    if ranks.rank > 0:
+        ranks.leave()
+        return results
     comparison = write_comparison(Path(args.output_dir), results, results[0])
     counts = f"{len(evaluator.genuine)} genuine, {len(evaluator.twin)} twin impostor"
     general = results[0].scores.general.total
@@ -798,8 +810,10 @@ def evaluate(args):
     print(f"{counts} and {general} general impostor pairs")
     print(comparison_table(results, results[0], comparison["chosen_by_validation"]))
     print(f"results in {args.output_dir}")
+    ranks.leave()
     return results
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -16,6 +16,7 @@ import os
 import pickle
 import pickletools
 import re
+import time
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -179,22 +180,25 @@ def to_input(crops):
 class Ranks:
     """This process among those that torchrun started; alone without it.
 
-    `rank` (0 writes the files), `world`, the number of processes, `local`, the number on this machine. Every process
-    must make the same calls in the same order. `name` of a device: gloo serves the CPU, NCCL CUDA.
+    `rank` (0 writes the files), `world`, the number of processes, `local`, the number on this machine; `Ranks({})` is
+    alone in any case. Every process must make the same calls in the same order. Tensors may be on the CPU, where gloo
+    moves them, or on CUDA (NCCL).
     """
 
-    def __init__(self):
+    def __init__(self, environment=os.environ):
         self.rank, self.world, self.local = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            int(environment.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
+        self.device = None
 
     def pick_device(self, name="auto"):
         """align.pick_device, each process on a machine its own CUDA device; also joins the processes."""
         several = self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
         self.device = pick_device(f"cuda:{self.local}" if several else name)
         if self.world > 1 and not dist.is_initialized():
-            # Alignment is shared out beforehand, and one process may be hours behind another.
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # NCCL cannot serve two processes on one GPU, which is what a GPU's number in the flag makes.
+            backend = "cpu:gloo,cuda:nccl" if several else "gloo"
+            # One process may be hours behind another, for instance in alignment.
             dist.init_process_group(backend, timeout=timedelta(days=2))
         return self.device
 
@@ -229,6 +233,14 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def leave(self):
+        """Part from the other processes, all having done their work."""
+        if dist.is_initialized():
+            self.collect(None)
+            if self.rank > 0:
+                time.sleep(1)  # one that ends may break the connection under what another is still reading
+            dist.destroy_process_group()
+
 
 # ---- checkpoints ------------------------------------------------------------------------------------
 
@@ -261,8 +273,13 @@ def save_checkpoint(path, model, **facts):
     """
     state = {f"model.{key}": value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"epoch": None, "config": {}, "metrics": {}, **plain(facts)}
-    with replacing(path) as temporary:
-        torch.save({"state_dict": state, "arch": model.arch, **content}, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save({"state_dict": state, "arch": model.arch, **content}, file)
+        except RuntimeError as error:  # PyTorch's own, raised where it closes a file that the disk had no room for
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path, arch=None):

@@ -205,11 +205,13 @@ CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be w
 # ---- parts of training ------------------------------------------------------------------------------
 
 
-def set_batchnorm_statistics(model, crops, device, batch_size=32):
+def set_batchnorm_statistics(model, crops, device, batch_size=32, rows=None):
     """Give a network without pretrained weights the BatchNorm statistics of its training crops, by one pass.
 
-    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2.
+    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2; rows:
+    (K,) int64, those to take, by default all.
     """
+    rows = torch.arange(len(crops)) if rows is None else rows
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -218,8 +220,8 @@ def set_batchnorm_statistics(model, crops, device, batch_size=32):
         norm.momentum = None  # a cumulative mean
         norm.train()
     with torch.no_grad():
-        for part in crops.tensor_split(math.ceil(len(crops) / batch_size)):
-            model(to_input(part.to(device)))
+        for part in rows.tensor_split(math.ceil(len(rows) / batch_size)):
+            model(to_input(crops[part].to(device)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -415,7 +417,8 @@ class TwinTrainer:
         self._prepare_data()
         self._prepare_model()
         crops = self._load_crops()
-        self.config = self._describe(digest([crops]))
+        # One process reads them all for it, and the disk serves one reader.
+        self.config = self._describe(self.ranks.collect(digest([crops]) if self.first else None)[0])
         self.log = {"config": self.config, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
         self.val_embeddings = {}  # at the start and in the best epoch
         self.progress = {"epoch": 0, "step": 0, "sums": [0.0] * 5}  # where an epoch that is not over yet stands
@@ -439,7 +442,8 @@ class TwinTrainer:
                 self._write_log()
                 if self._stop_reason():
                     break
-            self._report()
+            if self.first:
+                self._report()
         return self.log
 
     def _earlier_run(self):
@@ -477,6 +481,11 @@ class TwinTrainer:
             except OSError as error:
                 text = "another process works on this run; wait for it, or give this one a --run_name"
                 raise InputError(f"{self.log_dir}: {text}") from error
+            for folder in {self.log_dir, Path(self.args.output_dir)}:  # what a killed process left half written
+                for path in folder.glob(".*.*") if folder.is_dir() else ():
+                    ours = path.name.partition(".")[2].partition(".")
+                    if ours[0].isdigit() and (folder == self.log_dir or f"_{self.run_name}_epoch" in ours[2]):
+                        path.unlink(missing_ok=True)
             yield
 
     def _checkpoints(self):
@@ -547,10 +556,12 @@ class TwinTrainer:
 
     def _prepare_images(self, crops):
         if self.args.pretrained == "none" and not self.log["epochs"]:
-            set_batchnorm_statistics(self.model, crops[torch.from_numpy(np.sort(self.rows[0]))], self.device)
+            rows = torch.from_numpy(np.sort(self.rows[0]))
+            set_batchnorm_statistics(self.model, crops, self.device, rows=rows)
         if self.args.freeze_backbone:
             state = self.model.state_dict()
-            key = digest([crops, *(v for k, v in state.items() if not k.startswith("output_layer."))])[:16]
+            key = digest(v for k, v in state.items() if not k.startswith("output_layer."))
+            key = hashlib.sha256(f"{self.config['crops_sha256']} {key}".encode()).hexdigest()[:16]
             path = f"{self.cache}features-{key}.npy" if self.cache else None
             crops = backbone_features(self.model, crops, self.device, self.ranks, path)
         part = TrainedPart(self.model, self.args.freeze_backbone)
@@ -684,6 +695,7 @@ class TwinTrainer:
             sums += torch.tensor(self.progress["sums"], dtype=torch.float64, device=self.device)
         n_steps, steps = self._steps(epoch, start)
         watched = []  # the statistics and images of the last steps
+        agree, before, asked_at = start, start, time.monotonic()  # several processes agree on a step to stop at
         silent = None if self.first else True
         bar = tqdm(steps, f"epoch {epoch}", n_steps, initial=start, unit="step", leave=False, disable=silent)
         with postponed_interrupt() as asked:
@@ -696,11 +708,15 @@ class TwinTrainer:
                 if len(watched) == CHECK_EVERY or last:
                     self._watch(epoch, watched, bar)
                     watched = []
-                if last or (self.ranks.world > 1 and watched):  # several processes agree on a step to stop at
+                if last or (self.ranks.world > 1 and step < agree):
                     continue
                 due = time.monotonic() - self.saved_at > 60 * self.args.save_every
                 if asked or due or self.ranks.world > 1:
-                    stop, due = (any(flags) for flags in zip(*self.ranks.collect((bool(asked), due)), strict=True))
+                    votes = self.ranks.collect((bool(asked), due, time.monotonic() - asked_at))
+                    stop, due, seconds = (max(values) for values in zip(*votes, strict=True))
+                    # Again in about two seconds: whoever asks to stop kills what has not stopped soon.
+                    agree = step + max(1, min(CHECK_EVERY, int(2 * (step + 1 - before) / max(seconds, 1e-9))))
+                    before, asked_at = step + 1, time.monotonic()
                     if stop or due:
                         if watched:
                             self._watch(epoch, watched, bar)  # nothing broken is saved
@@ -747,16 +763,22 @@ class TwinTrainer:
         bar.set_postfix(loss=f"{float(values[-1, 0]):.4f}", refresh=False)
         where = f"{self.run_name}, epoch {epoch}"
         state = f"{self.log_dir / 'last.pth'} holds the last good state"
-        for (step, rows, _), finite in zip(watched, torch.isfinite(values).all(1).tolist(), strict=True):
-            if not finite:
-                paths = [self.train_set.images.paths[row] for row in rows]
-                raise InputError(
-                    f"{where}, step {step + 1}: the loss is not finite, on images {', '.join(paths[:5])} "
-                    f"{f'and {len(paths) - 5} more' if len(paths) > 5 else ''}; {state}; "
-                    "start again with a lower --learning_rate or --precision fp32"
-                )
+        broken = [
+            (step, [self.train_set.images.paths[row] for row in rows])
+            for (step, rows, _), finite in zip(watched, torch.isfinite(values).all(1).tolist(), strict=True)
+            if not finite
+        ]
+        # One process meets it first; the next step has spread it to all.
+        broken = [first for own in self.ranks.collect(broken[:1]) for first in own]
+        if broken:
+            step, paths = min(broken)
+            raise InputError(
+                f"{where}, step {step + 1}: the loss is not finite, on images {', '.join(paths[:5])} "
+                f"{f'and {len(paths) - 5} more' if len(paths) > 5 else ''}; {state}; "
+                "start again with a lower --learning_rate or --precision fp32"
+            )
         margin = self.criterion.margin
-        loss, positive, negative = values[:, :3].mean(0).tolist()
+        loss, positive, negative = (self.ranks.sum(values[:, :3].mean(0)) / self.ranks.world).tolist()
         if max(positive, negative) < 0.01 * margin and abs(loss - margin) <= 0.01 * margin:
             raise InputError(
                 f"{where}: the embeddings have collapsed: all distances are near zero and the loss sits at the margin "
@@ -769,8 +791,8 @@ class TwinTrainer:
         entry = {"epoch": epoch, "train_loss": statistics["loss"]}
         entry |= {"val_loss": None, "val_eer": None, "val_auc": None, "val_general_auc": None}
         entry |= {name: value for name, value in statistics.items() if name != "loss"}
-        if self.val_set:
-            self.embeddings = embeddings = self.images.embed(self.rows[1])
+        self.embeddings = embeddings = self.images.embed(self.rows[1]) if self.val_set else None
+        if self.val_set and self.first:
             validation = self.criterion.over(self.val_set, embeddings)
             figures = self.evaluator.figures(self.evaluator.compare(embeddings))
             entry |= {"val_loss": validation["loss"], "val_eer": figures["eer"], "val_auc": figures["auc"]}
@@ -786,7 +808,7 @@ class TwinTrainer:
             )
         seconds = time.perf_counter() - began
         entry["timing"] = {"seconds": seconds, "validation_seconds": time.perf_counter() - trained}
-        return entry
+        return self.ranks.collect(entry)[0]  # all go on with the same figures, so that all stop at the same epoch
 
     def _finish_epoch(self, entry):
         """Log an epoch and save the best checkpoint, of the network as it stands."""
@@ -797,13 +819,14 @@ class TwinTrainer:
         if epoch > 0 and self._best_epoch() == epoch:
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
             facts = {"epoch": epoch, "config": self.config, "metrics": metrics}
-            if self.val_set:
+            if self.val_set and self.first:
                 self.val_embeddings["best"] = self.embeddings
                 self.log["against_start"] = self._against_start()
                 facts["against_start"] = self.log["against_start"]
                 facts["improved"] = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
+            self._check_folders()
             if self.first:
                 save_checkpoint(path, self.model, **facts)
             self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
@@ -820,6 +843,7 @@ class TwinTrainer:
 
     def _save(self, progress):
         """Write last.pth, from which --resume goes on."""
+        self._check_folders()
         if self.first:
             save_checkpoint(
                 self.log_dir / "last.pth",
@@ -836,6 +860,12 @@ class TwinTrainer:
                 val_embeddings={key: e.cpu() for key, e in self.val_embeddings.items()},
             )
         self.saved_at = time.monotonic()
+
+    def _check_folders(self):
+        """A folder that vanished, as with its disk, is not made again: the rest of the run would lie elsewhere."""
+        for folder in (self.log_dir, Path(self.args.output_dir)):
+            if self.first and not folder.is_dir():
+                raise InputError(f"{folder}: this folder has vanished; bring it back, with its disk, and --resume")
 
     def _write_log(self):
         """What follows from the log: its file, the curves, and that of this run's checkpoints only the best is kept."""
@@ -943,6 +973,7 @@ def main(argv=None):
         if not trainer.args.skip_alignment:
             trainer.align()
         trainer.train()
+        trainer.ranks.leave()
 
     return run_script("train_twins.py", work, "interrupted; crops and finished epochs are saved, --resume goes on")
 

@@ -18,6 +18,10 @@ def _seeded():
 
 @pytest.fixture
 def write_crops(tmp_path):
+    return crop_writer(tmp_path)
+
+
+def crop_writer(folder):
     """write_crops([[3, 2], [2, 2, 2]]) -> (aligned JSON, pairs JSON): one family per list, images per person.
 
     Crops are coloured noise: a colour per family, a texture per person, noise per image.
@@ -35,13 +39,13 @@ def write_crops(tmp_path):
                 images[person] = []
                 for i in range(size):
                     crop = np.clip(colour + texture + rng.normal(0, 15, (112, 112, 3)), 0, 255).astype(np.uint8)
-                    path = tmp_path / f"{name}_aligned" / person / f"{i}.png"
+                    path = folder / f"{name}_aligned" / person / f"{i}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(crop).save(path)
-                    images[person].append(path.relative_to(tmp_path).as_posix())
-        (tmp_path / f"{name}.json").write_text(json.dumps(images))
-        (tmp_path / f"{name}_pairs.json").write_text(json.dumps(pairs))
-        return tmp_path / f"{name}.json", tmp_path / f"{name}_pairs.json"
+                    images[person].append(path.relative_to(folder).as_posix())
+        (folder / f"{name}.json").write_text(json.dumps(images))
+        (folder / f"{name}_pairs.json").write_text(json.dumps(pairs))
+        return folder / f"{name}.json", folder / f"{name}_pairs.json"
 
     return write
 

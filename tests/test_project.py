@@ -86,6 +86,7 @@ def test_readme_names_every_flag_that_exists_and_no_other():
     for script in ("train_twins.py", "evaluate_twins.py", "align.py"):
         text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
         known |= set(re.findall(r"--\w+", text.stdout))
+    known |= {"--standalone", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
     assert set(re.findall(r"--\w+", readme)) <= known
 
 
