@@ -271,7 +271,7 @@ def test_logged_figures_are_those_of_the_saved_network(run):
 
 def test_training_reduces_the_training_loss(run):
     for flags, name in (("--freeze_backbone", "frozen"), ("--learning_rate 1e-3", "full")):
-        _, log = run(f"{flags} --epochs 4", name)
+        _, log = run(f"{flags} --epochs 4 --batch_size 8", name)
         assert log["epochs"][-1]["train_loss"] < 0.7 * log["epochs"][0]["train_loss"]
 
 
