@@ -272,13 +272,17 @@ def _size_and_time(path):
 
 
 def _read_crops(paths, crops):
+    """Fill `crops`; the threads write into it, so that no decoded crop waits in memory."""
+
+    def read(row):
+        crops[row] = read_crop(paths[row])
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         bar = tqdm(total=len(paths), desc="reading crops", unit="crop", leave=False, disable=None)
         try:
             with bar:
-                for start in range(0, len(paths), 4096):  # a million waiting crops would fill the memory
-                    for row, crop in enumerate(pool.map(read_crop, paths[start : start + 4096]), start):
-                        crops[row] = crop
+                for start in range(0, len(paths), 4096):  # nor a million tasks
+                    for _ in pool.map(read, range(start, min(start + 4096, len(paths)))):
                         bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
