@@ -229,13 +229,14 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_resumes(data):
     (line,) = ours(err)
     assert "another process of this run has died" in line
     assert "--resume" in line
+    shutil.copytree(data.folder / "two", data.folder / "left")
     for world in (1, 3):
-        name = f"resumed{world}"
-        shutil.copytree(data.folder / "two", data.folder / name)
-        process = start([("train_twins", data.flags("run", name, f"{flags} --resume"))], world, **record)
+        shutil.rmtree(data.folder / "two")
+        shutil.copytree(data.folder / "left", data.folder / "two")
+        process = start([("train_twins", data.flags("run", "two", f"{flags} --resume"))], world, **record)
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
-        (log, state), (log_1, state_1) = result(data, name), result(data, "whole")
+        (log, state), (log_1, state_1) = result(data, "two"), result(data, "whole")
         assert_same_log(log, log_1, 1e-5)
         for key, value in state["state_dict"].items():
             torch.testing.assert_close(value, state_1["state_dict"][key], atol=1e-5, rtol=1e-5)
