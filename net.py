@@ -15,6 +15,7 @@ import os
 import pickle
 from collections import OrderedDict
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,7 @@ def _network_state(content, path):
     return state
 
 
+@cache  # building the deep networks takes a second even without weights
 def _shapes(arch):
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in build_model(arch).state_dict().items()}

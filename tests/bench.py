@@ -365,31 +365,31 @@ def measure_scale(n_pairs, per_person, percentage):
     sizes = [[per_person] * 2] * n_pairs if per_person else family_sizes(*SHAPES["nd"])
     images, pairs = listing(sizes, "/crops")
     reset_peak()
-    before, began = peak(), time.perf_counter()
+    before, began = peak(), time.process_time()
     data_set = TwinTripletDataset(images, pairs, percentage, seed=42)
-    built = time.perf_counter()
+    built = time.process_time()
     memory = peak() - before
     data_set.touched()
-    touched = time.perf_counter()
+    touched = time.process_time()
     steps = data_set.grouped_epoch(1, GROUP)
     data_set.block_triplets(steps[0][0])
-    grouped = time.perf_counter()
+    grouped = time.process_time()
     next(data_set.epoch(1, BATCH))
-    shuffled = time.perf_counter()
+    shuffled = time.process_time()
     row = [f"{len(pairs):,}", f"{len(data_set.images.paths):,}", data_set.n_possible, len(data_set), built - began]
     row += [memory, touched - built, grouped - touched, shuffled - grouped, peak() - before]
     print(json.dumps(row))
 
 
 def compare_scale(repeats=3):
-    print("data set: seconds and MiB beyond the lists of paths; nothing is read\n", flush=True)
+    print("data set: median seconds of one thread's CPU time, and MiB beyond the lists of paths; no crop is read")
+    head = ["pairs", "images", "possible", "sampled", "build s", "build MiB", "touched s", "first grouped step s"]
     rows = []
     for size in SCALES:
         command = [sys.executable, "-m", "tests.bench", "--one", *map(str, size)]
         runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(repeats)]
         columns = list(zip(*runs, strict=True))
         rows.append([column[0] if isinstance(column[0], str) else statistics.median(column) for column in columns])
-    head = ["pairs", "images", "possible", "sampled", "build s", "build MiB", "touched s", "first grouped step s"]
     table([*head, "first shuffled step s", "peak MiB"], rows)
 
 
