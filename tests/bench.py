@@ -11,9 +11,9 @@ goes through the whole network, and evaluation embeds both images of every pair.
 through the trainer itself. Both start from the same weights and see the same generated crops (coloured noise: only
 counts matter for speed). Variants take turns within each repeat, so that what else the machine does hits all alike.
 
-Seconds per step are the median of the repeats after one warm-up. An epoch is those seconds times its steps, not a run
-of a whole epoch; what stands per image and per triplet is derived from it. An image counts each time it passes the
-network. The losses at the end are of one set of triplets, computed each variant's way.
+Figures are medians of the repeats after one warm-up. An epoch is the seconds per image times the images of its steps,
+not a run of a whole epoch; what stands per triplet is derived from it. An image counts each time it passes the network,
+or with a frozen backbone the embedding layer. The losses at the end are of one set of triplets, each variant's way.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import train_twins
 from evaluate_twins import image_pairs
-from net import build_model, load_checkpoint, save_checkpoint, to_input
+from net import build_model, load_checkpoint, save_checkpoint
 from train_twins import Images, TrainedPart, TwinTrainer, set_batchnorm_statistics
 from triplet_dataset import TwinTripletDataset
 
@@ -78,12 +79,14 @@ def listing(sizes, folder):
 
 
 def write_crops(images, seed=0):
-    """Coloured noise: a texture per person, noise per image."""
-    rng = np.random.default_rng(seed)
-    for person in tqdm(images.values(), "writing crops", leave=False, disable=None):
-        texture = np.kron(rng.normal(0, 30, (7, 7, 3)), np.ones((16, 16, 1))) + rng.uniform(60, 190, 3)
-        Path(person[0]).parent.mkdir(parents=True)
-        for path in person:
+    """Coloured noise: a texture per family, a fainter one per person, noise per image; twins are hard to tell apart."""
+    rng, families = np.random.default_rng(seed), {}
+    for name, paths in tqdm(images.items(), "writing crops", leave=False, disable=None):
+        if name[:4] not in families:
+            families[name[:4]] = rng.normal(0, 30, (7, 7, 3)) + rng.uniform(60, 190, 3)
+        texture = np.kron(families[name[:4]] + rng.normal(0, 2, (7, 7, 3)), np.ones((16, 16, 1)))
+        Path(paths[0]).parent.mkdir(parents=True)
+        for path in paths:
             crop = np.clip(texture + rng.normal(0, 12, (112, 112, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(crop).save(path, compress_level=1)
 
@@ -192,10 +195,8 @@ class Ours:
 def reset_peak():
     """Let the peak of memory begin here (Linux); elsewhere it is that of the whole process."""
     gc.collect()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak():
@@ -208,7 +209,7 @@ def peak():
 
 
 def take_turns(variants, repeats, device, clock):
-    """{name: (median seconds, median images, median triplets, peak MiB)} of callables, one warm-up each."""
+    """{name: (seconds, images, triplets, seconds per image, peak MiB)} of callables, medians after a warm-up."""
     measured = {name: [] for name in variants}
     for repeat in tqdm(range(repeats + 1), "repeats", leave=False, disable=None):
         for name, step in variants.items():
@@ -223,11 +224,9 @@ def take_turns(variants, repeats, device, clock):
             seconds = clock() - began
             memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak()
             if repeat:
-                measured[name].append((seconds, *counts, memory))
-    return {
-        name: (*(statistics.median(column) for column in list(zip(*rows, strict=True))[:3]), max(r[3] for r in rows))
-        for name, rows in measured.items()
-    }
+                measured[name].append((seconds, *counts, seconds / counts[0], memory))
+    columns = {name: list(zip(*rows, strict=True)) for name, rows in measured.items()}
+    return {name: (*map(statistics.median, four), max(memory)) for name, (*four, memory) in columns.items()}
 
 
 def table(head, rows):
@@ -276,20 +275,23 @@ def compare_training(arguments, folder, frozen):
         ours.chosen = np.linspace(0, ours.n_steps - 2, (arguments.repeats + 1) * fast).round().astype(int)
     measured = take_turns(variants, arguments.repeats, device, arguments.clock)
     n_steps = {"naive": math.ceil(len(data_set) / BATCH), "ours, shuffled": shuffled.n_steps}
+    blocks = [block for step in data_set.grouped_epoch(1, GROUP) for block in step]
+    n_visits = {"naive": 3 * len(data_set), "ours, grouped": sum(block.size for block in blocks)}
     rows, base = [], None
-    for (name, (seconds, n_images, n_triplets, memory)), loss in zip(measured.items(), losses, strict=True):
+    for (name, (seconds, n_images, n_triplets, per_image, memory)), loss in zip(measured.items(), losses, strict=True):
         part = 1 if name == "naive" else fast
         steps = n_steps.get(name, grouped.n_steps)
-        step, n_images, n_triplets = seconds / part, n_images / part, n_triplets / part
-        epoch = step * steps
-        figures = epoch / (steps * n_images), epoch / len(data_set), epoch
+        visits = n_visits.get(name, steps * n_images / part)
+        epoch = per_image * visits
+        figures = per_image, epoch / len(data_set), epoch
         base = base or figures
         ratios = [f"{b / f:,.1f}x" for b, f in zip(base, figures, strict=True)]
-        rows.append((name, step * 1e3, n_images, f"{n_triplets:,.0f}", f"{steps:,}", epoch, *ratios, memory, f"{loss:.6f}"))
+        row = [name, seconds / part * 1e3, n_images / part, f"{n_triplets / part:,.0f}", per_image * 1e3, f"{steps:,}"]
+        rows.append([*row, visits, epoch, *ratios, memory, f"{loss:.6f}"])
     mode = "frozen backbone" if frozen else "full network"
     print(f"training, {mode}: {len(data_set):,} triplets, which is {arguments.percentage} % of {data_set.n_possible:,}")
-    head = ["", "ms/step", "images", "triplets", "steps", "s/epoch*", "per image", "per triplet", "per epoch"]
-    table([*head, "peak MiB", "loss of the same 16"], rows)
+    head = ["", "ms/step", "images", "triplets", "ms/image", "steps*", "images*", "s/epoch*"]
+    table([*head, "per image", "per triplet", "per epoch", "peak MiB", "loss of the same 16"], rows)
     if once:
         print(f"the backbone once per image, before the first epoch: {once:,.1f} s for {len(paths):,} images*\n")
 
@@ -319,11 +321,11 @@ def compare_evaluation(arguments, folder):
         return len(rows), 0
 
     measured = take_turns({"naive": naive, "ours": embed}, arguments.repeats, device, arguments.clock)
-    per_image = {name: seconds / n for name, (seconds, n, _, _) in measured.items()}
+    per_image = {name: row[3] for name, row in measured.items()}
     whole = {"naive": 2 * len(pairs), "ours": len(images.paths)}
     rows = [
         (name, per_image[name] * 1e3, f"{n:,}", per_image[name] * n, f"{per_image['naive'] / per_image[name]:,.1f}x",
-         f"{per_image['naive'] * whole['naive'] / (per_image[name] * n):,.1f}x", measured[name][3])
+         f"{per_image['naive'] * whole['naive'] / (per_image[name] * n):,.1f}x", measured[name][4])
         for name, n in whole.items()
     ]  # fmt: skip
     print(f"evaluation: embeddings for {len(genuine):,} same-person and {len(twin):,} twin pairs of images")
@@ -346,9 +348,12 @@ def compare_steps(arguments):
         save_checkpoint(f"{folder}/start.pth", model)
         same = sum(len(person) * (len(person) - 1) // 2 for person in images.values())
         print(f"shape {arguments.shape}: {len(pairs)} pairs, {len(images)} IDs, {n_images:,} images, ", end="")
-        print(f"{same:,} same-person pairs of images; {arguments.arch} on {arguments.device}, {arguments.precision}, ", end="")
+        print(
+            f"{same:,} same-person pairs of images; {arguments.arch} on {arguments.device}, {arguments.precision}, ",
+            end="",
+        )
         print(f"{torch.get_num_threads()} threads, {arguments.clock_name} time, {arguments.repeats} repeats")
-        print("* extrapolated from seconds per step\n", flush=True)
+        print("* of a whole epoch, extrapolated from the seconds per image of the steps measured\n", flush=True)
         if "full" in arguments.mode:
             compare_training(arguments, folder, frozen=False)
         if "frozen" in arguments.mode:
