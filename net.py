@@ -517,7 +517,7 @@ def _network_state(content, path):
     return state
 
 
-@cache
+@cache  # building the deep networks takes a second even without weights
 def _shapes(arch):
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in build_model(arch).state_dict().items()}

@@ -488,10 +488,13 @@ class TwinTripletDataset(Dataset):
     def touched(self):
         """(images, IDs): how many distinct ones stand in at least one sampled triplet."""
         seen = np.zeros(len(self.images.paths), bool)
-        for start in range(0, len(self), 1 << 17):
-            if seen.all():  # often after the first part
-                break
-            seen[self.triplets(np.arange(start, min(start + (1 << 17), len(self))))] = True
+        for pair, end in enumerate(self._end):
+            begin = self._end[pair - 1] if pair else 0
+            ranges = [slice(first, first + n) for first, n in zip(self._first[pair], self._count[pair], strict=True)]
+            for start in range(begin, end, 1024):  # in a random order: all images are soon seen
+                seen[self.triplets(np.arange(start, min(start + 1024, end)))] = True
+                if all(seen[own].all() for own in ranges):
+                    break
         return int(seen.sum()), len(np.unique(self.images.person[seen]))
 
     def load(self):
