@@ -88,6 +88,7 @@ def test_readme_names_every_flag_that_exists_and_no_other():
         known |= set(re.findall(r"--\w+", text.stdout))
     known |= {"--standalone", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
     known |= set(re.findall(r"--\w+", (ROOT / "tests" / "study.py").read_text()))
+    known |= set(re.findall(r"--\w+", (ROOT / "tests" / "bench.py").read_text()))
     assert set(re.findall(r"--\w+", readme)) <= known
 
 
