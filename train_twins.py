@@ -388,6 +388,7 @@ class TwinTrainer:
         self.precision = self._choose_precision(self.saved["config"]["used_precision"] if go_on else args.precision)
         self.criterion = TripletLoss(args.margin, args.distance)
         self.drawn = -math.inf  # when the curves were last drawn
+        self.start_metrics = None  # of the validation people, with bootstrap samples
 
     def _choose_precision(self, name):
         cuda = self.device.type == "cuda"
@@ -777,6 +778,11 @@ class TwinTrainer:
                 f"{f'and {len(paths) - 5} more' if len(paths) > 5 else ''}; {state}; "
                 "start again with a lower --learning_rate or --precision fp32"
             )
+        if not all(torch.isfinite(p).all() for p in self.images.part.parameters() if p.requires_grad):
+            raise InputError(  # the last step's loss was of the weights before it
+                f"{where}, step {watched[-1][0] + 1}: the weights are not finite any more; {state}; "
+                "start again with a lower --learning_rate or --precision fp32"
+            )
         margin = self.criterion.margin
         loss, positive, negative = (self.ranks.sum(values[:, :3].mean(0)) / self.ranks.world).tolist()
         if max(positive, negative) < 0.01 * margin and abs(loss - margin) <= 0.01 * margin:
@@ -913,53 +919,42 @@ class TwinTrainer:
 
     def _against_start(self):
         """The best epoch's differences to the start on the validation people, of twins and of everyone else."""
-        results = []
-        for key in ("start", "best"):
-            results += self.evaluator.metrics(self.evaluator.compare(self.val_embeddings[key]))
-        found = differences(*results[2:], *results[:2])
+        if self.start_metrics is None:
+            self.start_metrics = self.evaluator.metrics(self.evaluator.compare(self.val_embeddings["start"]))
+        best = self.evaluator.metrics(self.evaluator.compare(self.val_embeddings["best"]))
+        found = differences(*best, *self.start_metrics)
         return {name: found[name] for name in ("auc", "eer", "general_auc", "fnmr_0.001") if name in found}
 
 
 def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
-    entries = log["epochs"]
-    epochs = [entry["epoch"] for entry in entries]
+    epochs = [entry["epoch"] for entry in log["epochs"]]
 
-    def draw(axes, key, label, colour, style="-", scale=1):
-        values = [math.nan if entry.get(key) is None else scale * entry[key] for entry in entries]
-        axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-
-    def finish(figure, axes, name, legend=1.0):
+    def draw(axes, ylabel, curves, scale=1):
+        for (key, label), colour, style in zip(curves.items(), COLOURS, ("-", "--"), strict=False):
+            values = [math.nan if entry.get(key) is None else scale * entry[key] for entry in log["epochs"]]
+            axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+            axes.axhline(values[0], color=colour, linewidth=0.8, linestyle=":")
+        axes.plot([], [], color="grey", linewidth=0.8, linestyle=":", label="before training")
         if log["best_epoch"] is not None:
-            axes.axvline(log["best_epoch"], color="black", linewidth=1, linestyle=":", label="best epoch")
+            axes.axvline(log["best_epoch"], color="black", linewidth=0.8, linestyle="-.", label="best epoch")
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("epoch (0: before training)")
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(legend, 1))
-        figure.set_figwidth(7.4)
-        save_figure(figure, folder / name)
+        axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
-    figure, axes = new_figure()
-    draw(axes, "train_loss", "training", COLOURS[0])
-    draw(axes, "val_loss", "validation", COLOURS[1], "--")
-    axes.set(ylabel=f"triplet loss ({log['config']['distance']} distance)", title=log["config"]["run_name"])
-    axes.set_ylim(bottom=0)
-    finish(figure, axes, "loss_curves.png")
+    figure, axes = new_figure(7.4)
+    losses = {"train_loss": "training", "val_loss": "validation"}
+    draw(axes, f"triplet loss ({log['config']['distance']} distance)", losses)
+    axes.set(title=log["config"]["run_name"], ylim=(0, None))
+    save_figure(figure, folder / "loss_curves.png")
 
-    figure, (above, below) = new_figure(7.4, 5.6, 2, 1)
-    draw(above, "val_eer", "EER of twins", COLOURS[0], scale=100)
-    above.set(ylabel="EER (%)", title=f"{log['config']['run_name']}: validation people")
-    draw(below, "val_auc", "AUC, twins", COLOURS[0])
-    draw(below, "val_general_auc", "AUC, everyone else", COLOURS[1], "--")
-    below.set_ylabel("AUC")
-    for axes in (above, below):
-        for line in axes.get_lines():
-            axes.axhline(line.get_ydata()[0], color=line.get_color(), linewidth=0.8, linestyle=":")
-        axes.plot([], [], color="grey", linewidth=0.8, linestyle=":", label="before training")
-    above.grid(alpha=0.3)
-    above.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    above.xaxis.get_major_locator().set_params(integer=True)
-    finish(figure, below, "validation_curves.png")
+    figure, panels = new_figure(7.4, 7.4, 3, 1)
+    draw(panels[0], "EER (%)", {"val_eer": "twins"}, 100)
+    draw(panels[1], "AUC", {"val_auc": "twins"})
+    draw(panels[2], "AUC", {"val_general_auc": "everyone else"})
+    panels[0].set_title(f"{log['config']['run_name']}: validation people")
+    save_figure(figure, folder / "validation_curves.png")
 
 
 # ---- command line -----------------------------------------------------------------------------------
@@ -975,7 +970,7 @@ def main(argv=None):
         trainer.train()
         trainer.ranks.leave()
 
-    return run_script("train_twins.py", work, "interrupted; crops and finished epochs are saved, --resume goes on")
+    return run_script("train_twins.py", work, "interrupted; what was done is saved, --resume goes on")
 
 
 if __name__ == "__main__":

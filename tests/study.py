@@ -14,6 +14,7 @@ are not made again, so that a recipe can be added later.
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def main(argv=None):
         name, _, flags = recipe.partition(":")
         results, minutes = [], 0.0
         for number, evaluator in enumerate(evaluators):
-            run = f"{name.strip()}_fold{number}"
+            run = f"{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-.')}_fold{number}"
             kept = output / f"{run}.json"
             if not kept.exists():
                 began = time.perf_counter()

@@ -6,6 +6,7 @@ The number of kills is KILLS in the environment (2): `KILLS=20 python -m pytest 
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -59,10 +60,9 @@ def test_runs_killed_at_random_moments_and_resumed_end_the_same(data):
         flags = f"{kind} --epochs 6 --patience 6 --learning_rate 1e-3 --save_every 1e-6"
         whole = start([("train_twins", data.flags("run", f"whole{number}", flags))], PAUSE="0.01")
         assert whole.wait(200) == 0
-        share, code = (kills + number) // len(kinds), None
-        for kill in range(share):
-            folder = data.folder / f"killed{number}" / "logs" / "run"
-            before = folder.joinpath("last.pth").stat().st_mtime_ns if kill else 0
+        share, folder = (kills + number) // len(kinds), data.folder / f"killed{number}" / "logs" / "run"
+        while share > 0:
+            before = folder.joinpath("last.pth").stat().st_mtime_ns if folder.exists() else 0
             process = start([("train_twins", data.flags("run", f"killed{number}", f"{flags} --resume"))], PAUSE="0.01")
             while process.poll() is None and not (
                 folder.joinpath("last.pth").exists() and folder.joinpath("last.pth").stat().st_mtime_ns > before
@@ -73,16 +73,20 @@ def test_runs_killed_at_random_moments_and_resumed_end_the_same(data):
             code = process.wait()
             process.stderr.close()
             process.stdout.close()
-            assert code in (-signal.SIGKILL, 0)
-            done += code == -signal.SIGKILL
+            if code == 0:  # it came to its end before: begin another
+                assert_same_result(data, f"killed{number}", f"whole{number}")
+                shutil.rmtree(data.folder / f"killed{number}")
+                continue
+            assert code == -signal.SIGKILL
             progress = torch.load(folder / "last.pth", weights_only=True)["progress"]  # whole at every moment
             within += progress["step"] > 0
+            share, done = share - 1, done + 1
         process = start([("train_twins", data.flags("run", f"killed{number}", f"{flags} --resume"))])
         assert process.wait(200) == 0, process.stderr.read()
         assert_same_result(data, f"killed{number}", f"whole{number}")
         assert not [p for p in folder.iterdir() if p.name[0] == "." and p.name != ".lock"]  # nothing half-written stays
         print(f"{kind}: {done} kills so far, {within} within an epoch; ended as uninterrupted", flush=True)
-    assert done >= kills / 2  # the others came after the end of a run
+    assert done == kills
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -227,7 +231,7 @@ def test_a_rank_that_dies_ends_the_others_and_any_number_resumes(data):
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
     # torchrun tells which process died; it may end the others before they can say what they noticed.
-    assert "exitcode" in err
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 ", err), err
     assert all("--resume" in line for line in ours(err))
     shutil.copytree(data.folder / "two", data.folder / "left")
     for world in (1, 3):
