@@ -371,7 +371,7 @@ class TwinEvaluator:
         own = embed(model, self.crops, self.device, self.batch_size, description if first else None, self.flip)
         if not torch.isfinite(own).all():
             raise InputError("the network's embeddings are not finite; take another checkpoint")
-        embeddings = self.ranks.gather(own, len(self.images.paths))
+        embeddings = self.ranks.gather(own)
         return self.compare(embeddings) if first else None
 
     def compare(self, embeddings):
@@ -644,7 +644,8 @@ def plot_data_percentage(path, results):
     for result in results:
         config = result.facts.get("config", {})
         if "train_percentage" in config:
-            mode = "embedding layer" if config.get("freeze_backbone") else "full network"
+            mode = "last stage" if config.get("last_stage") else "full network"
+            mode = "embedding layer" if config.get("freeze_backbone") else mode
             lines.setdefault((mode, config.get("margin")), []).append((config["train_percentage"], result))
     figure, axes = new_figure(7.8)
     for number, ((mode, margin), points) in enumerate(sorted(lines.items(), key=str)):

@@ -102,13 +102,14 @@ class Backbone(nn.Module):
     `features` (all but `output_layer`) and `head` (`output_layer` and the normalisation) are its two
     halves, for those who keep the features of a frozen backbone: `head(features(x))` is `forward(x)`.
 
-    Attributes: `arch`, its name; `facts`, what a checkpoint said beside the weights (see load_checkpoint).
+    Attributes: `arch`, its name; `facts`, what a checkpoint said beside the weights (see load_checkpoint);
+    `last_stage`, the place in `body` of the first unit of the last stage.
     """
 
     def __init__(self, arch):
         super().__init__()
         units, channels, bottleneck, se = ARCHITECTURES[arch]
-        self.arch, self.facts = arch, {}
+        self.arch, self.facts, self.last_stage = arch, {}, sum(units[:-1])
         self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         last = channels[-1]
         self.output_layer = nn.Sequential(
@@ -131,9 +132,12 @@ class Backbone(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def features(self, x):
-        """(N, 3, 112, 112) -> (N, C, 7, 7), C being 512, or 2048 for 152 and 200 layers."""
-        return self.body(self.input_layer(x))
+    def features(self, x, stop=None):
+        """(N, 3, 112, 112) -> (N, C, 7, 7), C being 512, or 2048 for 152 and 200 layers.
+
+        stop: a unit of `body`; then what is given to that unit, (N, C, H, W).
+        """
+        return self.body[:stop](self.input_layer(x))
 
     def head(self, features):
         """(N, C, 7, 7) -> (embedding (N, 512), norm (N, 1)), float32."""
@@ -206,17 +210,17 @@ class Ranks:
         """This process's part of range(n), as a slice."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
-    def gather(self, part, n):
-        """The whole (n, ...) tensor of which `part` is this process's `share`, on every process."""
+    def gather(self, part):
+        """The processes' tensors (n, ...), n of any size each, one after the other, on every process."""
         if self.world == 1:
             return part
-        longest = -(-n // self.world)
-        padded = part.new_zeros((longest, *part.shape[1:]))
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(part)]))  # on the CPU: nothing waits for a GPU
+        padded = part.new_zeros((int(max(lengths)), *part.shape[1:]))
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
-        counts = [n * (r + 1) // self.world - n * r // self.world for r in range(self.world)]
-        return torch.cat([p[:count] for p, count in zip(parts, counts, strict=True)])
+        return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)])
 
     def sum(self, tensor):
         """The sum of the processes' tensors, on every process."""

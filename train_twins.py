@@ -107,6 +107,8 @@ def parse_args(argv=None):
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", metavar="FILE", help=text)
     text = "train only the embedding layer (default False; bare means True)"
     add("--freeze_backbone", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
+    text = "train the backbone's last stage and the embedding layer (default: the whole network)"
+    add("--last_stage", action="store_true", help=text)
     text = "share of each training pair's triplets, 1..100 (default 100)"
     add("--train_percentage", type=percentage, default=100, metavar="P", help=text)
     text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
@@ -125,8 +127,11 @@ def parse_args(argv=None):
     add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
     text = "weight of the mean cosine distance of each embedding to what it was before training (default 10; 0: off)"
     add("--keep", type=number(0, 1e6, True), default=10.0, metavar="WEIGHT", help=text)
+    text = "share of the loss that compares each distance to a positive with those to all twins of the step, as one"
+    text += " threshold does, the rest with its own triplet's alone (default 1; 0: the triplet loss)"
+    add("--across", type=number(0, 1, True, True), default=1.0, metavar="SHARE", help=text)
     text = "save and validate weights this share of the way from the start to the trained ones"
-    text += " (default 0.5, with a frozen backbone 1)"
+    text += " (default 0.5 for the whole network, else 1)"
     add("--blend", type=number(0, 1, high_included=True), metavar="SHARE", help=text)
     text = "of AdamW (default 1e-4, with a frozen backbone 3e-5)"
     add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
@@ -156,10 +161,12 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
     add("--overwrite", action="store_true", help="replace the run of this name")
     args = parser.parse_args(argv)
+    if args.freeze_backbone and args.last_stage:
+        parser.error("--freeze_backbone and --last_stage exclude each other")
     if args.learning_rate is None:
         args.learning_rate = 3e-5 if args.freeze_backbone else 1e-4
     if args.blend is None:
-        args.blend = 1.0 if args.freeze_backbone else 0.5
+        args.blend = 1.0 if args.freeze_backbone or args.last_stage else 0.5
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
     if args.batching == "grouped" and args.batch_size:
@@ -267,35 +274,35 @@ def digest(tensors):
     return result.hexdigest()
 
 
-def backbone_features(model, crops, device, ranks, path=None):
-    """Features (N, C, 7, 7) float16 of all crops behind `input_layer` and `body`; each crop passes once.
+def backbone_features(part, crops, device, ranks, path=None):
+    """Features (N, C, H, W) float16 of all crops behind the layers before a TrainedPart; each crop passes once.
 
     path: a .npy file that is made if it is not there and then memory-mapped; None: in memory.
     Half precision halves the file, and moves a cosine of two embeddings by less than 1e-3.
     Raises InputError when a feature is beyond half precision (65504): no trained network comes near.
     """
     with torch.no_grad():
-        shape = (len(crops), model.output_layer[0].num_features, 7, 7)
+        shape = (len(crops), *part.features(crops[:1].to(device))[0].shape)
 
         def parts():
             own = range(len(crops))[ranks.share(len(crops))]
             text = "backbone, once per image"
             for start in tqdm(own[::32], text, unit="batch", leave=False, disable=None if ranks.rank == 0 else True):
                 stop = min(start + 32, own.stop)
-                part = model.features(to_input(crops[start:stop].to(device))).half().cpu()
-                if not torch.isfinite(part).all():
+                features = part.features(crops[start:stop].to(device)).half().cpu()
+                if not torch.isfinite(features).all():
                     raise InputError("the backbone's features are beyond half precision; is the checkpoint damaged?")
-                yield slice(start, stop), part
+                yield slice(start, stop), features
 
         if path is None:
-            own = [torch.empty(0, *shape[1:], dtype=torch.float16), *(part for _, part in parts())]
-            return ranks.gather(torch.cat(own), len(crops))
+            own = [torch.empty(0, *shape[1:], dtype=torch.float16), *(features for _, features in parts())]
+            return ranks.gather(torch.cat(own))
         if not any(ranks.collect(os.path.exists(path))):
             with new_array(path, np.float16, shape) if ranks.rank == 0 else nullcontext() as array:
                 (name, *_) = ranks.collect(array.filename if ranks.rank == 0 else None)
                 array = np.load(name, mmap_mode="r+") if array is None else array
-                for rows, part in parts():
-                    array[rows] = part.numpy()
+                for rows, features in parts():
+                    array[rows] = features.numpy()
                 array.flush()
                 ranks.collect(None)
         ranks.collect(None)
@@ -303,17 +310,38 @@ def backbone_features(model, crops, device, ranks, path=None):
 
 
 class TrainedPart(nn.Module):
-    """The part of a network that training changes: all of it, or `head` behind a frozen backbone.
+    """The part of a network that training changes; the rest of it no longer requires gradients.
 
-    `forward`: uint8 crops (N, 112, 112, 3), or features (N, C, 7, 7) -> embeddings (N, 512) float32.
+    mode: "full", all of it; "last", the last stage of `body` and `output_layer`; "frozen", `output_layer` alone.
+    `forward`: uint8 crops (N, 112, 112, 3), or unless "full" their `features` -> embeddings (N, 512) float32.
     """
 
-    def __init__(self, model, frozen):
+    def __init__(self, model, mode):
         super().__init__()
-        self.model, self.frozen = model, frozen
+        self.model, self.mode = model, mode
+        self.first = {"full": 0, "last": model.last_stage, "frozen": len(model.body)}[mode]
+        model.requires_grad_(mode == "full")
+        for module in (*model.body[self.first :], model.output_layer):
+            module.requires_grad_(True)
+
+    def features(self, crops):
+        """What the layers before make of uint8 crops (N, 112, 112, 3)."""
+        return self.model.features(to_input(crops), self.first)
 
     def forward(self, data):
-        return self.model.head(data.float())[0] if self.frozen else self.model(to_input(data))[0]
+        if self.mode == "full":
+            return self.model(to_input(data))[0]
+        data = data.float()
+        if self.mode == "last":
+            data = data.contiguous(memory_format=torch.channels_last)
+        for unit in range(self.first, len(self.model.body)):
+            data = self.model.body[unit](data)
+        return self.model.head(data)[0]
+
+    def before(self):
+        """The tensors of the layers before."""
+        for module in (self.model.input_layer, *self.model.body[: self.first]) if self.first else ():
+            yield from module.state_dict().values()
 
 
 class Images:
@@ -334,10 +362,11 @@ class Images:
 
     def embed(self, rows):
         """Embeddings (K, 512) of the images `rows` (K,) in float32, without gradients; the processes share the work."""
-        own, size = rows[self.ranks.share(len(rows))], 256 if self.part.frozen or self.device.type == "cuda" else 32
+        own = rows[self.ranks.share(len(rows))]
+        size = 256 if self.part.mode == "frozen" or self.device.type == "cuda" else 32
         with torch.no_grad():
             parts = [self.part(self.take(own[i : i + size])) for i in range(0, len(own), size)]
-        return self.ranks.gather(torch.cat(parts or [torch.empty(0, 512, device=self.device)]), len(rows))
+        return self.ranks.gather(torch.cat(parts or [torch.empty(0, 512, device=self.device)]))
 
 
 @contextmanager
@@ -378,8 +407,8 @@ class TwinTrainer:
         self.args = args
         self.ranks = Ranks()
         self.first = self.ranks.rank == 0  # writes and prints
-        mode = "frozen" if args.freeze_backbone else "full"
-        self.run_name = args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
+        self.mode = "frozen" if args.freeze_backbone else "last" if args.last_stage else "full"
+        self.run_name = args.run_name or f"{self.mode}_{args.train_percentage}pct_margin{args.margin:g}"
         self.log_dir = Path(args.log_dir) / self.run_name
         self.device = self.ranks.pick_device(args.device)
         self.saved = self._earlier_run()
@@ -540,8 +569,7 @@ class TwinTrainer:
         else:
             self.model = load_checkpoint(args.pretrained, args.arch)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.model.eval().requires_grad_(not args.freeze_backbone)
-        self.model.output_layer.requires_grad_(True)
+        self.part = TrainedPart(self.model.eval(), self.mode)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
@@ -559,15 +587,13 @@ class TwinTrainer:
         if self.args.pretrained == "none" and not self.log["epochs"]:
             rows = torch.from_numpy(np.sort(self.rows[0]))
             set_batchnorm_statistics(self.model, crops, self.device, rows=rows)
-        if self.args.freeze_backbone:
-            state = self.model.state_dict()
-            key = digest(v for k, v in state.items() if not k.startswith("output_layer."))
+        if self.mode != "full":
+            key = digest(self.part.before())
             key = hashlib.sha256(f"{self.config['crops_sha256']} {key}".encode()).hexdigest()[:16]
             path = f"{self.cache}features-{key}.npy" if self.cache else None
-            crops = backbone_features(self.model, crops, self.device, self.ranks, path)
-        part = TrainedPart(self.model, self.args.freeze_backbone)
-        self.images = Images(crops, part, self.device, self.ranks)
-        self.trained = torch.compile(part) if self.args.compile else part
+            crops = backbone_features(self.part, crops, self.device, self.ranks, path)
+        self.images = Images(crops, self.part, self.device, self.ranks)
+        self.trained = torch.compile(self.part) if self.args.compile else self.part
         if self.ranks.world > 1:  # no buffer changes, so none is broadcast
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.trained = DistributedDataParallel(self.trained, ids, broadcast_buffers=False)
@@ -741,13 +767,18 @@ class TwinTrainer:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             embeddings = self.trained(self.images.take(self.rows[0][rows]))
         distances = self.criterion.distances(embeddings, index)
-        # DistributedDataParallel takes the mean of the processes' gradients; wanted is that of the sum of all losses.
-        loss = self.criterion.loss(*distances, count / self.ranks.world)
+        across = self.args.across
+        loss = (1 - across) * self.criterion.loss(*distances, count)
+        if across:
+            everyone = self.ranks.gather(torch.stack(distances, 1).detach()).unbind(1)
+            loss = loss + across * self.criterion.across(*distances, count, *everyone)
         if self.args.keep:
             # Per triplet, as the loss is, so that any number of processes computes the same.
             before = self.start_embeddings[torch.from_numpy(rows).to(self.device)]
             drift = (1 - (embeddings * before).sum(1))[index].mean(1).sum()
-            loss = loss + self.args.keep * self.ranks.world / count * drift
+            loss = loss + self.args.keep / count * drift
+        # DistributedDataParallel takes the mean of the processes' gradients; wanted is that of the sum of all losses.
+        loss = loss * self.ranks.world
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -778,7 +809,7 @@ class TwinTrainer:
                 f"{f'and {len(paths) - 5} more' if len(paths) > 5 else ''}; {state}; "
                 "start again with a lower --learning_rate or --precision fp32"
             )
-        if not all(torch.isfinite(p).all() for p in self.images.part.parameters() if p.requires_grad):
+        if not all(torch.isfinite(p).all() for p in self.part.parameters() if p.requires_grad):
             raise InputError(  # the last step's loss was of the weights before it
                 f"{where}, step {watched[-1][0] + 1}: the weights are not finite any more; {state}; "
                 "start again with a lower --learning_rate or --precision fp32"

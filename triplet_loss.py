@@ -66,6 +66,22 @@ class TripletLoss(nn.Module):
         """Distances (T,) from the anchor to positive and negative -> scalar loss: its sum / `count` (default T)."""
         return F.relu(to_positive - to_negative + self.margin).sum() / (len(to_positive) if count is None else count)
 
+    def across(self, to_positive, to_negative, count=None, all_positive=None, all_negative=None):
+        """The loss with each d(a, p) compared with every d(a, n) of the step, not only with its own anchor's -> scalar.
+
+        A triplet never compares the scores of different families, but one threshold has to serve them all. This is
+        the mean over triplets i of the mean over triplets j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, the second
+        term of the quadruplet loss (Chen et al., Beyond triplet loss, CVPR 2017) over all pairs of triplets. Distances
+        (T,) are sorted, so T log T work for T^2 comparisons. all_positive, all_negative: those of all processes, of
+        which these are a part; the sum of the processes' results, gradients too, is then the loss of all.
+        """
+        all_positive = (to_positive if all_positive is None else all_positive).detach().sort().values
+        all_negative = (to_negative if all_negative is None else all_negative).detach().sort().values
+        below = torch.searchsorted(all_negative, to_positive.detach() + self.margin)
+        above = len(all_positive) - torch.searchsorted(all_positive, to_negative.detach() - self.margin, right=True)
+        total = (below * (to_positive + self.margin)).sum() - (above * to_negative).sum()
+        return total / (len(all_positive) * (len(to_positive) if count is None else count))
+
     def statistics(self, to_positive, to_negative):
         """What the triplets of a batch say, from their distances (T,): a dict of 0-dim tensors, detached.
 

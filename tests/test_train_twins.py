@@ -65,6 +65,14 @@ def test_frozen_backbone_is_bitwise_unchanged(tmp_path, run):
     }
 
 
+def test_last_stage_mode_trains_that_and_the_embedding_layer_alone(tmp_path, run):
+    assert run("--last_stage --learning_rate 0.01")[0] == 0
+    before, after = states(tmp_path)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    parameters = {name for name, _ in net.build_model("ir_tiny").named_parameters()}
+    assert changed == {name for name in parameters if name.startswith(("body.3.", "output_layer."))}
+
+
 def test_full_mode_trains_every_parameter_and_no_statistic(tmp_path, run):
     assert run("--learning_rate 0.01")[0] == 0
     before, after = states(tmp_path)
@@ -74,22 +82,24 @@ def test_full_mode_trains_every_parameter_and_no_statistic(tmp_path, run):
     assert any("running_mean" in key for key in before.keys() - changed)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_dedup_equals_the_naive_three_forward_computation(tmp_path, write_crops, tiny_model, frozen):
+@pytest.mark.parametrize(("mode", "flag"), [("full", ""), ("last", "--last_stage"), ("frozen", "--freeze_backbone")])
+@pytest.mark.parametrize("across", [0, 0.7])
+def test_dedup_equals_the_naive_three_forward_computation(write_crops, tiny_model, mode, flag, across):
     aligned, pairs = write_crops([[3, 3], [2, 2]])
     dataset = TwinTripletDataset(read_id_to_images(aligned), read_pairs(pairs))
-    flags = f"--train_pairs {pairs} --skip_alignment --freeze_backbone {frozen} --device cpu --pretrained none --keep 0"
+    flags = f"--train_pairs {pairs} --skip_alignment {flag} --device cpu --pretrained none --keep 0 --across {across}"
     trainer = train_twins.TwinTrainer(train_twins.parse_args(flags.split()))
+    rounded = mode != "full"
     reference = net.build_model("ir_tiny").eval()
     reference.load_state_dict(tiny_model.state_dict())
-    for model in (tiny_model, reference):
-        model.requires_grad_(not frozen)
-        model.output_layer.requires_grad_(True)
+    trained = {"full": "", "last": ("body.3.", "output_layer."), "frozen": "output_layer."}[mode]
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
     trainer.model, trainer.train_set = tiny_model, dataset
     data = dataset.load()
-    if frozen:
-        data = train_twins.backbone_features(tiny_model, data, trainer.device, trainer.ranks)
-    trainer.trained = train_twins.TrainedPart(tiny_model, frozen)
+    trainer.trained = trainer.part = train_twins.TrainedPart(tiny_model, mode)
+    if rounded:
+        data = train_twins.backbone_features(trainer.part, data, trainer.device, trainer.ranks)
     trainer.images = train_twins.Images(data, trainer.trained, trainer.device, trainer.ranks)
     trainer.rows = [np.arange(len(data))]
     trainer.optimizer = torch.optim.SGD([p for p in tiny_model.parameters() if p.requires_grad], lr=0.1)
@@ -99,34 +109,37 @@ def test_dedup_equals_the_naive_three_forward_computation(tmp_path, write_crops,
         _, statistics = trainer._step(triplets, len(triplets), 0.1)
         parts = [reference(net.to_input(dataset.load()[torch.from_numpy(triplets[:, i])]))[0] for i in range(3)]
         loss = TripletLoss(0.3)(*parts)
+        near, far = ((1 - (parts[0] * other).sum(1)) for other in parts[1:])
+        everyone = (near[:, None] - far[None, :] + 0.3).clamp_min(0).mean()
         naive.zero_grad()
-        loss.backward()
+        ((1 - across) * loss + across * everyone).backward()
         naive.step()
-        # A frozen backbone's features are kept in half precision.
-        assert statistics[0].item() == pytest.approx(loss.item(), abs=1e-4 if frozen else 1e-6)
+        # Frozen layers' features are kept in half precision.
+        assert statistics[0].item() == pytest.approx(loss.item(), abs=1e-4 if rounded else 1e-6)
         for a, b in zip(tiny_model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-3 if frozen else 1e-5, rtol=1e-4)
+            torch.testing.assert_close(a, b, atol=1e-3 if rounded else 1e-5, rtol=1e-4)
 
 
 def count_images(monkeypatch, method):
     """Counter of images that pass through Backbone.<method> from now on, as a one-element list."""
     seen, original = [0], getattr(net.Backbone, method)
 
-    def counted(self, x):
+    def counted(self, x, *rest):
         seen[0] += len(x)
-        return original(self, x)
+        return original(self, x, *rest)
 
     monkeypatch.setattr(net.Backbone, method, counted)
     return seen
 
 
-def test_frozen_backbone_runs_once_per_image_for_the_whole_run(run, monkeypatch):
+@pytest.mark.parametrize("mode", ["--freeze_backbone", "--last_stage"])
+def test_frozen_layers_run_once_per_image_for_the_whole_run(run, monkeypatch, mode):
     seen = count_images(monkeypatch, "features")
-    code, log = run("--freeze_backbone --epochs 3")
+    code, log = run(f"{mode} --epochs 3")
     assert code == 0
     config = log["config"]
     validated = sum(len(v) for k, v in read_id_to_images(config["aligned_json"]).items() if k in config["val_ids"])
-    assert seen[0] == config["n_train_images"] + validated
+    assert seen[0] == config["n_train_images"] + validated + 1  # one for the features' shape
 
 
 def test_an_image_is_embedded_once_per_step(run, monkeypatch):
@@ -270,7 +283,7 @@ def test_logged_figures_are_those_of_the_saved_network(run):
 
 
 def test_training_reduces_the_training_loss(run):
-    for flags, name in (("--freeze_backbone", "frozen"), ("--learning_rate 1e-3", "full")):
+    for flags, name in (("--freeze_backbone", "frozen"), ("--last_stage", "last"), ("--learning_rate 1e-3", "full")):
         _, log = run(f"{flags} --epochs 4 --batch_size 8", name)
         assert log["epochs"][-1]["train_loss"] < 0.7 * log["epochs"][0]["train_loss"]
 
@@ -283,6 +296,7 @@ def test_default_run_names(tmp_path):
 
     assert name("") == "full_100pct_margin0.3"
     assert name("--freeze_backbone --train_percentage 75 --margin 0.50") == "frozen_75pct_margin0.5"
+    assert name("--last_stage") == "last_100pct_margin0.3"
 
 
 def test_patience_stops_and_monitor_chooses(run):
@@ -429,14 +443,13 @@ def test_a_grouped_steps_gradient_is_that_of_the_naive_computation(write_crops, 
     flags = (
         f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --device cpu --pretrained none --no_cache "
     )
-    flags += (
-        "--keep 0 --arch ir_tiny --batching grouped --images_per_batch 7 --train_percentage 60 --validation_split 0"
-    )
+    flags += "--keep 0 --across 0 --arch ir_tiny --validation_split 0 "
+    flags += "--batching grouped --images_per_batch 7 --train_percentage 60"
     trainer = train_twins.TwinTrainer(train_twins.parse_args(flags.split()))
     trainer._prepare_data()
     trainer.model = tiny_model
     crops = trainer._load_crops()
-    trainer.trained = train_twins.TrainedPart(tiny_model, False)
+    trainer.trained = trainer.part = train_twins.TrainedPart(tiny_model, "full")
     trainer.images = train_twins.Images(crops, trainer.trained, trainer.device, trainer.ranks)
     trainer.optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -512,7 +525,8 @@ def test_a_damaged_cache_is_named(tmp_path, run, capsys):
 def test_half_precision_features_move_a_cosine_by_less_than_a_thousandth(write_crops, tiny_model):
     aligned, _ = write_crops([[4, 4]])
     crops = load_crops([p for paths in read_id_to_images(aligned).values() for p in paths])
-    features = train_twins.backbone_features(tiny_model, crops, torch.device("cpu"), net.Ranks())
+    part = train_twins.TrainedPart(tiny_model, "frozen")
+    features = train_twins.backbone_features(part, crops, torch.device("cpu"), net.Ranks())
     with torch.no_grad():
         exact, rounded = tiny_model(net.to_input(crops))[0], tiny_model.head(features.float())[0]
     assert features.dtype == torch.float16
@@ -686,6 +700,8 @@ def test_defaults_are_the_plans_or_measured():
     assert (args.schedule, args.keep, args.blend, args.batching) == ("cosine", 10, 0.5, "shuffled")
     frozen = train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--freeze_backbone"])
     assert (frozen.learning_rate, frozen.keep, frozen.blend) == (3e-5, 10, 1)
+    last = train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--last_stage"])
+    assert (last.learning_rate, last.keep, last.blend) == (1e-4, 10, 1)
 
 
 @pytest.mark.parametrize(
@@ -717,6 +733,8 @@ def test_freeze_backbone_takes_usual_spellings(text, value):
         ),
         *(f"--{f} {v}" for f in ("keep", "save_every") for v in ("-1", "nan", "inf", "x")),
         *(f"--blend {v}" for v in ("0", "1.1", "nan")),
+        *(f"--across {v}" for v in ("-0.1", "1.1", "nan")),
+        "--freeze_backbone --last_stage",
         "--images_per_batch 96",
         "--batching random",
         "--schedule linear",

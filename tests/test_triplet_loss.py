@@ -47,6 +47,23 @@ def test_loss_and_gradients_equal_torchs(kind):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("parts", [(9,), (4, 0, 5)])
+def test_across_equals_all_comparisons_also_in_parts(parts):
+    criterion = TripletLoss(0.3)
+    positive, negative = torch.rand(2, 9, dtype=torch.float64).requires_grad_().unbind(0)
+    leaf = [positive.detach().requires_grad_(), negative.detach().requires_grad_()]
+    expected = (leaf[0][:, None] - leaf[1][None, :] + 0.3).clamp_min(0).mean()
+    gradients = torch.autograd.grad(expected, leaf)
+    cut = [x.detach().clone().requires_grad_() for x in leaf]
+    pieces = zip(*(x.split(parts) for x in cut), strict=True)
+    loss = sum(criterion.across(p, n, 9, positive, negative) for p, n in pieces)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    for got, gradient in zip(torch.autograd.grad(loss, cut), gradients, strict=True):
+        torch.testing.assert_close(got, gradient)
+    if len(parts) == 1:
+        assert criterion.across(*leaf).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_index_form_equals_three_matrices_and_pytorch_metric_learning(kind):
     criterion = TripletLoss(0.3, kind)
