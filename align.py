@@ -1009,7 +1009,7 @@ def run_script(name, work, interrupted):
         kind = type(error).__name__  # PyTorch's, which may not have been loaded
         if kind == "OutOfMemoryError":
             tell("out of GPU memory: lower --batch_size, or take another --device")
-        elif "DefaultCPUAllocator" in str(error):
+        elif re.search("DefaultCPUAllocator|could not (create|execute) a primitive", str(error)):  # oneDNN says that
             tell("out of memory: leave out --no_cache, if given, or lower --batch_size or --images_per_batch")
         elif kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or "gloo" in str(error):
             tell(f"another process of this run has died, so it was {interrupted}")
