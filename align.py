@@ -198,7 +198,7 @@ def read_landmarks(path, images_folder):
     for image, points in content.items():
         try:
             five = five_points(points)
-            if np.asarray(points).dtype.kind not in "if":  # "1" would pass for a number
+            if not all(type(value) in (int, float) for point in points for value in point):  # nor "1" nor true
                 raise ValueError("not all numbers")
             if np.abs(five).max() > 1e6:  # no photograph is so large, and squares of such may overflow
                 raise ValueError("a coordinate is out of range")

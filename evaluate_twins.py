@@ -567,7 +567,11 @@ def literal(text):
     return text.replace("$", r"\$")
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, *axes):
+    """Write a picture; `axes` get a grid and, outside, a legend."""
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary)
 
@@ -593,8 +597,7 @@ def plot_roc_and_det(path, results, kinds):
         else:
             axes.set(yscale="log", ylim=(bottom, 100), ylabel="false non-match rate (%)", title="DET")
         axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    save_figure(figure, path)
+    save_figure(figure, path, axes)
 
 
 def plot_distributions(path, result):
@@ -615,9 +618,7 @@ def plot_distributions(path, result):
     axes.set(
         xlabel="score (cosine similarity)", ylabel="share of the image pairs per bin (%)", title=literal(result.name)
     )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, path)
+    save_figure(figure, path, axes)
 
 
 def plot_hardest(path, evaluator, result, columns=4):
@@ -668,9 +669,7 @@ def plot_data_percentage(path, results):
     axes.set_xticks([1, 2, 5, 10, 25, 50, 100], ["1", "2", "5", "10", "25", "50", "100"])
     axes.set_xticks([], minor=True)
     axes.set(xlabel="share of the training triplets (%)", ylabel="EER against twins (%), 95 % interval")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, path)
+    save_figure(figure, path, axes)
 
 
 def comparison_table(results, baseline, chosen):

@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,8 +126,8 @@ def parse_args(argv=None):
     add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
     text = "cosine: rises over the first tenth of --epochs, then falls to zero; constant (default cosine)"
     add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
-    text = "weight of the mean cosine distance of each embedding to what it was before training (default 10; 0: off)"
-    add("--keep", type=number(0, 1e6, True), default=10.0, metavar="WEIGHT", help=text)
+    text = "weight of the mean cosine distance of each embedding to what it was before training (default 3; 0: off)"
+    add("--keep", type=number(0, 1e6, True), default=3.0, metavar="WEIGHT", help=text)
     text = "share of the loss that compares each distance to a positive with those to all twins of the step, as one"
     text += " threshold does, the rest with its own triplet's alone (default 1; 0: the triplet loss)"
     add("--across", type=number(0, 1, True, True), default=1.0, metavar="SHARE", help=text)
@@ -596,7 +597,8 @@ class TwinTrainer:
         self.trained = torch.compile(self.part) if self.args.compile else self.part
         if self.ranks.world > 1:  # no buffer changes, so none is broadcast
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.trained = DistributedDataParallel(self.trained, ids, broadcast_buffers=False)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that older PyTorch lacks
+                self.trained = DistributedDataParallel(self.trained, ids, broadcast_buffers=False)
         if self.val_set:
             images = {name: [] for name in self.val_set.images.ids}
             for path, person in zip(self.val_set.images.paths, self.val_set.images.person, strict=True):
@@ -860,7 +862,9 @@ class TwinTrainer:
                 self.val_embeddings["best"] = self.embeddings
                 self.log["against_start"] = self._against_start()
                 facts["against_start"] = self.log["against_start"]
-                facts["improved"] = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
+                lower = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
+                verdicts = [self.log["against_start"].get(name, {}).get("verdict") for name in ("auc", "eer")]
+                self.log["improved"] = facts["improved"] = lower or ("better" in verdicts and "worse" not in verdicts)
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
             self._check_folders()
@@ -935,17 +939,15 @@ class TwinTrainer:
         return "epochs" if last >= self.args.epochs else None
 
     def _report(self):
-        best, start = (
-            next(e for e in self.log["epochs"] if e["epoch"] == number) for number in (self.log["best_epoch"], 0)
-        )
-        self._say(f"stopped by {self.log['stopped']}; best epoch {best['epoch']}: {self.log['best_checkpoint']}")
-        key = self.args.monitor
+        epoch, key = self.log["best_epoch"], self.args.monitor
+        self._say(f"stopped by {self.log['stopped']}; best epoch {epoch}: {self.log['best_checkpoint']}")
         if self.val_set:
             self._say(verdict(self.log["against_start"]))
-            if best[key] >= start[key]:
+            if not self.log["improved"]:
+                start, best = (self.log["epochs"][number][key] for number in (0, epoch))
                 self._say(
-                    f"WARNING: no epoch is better than the network before training ({key} {start[key]:.4f} at the "
-                    f"start, {best[key]:.4f} in epoch {best['epoch']}): keep the start, or try other settings"
+                    f"WARNING: no epoch is better than the network before training ({key} {start:.4f} at the "
+                    f"start, {best:.4f} in epoch {epoch}): keep the start, or try other settings"
                 )
 
     def _against_start(self):
@@ -969,23 +971,21 @@ def plot_curves(folder, log):
         axes.plot([], [], color="grey", linewidth=0.8, linestyle=":", label="before training")
         if log["best_epoch"] is not None:
             axes.axvline(log["best_epoch"], color="black", linewidth=0.8, linestyle="-.", label="best epoch")
-        axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
     figure, axes = new_figure(7.4)
     losses = {"train_loss": "training", "val_loss": "validation"}
     draw(axes, f"triplet loss ({log['config']['distance']} distance)", losses)
     axes.set(title=log["config"]["run_name"], ylim=(0, None))
-    save_figure(figure, folder / "loss_curves.png")
+    save_figure(figure, folder / "loss_curves.png", axes)
 
     figure, panels = new_figure(7.4, 7.4, 3, 1)
     draw(panels[0], "EER (%)", {"val_eer": "twins"}, 100)
     draw(panels[1], "AUC", {"val_auc": "twins"})
     draw(panels[2], "AUC", {"val_general_auc": "everyone else"})
     panels[0].set_title(f"{log['config']['run_name']}: validation people")
-    save_figure(figure, folder / "validation_curves.png")
+    save_figure(figure, folder / "validation_curves.png", *panels)
 
 
 # ---- command line -----------------------------------------------------------------------------------

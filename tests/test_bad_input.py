@@ -188,7 +188,7 @@ def test_unknown_images_and_landmarks_say_what_to_compare(tmp_path, refuses):
         refuses(script, {"--aligned_json": tmp_path / "bad.json"}, "pair 1", "not in the image list")
 
 
-@pytest.mark.parametrize("number", ["1e999", "1e300", "9" * 400, "-1e7", '"1"', "null", "[1]", "{}"])
+@pytest.mark.parametrize("number", ["1e999", "1e300", "9" * 400, "-1e7", '"1"', "true", "null", "[1]", "{}"])
 def test_landmarks_that_are_no_places_in_a_photograph_are_refused(tmp_path, photos, refuses, number):
     path = photos / next(iter(json.loads((photos / "landmarks.json").read_text())))
     points = ", ".join([f"[{number}, 2]", "[3, 4]", "[5, 1]", "[7, 8]", "[2, 9]"])
