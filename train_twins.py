@@ -283,7 +283,10 @@ def backbone_features(part, crops, device, ranks, path=None):
     Raises InputError when a feature is beyond half precision (65504): no trained network comes near.
     """
     with torch.no_grad():
-        shape = (len(crops), *part.features(crops[:1].to(device))[0].shape)
+        last = part.mode == "last"
+        norm = part.model.body[part.first].res_layer[0] if last else part.model.output_layer[0]  # what takes them in
+        side = 14 if last else 7
+        shape = (len(crops), norm.num_features, side, side)
 
         def parts():
             own = range(len(crops))[ranks.share(len(crops))]
@@ -466,13 +469,16 @@ class TwinTrainer:
             self._prepare_images(crops)
             start = len(self.log["epochs"])
             for epoch in range(start, self.args.epochs + 1):
-                statistics, began = self._train_epoch(epoch) if epoch else self._measure_start()
-                with self._blended():
-                    self._finish_epoch(self._entry(epoch, statistics, began))
-                self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
-                self._write_log()
+                with postponed_interrupt() if epoch else nullcontext([]) as asked:
+                    statistics, began = self._train_epoch(epoch, asked) if epoch else self._measure_start()
+                    with self._blended():
+                        self._finish_epoch(self._entry(epoch, statistics, began))
+                    self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
+                    self._write_log()
                 if self._stop_reason():
                     break
+                if any(self.ranks.collect(bool(asked))):  # after the last step that could be interrupted
+                    raise KeyboardInterrupt
             if self.first:
                 self._report()
         return self.log
@@ -715,8 +721,11 @@ class TwinTrainer:
 
         return len(steps), groups()
 
-    def _train_epoch(self, epoch):
-        """Visit every sampled triplet once; returns (statistics, time of beginning)."""
+    def _train_epoch(self, epoch, asked):
+        """Visit every sampled triplet once; returns (statistics, time of beginning).
+
+        When `asked` is no longer empty, or when it is time, the state is saved within the epoch.
+        """
         began = time.perf_counter()
         start = self.progress["step"] if self.progress["epoch"] == epoch else 0
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
@@ -727,32 +736,31 @@ class TwinTrainer:
         agree, before, asked_at = start, start, time.monotonic()  # several processes agree on a step to stop at
         silent = None if self.first else True
         bar = tqdm(steps, f"epoch {epoch}", n_steps, initial=start, unit="step", leave=False, disable=silent)
-        with postponed_interrupt() as asked:
-            for step, (triplets, count) in enumerate(bar, start):
-                factor = rate_factor((epoch - 1 + (step + 0.5) / n_steps) / self.args.epochs, self.args.schedule)
-                rows, statistics = self._step(triplets, count, self.args.learning_rate * factor)
-                sums += statistics * len(triplets)  # no wait for the device here
-                watched.append((step, rows, statistics))
-                last = step + 1 == n_steps
-                if len(watched) == CHECK_EVERY or last:
-                    self._watch(epoch, watched, bar)
-                    watched = []
-                if last or (self.ranks.world > 1 and step < agree):
-                    continue
-                due = time.monotonic() - self.saved_at > 60 * self.args.save_every
-                if asked or due or self.ranks.world > 1:
-                    votes = self.ranks.collect((bool(asked), due, time.monotonic() - asked_at))
-                    stop, due, seconds = (max(values) for values in zip(*votes, strict=True))
-                    # Again in about two seconds: whoever asks to stop kills what has not stopped soon.
-                    agree = step + max(1, min(CHECK_EVERY, int(2 * (step + 1 - before) / max(seconds, 1e-9))))
-                    before, asked_at = step + 1, time.monotonic()
-                    if stop or due:
-                        if watched:
-                            self._watch(epoch, watched, bar)  # nothing broken is saved
-                        totals = self.ranks.sum(sums).tolist()
-                        self._save({"epoch": epoch, "step": step + 1, "sums": totals})
-                    if stop:
-                        raise KeyboardInterrupt
+        for step, (triplets, count) in enumerate(bar, start):
+            factor = rate_factor((epoch - 1 + (step + 0.5) / n_steps) / self.args.epochs, self.args.schedule)
+            rows, statistics = self._step(triplets, count, self.args.learning_rate * factor)
+            sums += statistics * len(triplets)  # no wait for the device here
+            watched.append((step, rows, statistics))
+            last = step + 1 == n_steps
+            if len(watched) == CHECK_EVERY or last:
+                self._watch(epoch, watched, bar)
+                watched = []
+            if last or (self.ranks.world > 1 and step < agree):
+                continue
+            due = time.monotonic() - self.saved_at > 60 * self.args.save_every
+            if asked or due or self.ranks.world > 1:
+                votes = self.ranks.collect((bool(asked), due, time.monotonic() - asked_at))
+                stop, due, seconds = (max(values) for values in zip(*votes, strict=True))
+                # Again in about two seconds: whoever asks to stop kills what has not stopped soon.
+                agree = step + max(1, min(CHECK_EVERY, int(2 * (step + 1 - before) / max(seconds, 1e-9))))
+                before, asked_at = step + 1, time.monotonic()
+                if stop or due:
+                    if watched:
+                        self._watch(epoch, watched, bar)  # nothing broken is saved
+                    totals = self.ranks.sum(sums).tolist()
+                    self._save({"epoch": epoch, "step": step + 1, "sums": totals})
+                if stop:
+                    raise KeyboardInterrupt
         means = (self.ranks.sum(sums) / len(self.train_set)).tolist()
         return dict(zip(self.criterion.STATISTICS, means, strict=True)), began
 

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -139,7 +140,7 @@ def test_frozen_layers_run_once_per_image_for_the_whole_run(run, monkeypatch, mo
     assert code == 0
     config = log["config"]
     validated = sum(len(v) for k, v in read_id_to_images(config["aligned_json"]).items() if k in config["val_ids"])
-    assert seen[0] == config["n_train_images"] + validated + 1  # one for the features' shape
+    assert seen[0] == config["n_train_images"] + validated
 
 
 def test_an_image_is_embedded_once_per_step(run, monkeypatch):
@@ -435,6 +436,23 @@ def test_interruption_keeps_the_last_epoch_and_exits_130(tmp_path, write_crops, 
     assert torch.load(log.parent / "last.pth", weights_only=True)["log"]["epochs"]
 
 
+def test_an_interruption_in_the_last_step_of_an_epoch_is_not_lost(tmp_path, run, monkeypatch):
+    factor, steps = train_twins.rate_factor, []
+
+    def interrupt(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return factor(*args)
+
+    monkeypatch.setattr(train_twins, "rate_factor", interrupt)
+    assert run("--batch_size 1000 --epochs 5")[0] == 130
+    assert len(steps) == 2
+    state = torch.load(tmp_path / "logs" / "run" / "last.pth", weights_only=True)
+    assert state["progress"]["epoch"] == 3
+    assert [entry["epoch"] for entry in state["log"]["epochs"]] == [0, 1, 2]
+
+
 # ---- grouped batching
 
 
@@ -534,7 +552,7 @@ def test_half_precision_features_move_a_cosine_by_less_than_a_thousandth(write_c
 
 
 def test_keep_holds_the_embeddings(run):
-    flags = "--freeze_backbone --learning_rate 1e-3 --epochs 3"
+    flags = "--freeze_backbone --learning_rate 1e-3 --epochs 3 --across 0"
     moved = []
     for keep in (0, 100):
         _, log = run(f"{flags} --keep {keep}", f"keep{keep}")
