@@ -2,15 +2,16 @@
 
     python train_twins.py --id_to_images id_to_images.json --train_pairs train_twin_id_pairs.json \\
       --pretrained pretrained/adaface_ir50_ms1mv2.ckpt                          # the full network
-    python train_twins.py ... --freeze_backbone --train_percentage 75           # only the embedding layer
+    python train_twins.py ... --last_stage --train_percentage 1 --epochs 2      # the last stage and the embedding layer
+    python train_twins.py ... --freeze_backbone --train_percentage 1 --epochs 5 # only the embedding layer
     python train_twins.py ... --skip_alignment --resume                         # go on after an interruption
 
 Reads the photographs of twin pairs and a pretrained network; writes the best epoch to --output_dir, and logs and
 curves to --log_dir. `evaluate_twins.py` then measures the checkpoints on other twins.
 
 The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off. So an embedding
-depends on its image alone, and an image is embedded once per step however many of its triplets use it. With a
-frozen backbone the backbone runs once per image for the whole run, and an epoch costs the embedding layer.
+depends on its image alone, and an image is embedded once per step however many of its triplets use it. Frozen layers
+run once per image for the whole run.
 """
 
 import argparse
