@@ -173,6 +173,8 @@ class Ours:
         trainer = self.trainer
         part = TrainedPart(trainer.model, trainer.mode)
         trainer.images, trainer.trained = Images(data, part, trainer.device, trainer.ranks), part
+        # What `--keep` compares with; its values do not matter for the speed.
+        trainer.start_embeddings = F.normalize(torch.randn(len(trainer.rows[0]), 512, device=trainer.device))
 
     def step(self):
         number = self.chosen[min(self.given, len(self.chosen) - 1)]
