@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--checkpoints", required=True, nargs="+", metavar="FILE", help=text)
     add("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
     add("--output_dir", default="evaluation_results", metavar="DIR", help="where results go (default %(default)s)")
-    text = "images embedded at once (default 256 on CUDA, 32 on a CPU); changes speed and memory only"
+    text = "images embedded at once (default 256 on CUDA, 8 on a CPU); changes speed and memory only"
     add("--batch_size", type=positive_int, metavar="N", help=text)
     add("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
     add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
@@ -93,11 +93,11 @@ def embed(model, crops, device, batch_size=None, description=None, flip=False):
     """Embeddings (N, 512) float32 on `device` of uint8 RGB crops (N, 112, 112, 3), without gradients.
 
     In full float32, whatever precision training uses; the model must be in eval mode on `device`.
-    batch_size: images at once, by default 256 on CUDA and 32 elsewhere, where larger batches leave the caches.
+    batch_size: images at once, by default 256 on CUDA and 8 on a CPU, where larger ones leave the caches.
     description: label of a progress bar, or None for none. flip: the unit vector of the image's embedding plus that of
     its mirror image, each times its norm, which measures image quality (AdaFace, CVPR 2022): upstream's fusion.
     """
-    batch_size = batch_size or (256 if device.type == "cuda" else 32)
+    batch_size = batch_size or (256 if device.type == "cuda" else 8)
     embeddings = torch.empty((len(crops), 512), device=device)
     with torch.inference_mode():
         batches = range(0, len(crops), batch_size)

@@ -314,6 +314,11 @@ def backbone_features(part, crops, device, ranks, path=None):
         return map_array(path, np.float16, shape)
 
 
+def _in_parts(function, images):
+    """function(images); on a CPU a few at a time, whose activations stay in its cache and in memory it already has."""
+    return torch.cat([function(few) for few in images.split(8)]) if images.device.type == "cpu" else function(images)
+
+
 class TrainedPart(nn.Module):
     """The part of a network that training changes; the rest of it no longer requires gradients.
 
@@ -331,9 +336,12 @@ class TrainedPart(nn.Module):
 
     def features(self, crops):
         """What the layers before make of uint8 crops (N, 112, 112, 3)."""
-        return self.model.features(to_input(crops), self.first)
+        return _in_parts(lambda few: self.model.features(to_input(few), self.first), crops)
 
     def forward(self, data):
+        return self._embed(data) if self.mode == "frozen" else _in_parts(self._embed, data)
+
+    def _embed(self, data):
         if self.mode == "full":
             return self.model(to_input(data))[0]
         data = data.float()
@@ -368,9 +376,8 @@ class Images:
     def embed(self, rows):
         """Embeddings (K, 512) of the images `rows` (K,) in float32, without gradients; the processes share the work."""
         own = rows[self.ranks.share(len(rows))]
-        size = 256 if self.part.mode == "frozen" or self.device.type == "cuda" else 32
         with torch.no_grad():
-            parts = [self.part(self.take(own[i : i + size])) for i in range(0, len(own), size)]
+            parts = [self.part(self.take(own[i : i + 256])) for i in range(0, len(own), 256)]
         return self.ranks.gather(torch.cat(parts or [torch.empty(0, 512, device=self.device)]))
 
 

@@ -8,8 +8,9 @@
 The pairs are cut into family-disjoint folds. For each recipe (a name and flags of train_twins.py) a network is
 trained on all folds but one and tested on that one, so every pair is tested once, by a network that has seen neither
 of its people. The figures are means over the folds; the differences to the start are paired, their 95 % intervals a
-bootstrap over the families of all folds. The README's tables on fine-tuning come from here. Results that are there
-are not made again, so that a recipe can be added later.
+bootstrap over the families of all folds. With --test_pairs and --test_aligned_json a second row says the same of those
+people, tested with the networks of all folds. The README's tables on fine-tuning come from here. Results that are
+there are not made again, so that a recipe can be added later.
 """
 
 import argparse
@@ -38,6 +39,24 @@ def folds(pairs, n):
     return [[pair for pair in pairs if fold[family[pair[0]]] == k] for k in range(n)]
 
 
+def row(name, results, start, minutes):
+    """A line of the table; results, start: (figures, bootstrap samples) of each fold."""
+    cells = []
+    for figure, (_, scale) in FIGURES.items():
+        change = np.mean([r[0][figure] - s[0][figure] for r, s in zip(results, start, strict=True)])
+        samples = np.mean([r[1][figure] - s[1][figure] for r, s in zip(results, start, strict=True)], 0)
+        low, high = np.nanpercentile(samples, (2.5, 97.5))
+        digits = 4 if scale == 1 else 2
+        cells.append(f"{scale * change:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]")
+    return f"| {name} | {' | '.join(cells)} | {minutes:.1f} |"
+
+
+def scores(evaluators, checkpoints, name):
+    """(figures, bootstrap samples) of each evaluator's people with the checkpoint at its place."""
+    pairs = zip(evaluators, checkpoints, strict=True)
+    return [e.metrics(e.score(load_checkpoint(checkpoint), name)) for e, checkpoint in pairs]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="tests.study", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", required=True, help="train_twin_id_pairs.json")
@@ -46,6 +65,8 @@ def main(argv=None):
     parser.add_argument("--arch", default="ir_50")
     parser.add_argument("--output", default="study", help="where networks and results go")
     parser.add_argument("--recipe", action="append", default=[], metavar="'NAME: FLAGS'", help="of train_twins.py")
+    parser.add_argument("--test_pairs", help="of further people, for a last look")
+    parser.add_argument("--test_aligned_json", help="the list of their crops")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resamples", type=int, default=400)
@@ -54,15 +75,20 @@ def main(argv=None):
     images, pairs = read_id_to_images(args.aligned_json), read_pairs(args.pairs)
     parts = folds(pairs, args.folds)
     evaluators = [TwinEvaluator(images, part, device, resamples=args.resamples) for part in parts]
-    start = [e.metrics(e.score(load_checkpoint(args.pretrained), "start")) for e in evaluators]
-    mean = {name: np.mean([figures[name] for figures, _ in start]) for name in FIGURES}
-    print("start: " + ", ".join(f"{label} {scale * mean[name]:.4f}" for name, (label, scale) in FIGURES.items()))
+    looks = {"": evaluators}
+    if args.test_pairs:
+        further = read_id_to_images(args.test_aligned_json), read_pairs(args.test_pairs)
+        looks[" (further people)"] = [TwinEvaluator(*further, device, resamples=args.resamples)] * args.folds
+    starts = {look: scores(people, [args.pretrained] * args.folds, "start") for look, people in looks.items()}
+    for look, start in starts.items():
+        mean = {name: np.mean([figures[name] for figures, _ in start]) for name in FIGURES}
+        print(f"start{look}: " + ", ".join(f"{label} {s * mean[name]:.4f}" for name, (label, s) in FIGURES.items()))
     print(f"| recipe | {' | '.join(label for label, _ in FIGURES.values())} | minutes |")
     print("| --- " * (len(FIGURES) + 2) + "|")
     for recipe in args.recipe:
         name, _, flags = recipe.partition(":")
-        results, minutes = [], 0.0
-        for number, evaluator in enumerate(evaluators):
+        name, checkpoints, minutes = name.strip(), [], 0.0
+        for number in range(args.folds):
             run = f"{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-.')}_fold{number}"
             kept = output / f"{run}.json"
             if not kept.exists():
@@ -76,15 +102,9 @@ def main(argv=None):
                 write_json(kept, [log["best_checkpoint"], (time.perf_counter() - began) / 60])
             checkpoint, seconds = json.loads(kept.read_text())
             minutes += seconds
-            results.append(evaluator.metrics(evaluator.score(load_checkpoint(checkpoint), run)))
-        cells = []
-        for figure, (_, scale) in FIGURES.items():
-            change = np.mean([r[0][figure] - s[0][figure] for r, s in zip(results, start, strict=True)])
-            samples = np.mean([r[1][figure] - s[1][figure] for r, s in zip(results, start, strict=True)], 0)
-            low, high = np.nanpercentile(samples, (2.5, 97.5))
-            digits = 4 if scale == 1 else 2
-            cells.append(f"{scale * change:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]")
-        print(f"| {name.strip()} | {' | '.join(cells)} | {minutes:.1f} |", flush=True)
+            checkpoints.append(checkpoint)
+        for look, people in looks.items():
+            print(row(name + look, scores(people, checkpoints, name), starts[look], minutes), flush=True)
     return 0
 
 
