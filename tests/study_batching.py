@@ -7,8 +7,8 @@
 
 Each setting (a name and flags of train_twins.py) is trained with every seed, which decides split, triplets and order.
 From the logs come EER and AUC on the validation people, as change from the network before training, and the seconds of
-training (validation taken out) until the mean EER over the seeds is --points below that. Results that are there are not
-made again.
+training (validation taken out) until the mean over the seeds is --points of EER below or --auc of AUC above that.
+Results that are there are not made again.
 """
 
 import argparse
@@ -30,12 +30,12 @@ def curves(log):
     return np.column_stack((np.cumsum(seconds), change))
 
 
-def time_to(curve, points):
-    """Seconds at which the EER of a curve is points below the start, linearly between epochs; None: never."""
-    for (t0, eer0, _), (t1, eer1, _) in pairwise(curve):
-        if eer1 <= -points:
-            return t0 + (t1 - t0) * (eer0 + points) / (eer0 - eer1)
-    return None
+def time_to(seconds, gains, goal):
+    """Seconds at which the gain reaches the goal, linearly between epochs, as text."""
+    for (t0, gain0), (t1, gain1) in pairwise(zip(seconds, gains, strict=True)):
+        if gain1 >= goal:
+            return f"{t0 + (t1 - t0) * (goal - gain0) / (gain1 - gain0):.0f}"
+    return "never"
 
 
 def main(argv=None):
@@ -48,11 +48,12 @@ def main(argv=None):
     parser.add_argument("--setting", action="append", required=True, metavar="'NAME: FLAGS'", help="of train_twins.py")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--points", type=float, default=0.5, help="of EER below the start (default 0.5)")
+    parser.add_argument("--auc", type=float, default=0.003, help="above the start (default 0.003)")
     parser.add_argument("--validation_split", default="0.3")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     output, lines = Path(args.output), []
-    figure, axes = new_figure(7.0, 4.5)
+    figure, both = new_figure(11.0, 4.2, 1, 2)
     for setting in args.setting:
         name, _, flags = setting.partition(":")
         runs = []
@@ -65,18 +66,24 @@ def main(argv=None):
             arguments = [str(flag) for flag in [*common, *flags.split()]]
             runs.append(curves(train_twins.TwinTrainer(train_twins.parse_args(arguments)).train()))
         mean, last = np.mean(runs, 0), np.array([run[-1, 1:] for run in runs])
-        reached = time_to(mean, args.points)
-        cells = [f"{last[:, 0].mean():+.2f} ({last[:, 0].min():+.2f} to {last[:, 0].max():+.2f})"]
-        cells += [f"{last[:, 1].mean():+.4f}", f"{mean[-1, 0]:.0f}", "never" if reached is None else f"{reached:.0f}"]
+        cells = [
+            f"{values.mean():+.{digits}f} ({values.min():+.{digits}f} to {values.max():+.{digits}f})"
+            for values, digits in ((last[:, 0], 2), (last[:, 1], 4))
+        ]
+        cells += [f"{mean[-1, 0]:.0f}", time_to(mean[:, 0], -mean[:, 1], args.points)]
+        cells += [time_to(mean[:, 0], mean[:, 2], args.auc)]
         lines.append(f"| {name.strip()} | {' | '.join(cells)} |")
-        axes.plot(mean[:, 0], mean[:, 1], marker="o", markersize=3, label=name.strip())
-        axes.set(xlabel="training time (s)", ylabel="change of the validation EER (percentage points)")
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.legend(fontsize=7)
-    save_figure(figure, output / "batching.png")
-    print(f"| setting | EER at the end, points (lowest to highest seed) | AUC | seconds | to {-args.points:g} points |")
-    print("| --- " * 5 + "|")
+        for axes, column in zip(both, (1, 2), strict=True):
+            axes.plot(mean[:, 0], mean[:, column], marker="o", markersize=3, label=name.strip())
+    for axes, label in zip(both, ("EER (percentage points)", "twin AUC"), strict=True):
+        axes.set(xlabel="training time (s)", ylabel=f"change of the validation {label}")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
+        axes.axhline(0, color="gray", linewidth=0.8)
+    save_figure(figure, output / "batching.png", both[1])
+    head = ("setting", "EER at the end, points (lowest to highest seed)", "AUC at the end", "seconds")
+    print(f"| {' | '.join(head)} | seconds to {-args.points:g} points | to {args.auc:+g} of AUC |")
+    print("| --- " * 6 + "|")
     print("\n".join(lines))
     return 0
 

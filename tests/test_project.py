@@ -87,8 +87,8 @@ def test_readme_names_every_flag_that_exists_and_no_other():
         text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
         known |= set(re.findall(r"--\w+", text.stdout))
     known |= {"--standalone", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
-    known |= set(re.findall(r"--\w+", (ROOT / "tests" / "study.py").read_text()))
-    known |= set(re.findall(r"--\w+", (ROOT / "tests" / "bench.py").read_text()))
+    for script in ("study.py", "study_batching.py", "bench.py"):
+        known |= set(re.findall(r"--\w+", (ROOT / "tests" / script).read_text()))
     assert set(re.findall(r"--\w+", readme)) <= known
 
 
