@@ -40,6 +40,7 @@ from align import (
     add_alignment_arguments,
     align_files,
     answer_flags,
+    integer,
     positive_int,
     read_id_to_images,
     read_pairs,
@@ -73,14 +74,6 @@ def number(low, high, low_included=False, high_included=False):
     return parse
 
 
-def percentage(text):
-    """An argparse type: an integer from 1 to 100."""
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 100, not {value}")
-    return value
-
-
 def file_name(text):
     """An argparse type: a plain name for files and folders."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
@@ -112,7 +105,7 @@ def parse_args(argv=None):
     text = "train the backbone's last stage and the embedding layer (default: the whole network)"
     add("--last_stage", action="store_true", help=text)
     text = "share of each training pair's triplets, 1..100 (default 100)"
-    add("--train_percentage", type=percentage, default=100, metavar="P", help=text)
+    add("--train_percentage", type=integer(1, 100), default=100, metavar="P", help=text)
     text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
     add("--validation_split", type=number(0, 1, True), default=0.15, metavar="SHARE", help=text)
 
@@ -132,15 +125,12 @@ def parse_args(argv=None):
     text = "share of the loss that compares each distance to a positive with those to all twins of the step, as one"
     text += " threshold does, the rest with its own triplet's alone (default 1; 0: the triplet loss)"
     add("--across", type=number(0, 1, True, True), default=1.0, metavar="SHARE", help=text)
-    text = "save and validate weights this share of the way from the start to the trained ones"
-    text += " (default 0.5 for the whole network, else 1)"
-    add("--blend", type=number(0, 1, high_included=True), metavar="SHARE", help=text)
-    text = "of AdamW (default 1e-4, with a frozen backbone 3e-5)"
-    add("--learning_rate", type=number(0, 1e6), metavar="RATE", help=text)
+    text = "of AdamW (default 1e-4; with 1e-3, unseen people are told apart worse)"
+    add("--learning_rate", type=number(0, 1e6), default=1e-4, metavar="RATE", help=text)
     text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
     add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)
-    text = "the best epoch has the lowest of this (default val_loss)"
-    add("--monitor", choices=("val_loss", "val_eer"), default="val_loss", help=text)
+    text = "the best epoch has the lowest loss or EER, or the highest AUC of twins (default val_loss)"
+    add("--monitor", choices=("val_loss", "val_eer", "val_auc"), default="val_loss", help=text)
     text = "stop after N epochs in a row without a new best (default 5)"
     add("--patience", type=positive_int, default=5, metavar="N", help=text)
     text = (
@@ -165,10 +155,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.freeze_backbone and args.last_stage:
         parser.error("--freeze_backbone and --last_stage exclude each other")
-    if args.learning_rate is None:
-        args.learning_rate = 3e-5 if args.freeze_backbone else 1e-4
-    if args.blend is None:
-        args.blend = 1.0 if args.freeze_backbone or args.last_stage else 0.5
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
     if args.batching == "grouped" and args.batch_size:
@@ -479,8 +465,7 @@ class TwinTrainer:
             for epoch in range(start, self.args.epochs + 1):
                 with postponed_interrupt() if epoch else nullcontext([]) as asked:
                     statistics, began = self._train_epoch(epoch, asked) if epoch else self._measure_start()
-                    with self._blended():
-                        self._finish_epoch(self._entry(epoch, statistics, began))
+                    self._finish_epoch(self._entry(epoch, statistics, began))
                     self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
                     self._write_log()
                 if self._stop_reason():
@@ -595,7 +580,6 @@ class TwinTrainer:
         self.log.update(self.saved["log"])
         self.progress = self.saved["progress"]
         self.start_embeddings = self.saved["start_embeddings"].to(self.device)
-        self.start_weights = [p.to(self.device) for p in self.saved["start_weights"]]
         self.val_embeddings = {key: e.to(self.device) for key, e in self.saved["val_embeddings"].items()}
 
     def _prepare_images(self, crops):
@@ -678,31 +662,10 @@ class TwinTrainer:
             f"{config['n_touched_ids']} people; {self.args.arch} on {self.device}, {self.precision}"
         )
 
-    @contextmanager
-    def _blended(self):
-        """The network as it is validated and saved: weights `--blend` of the way from the start to the trained ones.
-
-        Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT), CVPR 2022.
-        """
-        share = self.args.blend
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        trained = [p.detach().clone() for p in parameters] if share < 1 else []
-        with torch.no_grad():
-            for p, start in zip(parameters, self.start_weights, strict=True):
-                if share < 1:
-                    p.copy_(start + share * (p - start))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, value in zip(parameters, trained, strict=False):
-                    p.copy_(value)
-
     def _measure_start(self):
         """(statistics, time of beginning) of epoch 0: the network before training, on the training triplets."""
         began = time.perf_counter()
         self.start_embeddings = self.images.embed(self.rows[0])
-        self.start_weights = [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
         return self.criterion.over(self.train_set, self.start_embeddings), began
 
     def _steps(self, epoch, start):
@@ -866,7 +829,7 @@ class TwinTrainer:
         return self.ranks.collect(entry)[0]  # all go on with the same figures, so that all stop at the same epoch
 
     def _finish_epoch(self, entry):
-        """Log an epoch and save the best checkpoint, of the network as it stands."""
+        """Log an epoch and, if it is the best, save its checkpoint."""
         self.log["epochs"].append(entry)
         epoch = entry["epoch"]
         if self.val_set and epoch == 0:
@@ -878,9 +841,11 @@ class TwinTrainer:
                 self.val_embeddings["best"] = self.embeddings
                 self.log["against_start"] = self._against_start()
                 facts["against_start"] = self.log["against_start"]
-                lower = entry[self.args.monitor] < self.log["epochs"][0][self.args.monitor]
+                start, now = self._monitored(self.log["epochs"][0]), self._monitored(entry)
                 verdicts = [self.log["against_start"].get(name, {}).get("verdict") for name in ("auc", "eer")]
-                self.log["improved"] = facts["improved"] = lower or ("better" in verdicts and "worse" not in verdicts)
+                self.log["improved"] = facts["improved"] = now < start or (
+                    "better" in verdicts and "worse" not in verdicts
+                )
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
             self._check_folders()
@@ -913,7 +878,6 @@ class TwinTrainer:
                 log={key: value for key, value in self.log.items() if key != "config"},
                 progress=progress,
                 start_embeddings=self.start_embeddings.cpu(),
-                start_weights=[p.cpu() for p in self.start_weights],
                 val_embeddings={key: e.cpu() for key, e in self.val_embeddings.items()},
             )
         self.saved_at = time.monotonic()
@@ -938,14 +902,14 @@ class TwinTrainer:
             plot_curves(self.log_dir, self.log)
             self.drawn = time.monotonic()
 
-    def _monitored(self):
-        """[(value, epoch), ...] of the epochs from 1 on."""
-        return [(entry[self.args.monitor], entry["epoch"]) for entry in self.log["epochs"] if entry["epoch"] > 0]
+    def _monitored(self, entry):
+        """The figure of an epoch's log entry that --monitor names, such that lower is better."""
+        return -entry["val_auc"] if self.args.monitor == "val_auc" else entry[self.args.monitor]
 
     def _best_epoch(self):
-        """The epoch (>= 1) with the lowest monitored value, the first on a tie; without validation the last."""
-        values = self._monitored()
-        return min(values)[1] if self.val_set else values[-1][1]
+        """The epoch (>= 1) with the best monitored figure, the first on a tie; without validation the last."""
+        entries = self.log["epochs"][1:]
+        return (min(entries, key=self._monitored) if self.val_set else entries[-1])["epoch"]
 
     def _stop_reason(self):
         """Why training is over: "patience", "epochs", or None while it is not."""

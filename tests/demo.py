@@ -69,7 +69,7 @@ def main(argv=None):
     common = (
         f"--train_pairs {q}/train/pairs.json --skip_alignment --aligned_json {q}/id_to_train_aligned_images.json "
         f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs --device cpu "
-        "--keep 0 --blend 1 --schedule constant"  # random weights have nothing worth keeping
+        "--keep 0 --schedule constant"  # random weights have nothing worth keeping
     )
     run(
         train_twins, f"{common} --freeze_backbone --train_percentage 50 --batch_size 32 --epochs 2 --learning_rate 1e-4"

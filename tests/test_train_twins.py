@@ -35,7 +35,7 @@ def run(tmp_path, write_crops, tiny_model):
         command = (
             f"--train_pairs {pairs} --skip_alignment --aligned_json {aligned} --arch ir_tiny "
             f"--pretrained {tmp_path}/start.pth --output_dir {tmp_path}/models --log_dir {tmp_path}/logs "
-            f"--validation_split 0.3 --device cpu --epochs 2 --keep 0 --blend 1 --run_name {name} {flags}"
+            f"--validation_split 0.3 --device cpu --epochs 2 --keep 0 --run_name {name} {flags}"
             f"{'' if 'grouped' in flags or '--batch_size' in flags else ' --batch_size 24'}"
         )
         code = train_twins.main(command.split())
@@ -308,15 +308,29 @@ def test_default_run_names(tmp_path):
     assert name("--last_stage") == "last_100pct_margin0.3"
 
 
-def test_patience_stops_and_monitor_chooses(run):
+def test_patience_stops(run):
     # A rate of almost nothing: no epoch changes anything, so epoch 1 stays the best one.
     _, log = run("--learning_rate 1e-30 --weight_decay 0 --epochs 9 --patience 2")
     assert log["best_epoch"] == 1
     assert log["stopped"] == "patience"
     assert len(log["epochs"]) == 4
-    _, log = run("--monitor val_eer --learning_rate 0.01 --epochs 3", "eer")
-    values = [entry["val_eer"] for entry in log["epochs"][1:]]
-    assert log["best_epoch"] == 1 + values.index(min(values))
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("val_loss", 3), ("val_eer", 2), ("val_auc", 4)])
+def test_monitor_chooses_the_best_epoch(run, monkeypatch, monitor, best):
+    figures = {"val_loss": [0.1, 0.3, 0.2, 0.1, 0.1], "val_eer": [0.3, 0.3, 0.1, 0.2, 0.2]}
+    figures["val_auc"] = [0.7, 0.8, 0.5, 0.7, 0.9]
+    entry = train_twins.TwinTrainer._entry
+
+    def given(self, epoch, *rest):
+        return entry(self, epoch, *rest) | {name: values[epoch] for name, values in figures.items()}
+
+    monkeypatch.setattr(train_twins.TwinTrainer, "_entry", given)
+    _, log = run(f"--monitor {monitor} --epochs 4")
+    assert log["best_epoch"] == best
+    assert log["best_checkpoint"].endswith(f"epoch{best}.pth")
+    if monitor != "val_loss":  # the loss is never below that of the start
+        assert log["improved"]
 
 
 def test_no_better_than_the_start_is_said_loudly(run, capsys):
@@ -573,16 +587,6 @@ def test_keep_holds_the_embeddings(run):
     assert abs(moved[1]) < 0.3 * abs(moved[0])
 
 
-@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
-def test_blended_checkpoint_lies_between_start_and_trained_weights(tmp_path, run, mode):
-    _, log = run(f"{mode} --blend 0.25 --epochs 1 --learning_rate 1e-2")
-    start, trained = states(tmp_path)
-    saved = net.load_checkpoint(log["best_checkpoint"]).state_dict()
-    for key in (key for key, value in start.items() if value.is_floating_point()):
-        torch.testing.assert_close(saved[key], start[key] + 0.25 * (trained[key] - start[key]), rtol=1e-4, atol=1e-6)
-    assert not torch.equal(saved["output_layer.3.weight"], trained["output_layer.3.weight"])
-
-
 def test_the_end_says_how_it_went_on_twins_and_on_everyone_else(run, capsys):
     _, log = run("--epochs 1")
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("On the validation people"))
@@ -730,11 +734,9 @@ def test_defaults_are_the_plans_or_measured():
     plan |= {"arch": "ir_50", "pretrained": "pretrained/adaface_ir50_ms1mv2.ckpt", "distance": "cosine"}
     plan |= {"output_dir": "models", "log_dir": "training_logs", "monitor": "val_loss", "precision": "auto"}
     assert {key: vars(args)[key] for key in plan} == plan
-    assert (args.schedule, args.keep, args.blend, args.batching) == ("cosine", 3, 0.5, "shuffled")
+    assert (args.schedule, args.keep, args.across, args.batching) == ("cosine", 3, 1, "shuffled")
     frozen = train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--freeze_backbone"])
-    assert (frozen.learning_rate, frozen.keep, frozen.blend) == (3e-5, 3, 1)
-    last = train_twins.parse_args(["--train_pairs", "x", "--skip_alignment", "--last_stage"])
-    assert (last.learning_rate, last.keep, last.blend) == (1e-4, 3, 1)
+    assert (frozen.learning_rate, frozen.keep, frozen.across) == (1e-4, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -765,7 +767,6 @@ def test_freeze_backbone_takes_usual_spellings(text, value):
             for v in ("0", "-1", "nan", "x", "1.5")
         ),
         *(f"--{f} {v}" for f in ("keep", "save_every") for v in ("-1", "nan", "inf", "x")),
-        *(f"--blend {v}" for v in ("0", "1.1", "nan")),
         *(f"--across {v}" for v in ("-0.1", "1.1", "nan")),
         "--freeze_backbone --last_stage",
         "--images_per_batch 96",
