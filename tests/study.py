@@ -5,16 +5,15 @@
       --recipe "frozen: --freeze_backbone --train_percentage 1 --epochs 5" \\
       --recipe "full: --batching grouped --images_per_batch 64 --epochs 1"
 
-The pairs are cut into family-disjoint folds. For each recipe (a name and flags of train_twins.py) a network is
-trained on all folds but one and tested on that one, so every pair is tested once, by a network that has seen neither
-of its people. The figures are means over the folds; the differences to the start are paired, their 95 % intervals a
-bootstrap over the families of all folds. With --test_pairs and --test_aligned_json a second row says the same of those
-people, tested with the networks of all folds. The README's tables on fine-tuning come from here. Results that are
-there are not made again, so that a recipe can be added later.
+The pairs are cut into family-disjoint folds. For each recipe (a name and flags of train_twins.py) a network is trained
+on all folds but one and tested on that one, so every pair is tested once, by a network that has seen neither of its
+people. The figures are means over the folds; the differences to the start are paired, their 95 % intervals a bootstrap
+over the families of all folds. With --test_pairs and --test_aligned_json a second row says the same of those people,
+tested with the networks of all folds. curves.png shows the epochs, as means over the folds. The README's tables on
+fine-tuning come from here. Results that are there are not made again, so that a recipe can be added later.
 """
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
@@ -22,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import train_twins
-from align import pick_device, read_id_to_images, read_pairs, write_json
-from evaluate_twins import TwinEvaluator
+from align import pick_device, read_id_to_images, read_json, read_pairs, write_json
+from evaluate_twins import COLOURS, TwinEvaluator, new_figure, save_figure
 from net import load_checkpoint
 from triplet_dataset import find_families, hash_key, permute
 
@@ -57,6 +56,30 @@ def scores(evaluators, checkpoints, name):
     return [e.metrics(e.score(load_checkpoint(checkpoint), name)) for e, checkpoint in pairs]
 
 
+def plot_curves(path, logs):
+    """Losses, and changes of EER and AUC on the validation people; logs: {recipe: [content of training_log.json]}."""
+    figure, panels = new_figure(15.0, 3.8, 1, 3)
+    for (name, runs), colour in zip(logs.items(), COLOURS, strict=False):
+        epochs = range(min(len(log["epochs"]) for log in runs))
+
+        def curve(key, runs=runs, epochs=epochs):
+            return np.array([np.mean([log["epochs"][epoch][key] for log in runs]) for epoch in epochs])
+
+        style = {"color": colour, "marker": "o", "markersize": 3}
+        panels[0].plot(epochs, curve("train_loss"), label=f"{name}: training", **style)
+        panels[0].plot(epochs, curve("val_loss"), linestyle="--", label=f"{name}: validation", **style)
+        for axes, key, scale in zip(panels[1:], ("val_eer", "val_auc"), (100, 1), strict=True):
+            axes.plot(epochs, scale * (curve(key) - curve(key)[0]), label=name, **style)
+    panels[0].set(ylim=(0, None), ylabel="triplet loss")
+    panels[1].set_ylabel("change of the validation EER (points)")
+    panels[2].set_ylabel("change of the validation twin AUC")
+    for axes in panels:
+        axes.set_xlabel("epoch (0: before training)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.axhline(0, color="grey", linewidth=0.8)
+    save_figure(figure, path, *panels)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="tests.study", description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", required=True, help="train_twin_id_pairs.json")
@@ -85,6 +108,7 @@ def main(argv=None):
         print(f"start{look}: " + ", ".join(f"{label} {s * mean[name]:.4f}" for name, (label, s) in FIGURES.items()))
     print(f"| recipe | {' | '.join(label for label, _ in FIGURES.values())} | minutes |")
     print("| --- " * (len(FIGURES) + 2) + "|")
+    logs = {}
     for recipe in args.recipe:
         name, _, flags = recipe.partition(":")
         name, checkpoints, minutes = name.strip(), [], 0.0
@@ -100,11 +124,13 @@ def main(argv=None):
                 arguments = [str(flag) for flag in [*common, "--device", args.device, *flags.split()]]
                 log = train_twins.TwinTrainer(train_twins.parse_args(arguments)).train()
                 write_json(kept, [log["best_checkpoint"], (time.perf_counter() - began) / 60])
-            checkpoint, seconds = json.loads(kept.read_text())
+            checkpoint, seconds = read_json(kept)
             minutes += seconds
             checkpoints.append(checkpoint)
+            logs.setdefault(name, []).append(read_json(output / "logs" / run / "training_log.json"))
         for look, people in looks.items():
             print(row(name + look, scores(people, checkpoints, name), starts[look], minutes), flush=True)
+    plot_curves(output / "curves.png", logs)
     return 0
 
 
