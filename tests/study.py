@@ -66,18 +66,19 @@ def plot_curves(path, logs):
             return np.array([np.mean([log["epochs"][epoch][key] for log in runs]) for epoch in epochs])
 
         style = {"color": colour, "marker": "o", "markersize": 3}
-        panels[0].plot(epochs, curve("train_loss"), label=f"{name}: training", **style)
-        panels[0].plot(epochs, curve("val_loss"), linestyle="--", label=f"{name}: validation", **style)
+        panels[0].plot(epochs, curve("train_loss"), **style)
+        panels[0].plot(epochs, curve("val_loss"), linestyle="--", **style)
         for axes, key, scale in zip(panels[1:], ("val_eer", "val_auc"), (100, 1), strict=True):
             axes.plot(epochs, scale * (curve(key) - curve(key)[0]), label=name, **style)
-    panels[0].set(ylim=(0, None), ylabel="triplet loss")
+    panels[0].set(ylim=(0, None), ylabel="triplet loss (solid: training, dashed: validation)")
     panels[1].set_ylabel("change of the validation EER (points)")
     panels[2].set_ylabel("change of the validation twin AUC")
     for axes in panels:
         axes.set_xlabel("epoch (0: before training)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axhline(0, color="grey", linewidth=0.8)
-    save_figure(figure, path, *panels)
+        axes.grid(alpha=0.3)
+    save_figure(figure, path, panels[-1])
 
 
 def main(argv=None):
