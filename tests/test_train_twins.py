@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,17 @@ def test_precision_of_steps_does_not_touch_reported_figures(run, precision):
     assert start["val_loss"] == pytest.approx(end["val_loss"], abs=1e-7)
     assert abs(start["train_loss"] - end["train_loss"]) < (2e-2 if precision == "bf16" else 1e-6)
     assert (start["train_loss"] == end["train_loss"]) is False or precision == "fp32"
+
+
+@pytest.mark.parametrize("mode", ["", "--freeze_backbone"])
+def test_a_compiled_step_is_the_same_step(run, monkeypatch, mode):
+    # Traced as the real compiler does, but run by PyTorch's own kernels: no C compiler, no minutes.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _, plain = run(f"{mode} --epochs 1", "plain")
+    _, compiled = run(f"{mode} --epochs 1 --compile", "compiled")
+    for a, b in zip(plain["epochs"], compiled["epochs"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
 
 
 # ---- going on, starting over
