@@ -458,7 +458,12 @@ def test_interruption_keeps_the_last_epoch_and_exits_130(tmp_path, write_crops, 
         f"--pretrained {tmp_path}/start.pth --output_dir {tmp_path}/m --log_dir {tmp_path}/l --patience 500"
     )
     script = Path(train_twins.__file__)
-    process = subprocess.Popen([sys.executable, script, *command.split()], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script, *command.split()],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     log = tmp_path / "l" / "frozen_100pct_margin0.3" / "training_log.json"
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
