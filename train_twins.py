@@ -125,7 +125,7 @@ def parse_args(argv=None):
     text = "share of the loss that compares each distance to a positive with those to all twins of the step, as one"
     text += " threshold does, the rest with its own triplet's alone (default 1; 0: the triplet loss)"
     add("--across", type=number(0, 1, True, True), default=1.0, metavar="SHARE", help=text)
-    text = "of AdamW (default 1e-4; with 1e-3, unseen people are told apart worse)"
+    text = "of AdamW (default 1e-4; plain triplets at 1e-3, the frozen plan, told unseen people apart worse)"
     add("--learning_rate", type=number(0, 1e6), default=1e-4, metavar="RATE", help=text)
     text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
     add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)

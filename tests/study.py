@@ -63,7 +63,8 @@ def plot_curves(path, logs):
         epochs = range(min(len(log["epochs"]) for log in runs))
 
         def curve(key, runs=runs, epochs=epochs):
-            return np.array([np.mean([log["epochs"][epoch][key] for log in runs]) for epoch in epochs])
+            values = [[log["epochs"][epoch][key] for epoch in epochs] for log in runs]
+            return np.array(values, float).mean(0)  # None, without validation, becomes NaN: no line
 
         style = {"color": colour, "marker": "o", "markersize": 3}
         panels[0].plot(epochs, curve("train_loss"), **style)
