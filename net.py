@@ -16,10 +16,11 @@ import os
 import pickle
 import pickletools
 import re
-import time
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -238,12 +239,18 @@ class Ranks:
         return values
 
     def leave(self):
-        """Part from the other processes, all having done their work."""
+        """End this process, all having done their work; alone, go on.
+
+        Python's own end would not do: gloo's threads outlive the process group, and one that lets go of a tensor while
+        Python shuts down aborts the process ("terminate called without an active exception").
+        """
         if dist.is_initialized():
             self.collect(None)
-            if self.rank > 0:
-                time.sleep(1)  # one that ends may break the connection under what another is still reading
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # after it, all have heard of all; those who break it off have left
+                self.collect(None)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------
