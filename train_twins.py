@@ -839,13 +839,7 @@ class TwinTrainer:
             facts = {"epoch": epoch, "config": self.config, "metrics": metrics}
             if self.val_set and self.first:
                 self.val_embeddings["best"] = self.embeddings
-                self.log["against_start"] = self._against_start()
-                facts["against_start"] = self.log["against_start"]
-                start, now = self._monitored(self.log["epochs"][0]), self._monitored(entry)
-                verdicts = [self.log["against_start"].get(name, {}).get("verdict") for name in ("auc", "eer")]
-                self.log["improved"] = facts["improved"] = now < start or (
-                    "better" in verdicts and "worse" not in verdicts
-                )
+                self.log["improved"] = facts["improved"] = self._improved(entry)
             name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
             path = Path(self.args.output_dir) / name
             self._check_folders()
@@ -853,6 +847,8 @@ class TwinTrainer:
                 save_checkpoint(path, self.model, **facts)
             self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
         self.log["stopped"] = self._stop_reason()
+        if self.log["stopped"] and self.val_set and self.first:
+            self.log["against_start"] = self._against_start()
         text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
         if entry["val_loss"] is not None:
             text += (
@@ -929,6 +925,14 @@ class TwinTrainer:
                     f"WARNING: no epoch is better than the network before training ({key} {start:.4f} at the "
                     f"start, {best:.4f} in epoch {epoch}): keep the start, or try other settings"
                 )
+
+    def _improved(self, entry):
+        """Whether an epoch is better than the start: in what --monitor names or, by the bootstrap, on twins."""
+        if self._monitored(entry) < self._monitored(self.log["epochs"][0]):
+            return True  # by far most epochs, so the bootstrap, which takes seconds, is rarely needed before the end
+        found = self._against_start()
+        verdicts = [found[name]["verdict"] for name in ("auc", "eer")]
+        return "better" in verdicts and "worse" not in verdicts
 
     def _against_start(self):
         """The best epoch's differences to the start on the validation people, of twins and of everyone else."""
