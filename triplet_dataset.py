@@ -294,8 +294,9 @@ def new_array(path, dtype, shape):
     """Yield a memory-mapped array to fill; it becomes the file `path` (.npy) when the block ends without error."""
     with replacing(path) as temporary:
         array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        with open(temporary, "rb+") as file:  # writing to a map on a full disk would kill the process
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        if hasattr(os, "posix_fallocate"):  # not on macOS. Writing to a map on a full disk would kill the process
+            with open(temporary, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
         yield array
         array.flush()
 

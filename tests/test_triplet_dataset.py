@@ -212,6 +212,19 @@ def test_items_are_the_network_inputs_of_the_three_crops(write_crops):
     assert [x.shape for x in batch] == [(4, 3, 112, 112)] * 3
 
 
+@pytest.mark.parametrize("reserves", [True, False])
+def test_a_crop_file_holds_the_crops_also_where_no_space_can_be_reserved(write_crops, tmp_path, monkeypatch, reserves):
+    aligned, _ = write_crops([[3, 2]])
+    paths = [path for images in align.read_id_to_images(aligned).values() for path in images]
+    if not reserves:  # as on macOS
+        monkeypatch.delattr(td.os, "posix_fallocate")
+    first = td.load_crops(paths, f"{tmp_path}/train.")
+    monkeypatch.setattr(td, "read_crop", None)  # from here on the file alone is read
+    for crops in (first, td.load_crops(paths, f"{tmp_path}/train.")):
+        for crop, path in zip(crops, paths, strict=True):
+            assert np.array_equal(crop, np.array(Image.open(path)))
+
+
 def test_every_crop_is_read_once(write_crops, monkeypatch):
     aligned, pairs = write_crops([[3, 2]])
     dataset = td.TwinTripletDataset(align.read_id_to_images(aligned), align.read_pairs(pairs))
