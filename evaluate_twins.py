@@ -645,8 +645,7 @@ def plot_data_percentage(path, results):
     for result in results:
         config = result.facts.get("config", {})
         if "train_percentage" in config:
-            mode = "last stage" if config.get("last_stage") else "full network"
-            mode = "embedding layer" if config.get("freeze_backbone") else mode
+            mode = "embedding layer" if config.get("freeze_backbone") else "full network"
             lines.setdefault((mode, config.get("margin")), []).append((config["train_percentage"], result))
     figure, axes = new_figure(7.8)
     for number, ((mode, margin), points) in enumerate(sorted(lines.items(), key=str)):

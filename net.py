@@ -103,14 +103,13 @@ class Backbone(nn.Module):
     `features` (all but `output_layer`) and `head` (`output_layer` and the normalisation) are its two
     halves, for those who keep the features of a frozen backbone: `head(features(x))` is `forward(x)`.
 
-    Attributes: `arch`, its name; `facts`, what a checkpoint said beside the weights (see load_checkpoint);
-    `last_stage`, the place in `body` of the first unit of the last stage.
+    Attributes: `arch`, its name; `facts`, what a checkpoint said beside the weights (see load_checkpoint).
     """
 
     def __init__(self, arch):
         super().__init__()
         units, channels, bottleneck, se = ARCHITECTURES[arch]
-        self.arch, self.facts, self.last_stage = arch, {}, sum(units[:-1])
+        self.arch, self.facts = arch, {}
         self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         last = channels[-1]
         self.output_layer = nn.Sequential(
@@ -133,12 +132,9 @@ class Backbone(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def features(self, x, stop=None):
-        """(N, 3, 112, 112) -> (N, C, 7, 7), C being 512, or 2048 for 152 and 200 layers.
-
-        stop: a unit of `body`; then what is given to that unit, (N, C, H, W).
-        """
-        return self.body[:stop](self.input_layer(x))
+    def features(self, x):
+        """(N, 3, 112, 112) -> (N, C, 7, 7), C being 512, or 2048 for 152 and 200 layers."""
+        return self.body(self.input_layer(x))
 
     def head(self, features):
         """(N, C, 7, 7) -> (embedding (N, 512), norm (N, 1)), float32."""

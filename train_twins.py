@@ -2,16 +2,15 @@
 
     python train_twins.py --id_to_images id_to_images.json --train_pairs train_twin_id_pairs.json \\
       --pretrained pretrained/adaface_ir50_ms1mv2.ckpt                          # the full network
-    python train_twins.py ... --last_stage --train_percentage 1 --epochs 2      # the last stage and the embedding layer
-    python train_twins.py ... --freeze_backbone --train_percentage 1 --epochs 5 # only the embedding layer
+    python train_twins.py ... --freeze_backbone --batching grouped              # only the embedding layer
     python train_twins.py ... --skip_alignment --resume                         # go on after an interruption
 
 Reads the photographs of twin pairs and a pretrained network; writes the best epoch to --output_dir, and logs and
 curves to --log_dir. `evaluate_twins.py` then measures the checkpoints on other twins.
 
 The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off. So an embedding
-depends on its image alone, and an image is embedded once per step however many of its triplets use it. Frozen layers
-run once per image for the whole run.
+depends on its image alone, and an image is embedded once per step however many of its triplets use it. A frozen
+backbone runs once per image for the whole run.
 """
 
 import argparse
@@ -102,8 +101,6 @@ def parse_args(argv=None):
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", metavar="FILE", help=text)
     text = "train only the embedding layer (default False; bare means True)"
     add("--freeze_backbone", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
-    text = "train the backbone's last stage and the embedding layer (default: the whole network)"
-    add("--last_stage", action="store_true", help=text)
     text = "share of each training pair's triplets, 1..100 (default 100)"
     add("--train_percentage", type=integer(1, 100), default=100, metavar="P", help=text)
     text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
@@ -153,8 +150,6 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
     add("--overwrite", action="store_true", help="replace the run of this name")
     args = parser.parse_args(argv)
-    if args.freeze_backbone and args.last_stage:
-        parser.error("--freeze_backbone and --last_stage exclude each other")
     if not args.skip_alignment and not args.id_to_images:
         parser.error("--id_to_images is needed unless --skip_alignment is given")
     if args.batching == "grouped" and args.batch_size:
@@ -262,42 +257,39 @@ def digest(tensors):
     return result.hexdigest()
 
 
-def backbone_features(part, crops, device, ranks, path=None):
-    """Features (N, C, H, W) float16 of all crops behind the layers before a TrainedPart; each crop passes once.
+def backbone_features(model, crops, device, ranks, path=None):
+    """Backbone.features (N, C, 7, 7) float16 of all crops (N, 112, 112, 3); each crop passes once.
 
     path: a .npy file that is made if it is not there and then memory-mapped; None: in memory.
     Half precision halves the file, and moves a cosine of two embeddings by less than 1e-3.
     Raises InputError when a feature is beyond half precision (65504): no trained network comes near.
     """
-    with torch.no_grad():
-        last = part.mode == "last"
-        norm = part.model.body[part.first].res_layer[0] if last else part.model.output_layer[0]  # what takes them in
-        side = 14 if last else 7
-        shape = (len(crops), norm.num_features, side, side)
+    shape = (len(crops), model.output_layer[0].num_features, 7, 7)
 
-        def parts():
-            own = range(len(crops))[ranks.share(len(crops))]
-            text = "backbone, once per image"
-            for start in tqdm(own[::32], text, unit="batch", leave=False, disable=None if ranks.rank == 0 else True):
-                stop = min(start + 32, own.stop)
-                features = part.features(crops[start:stop].to(device)).half().cpu()
-                if not torch.isfinite(features).all():
-                    raise InputError("the backbone's features are beyond half precision; is the checkpoint damaged?")
-                yield slice(start, stop), features
+    def parts():
+        own = range(len(crops))[ranks.share(len(crops))]
+        text = "backbone, once per image"
+        for start in tqdm(own[::32], text, unit="batch", leave=False, disable=None if ranks.rank == 0 else True):
+            few = slice(start, min(start + 32, own.stop))
+            with torch.no_grad():
+                features = _in_parts(lambda x: model.features(to_input(x)), crops[few].to(device)).half().cpu()
+            if not torch.isfinite(features).all():
+                raise InputError("the backbone's features are beyond half precision; is the checkpoint damaged?")
+            yield few, features
 
-        if path is None:
-            own = [torch.empty(0, *shape[1:], dtype=torch.float16), *(features for _, features in parts())]
-            return ranks.gather(torch.cat(own))
-        if not any(ranks.collect(os.path.exists(path))):
-            with new_array(path, np.float16, shape) if ranks.rank == 0 else nullcontext() as array:
-                (name, *_) = ranks.collect(array.filename if ranks.rank == 0 else None)
-                array = np.load(name, mmap_mode="r+") if array is None else array
-                for rows, features in parts():
-                    array[rows] = features.numpy()
-                array.flush()
-                ranks.collect(None)
-        ranks.collect(None)
-        return map_array(path, np.float16, shape)
+    if path is None:
+        own = [torch.empty(0, *shape[1:], dtype=torch.float16), *(features for _, features in parts())]
+        return ranks.gather(torch.cat(own))
+    if not any(ranks.collect(os.path.exists(path))):
+        with new_array(path, np.float16, shape) if ranks.rank == 0 else nullcontext() as array:
+            (name, *_) = ranks.collect(array.filename if ranks.rank == 0 else None)
+            array = np.load(name, mmap_mode="r+") if array is None else array
+            for rows, features in parts():
+                array[rows] = features.numpy()
+            array.flush()
+            ranks.collect(None)
+    ranks.collect(None)
+    return map_array(path, np.float16, shape)
 
 
 def _in_parts(function, images):
@@ -306,41 +298,22 @@ def _in_parts(function, images):
 
 
 class TrainedPart(nn.Module):
-    """The part of a network that training changes; the rest of it no longer requires gradients.
+    """What training runs and changes: the whole network or, if `frozen`, its embedding layer (`output_layer`) alone.
 
-    mode: "full", all of it; "last", the last stage of `body` and `output_layer`; "frozen", `output_layer` alone.
-    `forward`: uint8 crops (N, 112, 112, 3), or unless "full" their `features` -> embeddings (N, 512) float32.
+    The other parameters no longer require gradients. `forward`: uint8 crops (N, 112, 112, 3), or if `frozen` their
+    backbone_features (N, C, 7, 7) -> embeddings (N, 512) float32.
     """
 
-    def __init__(self, model, mode):
+    def __init__(self, model, frozen):
         super().__init__()
-        self.model, self.mode = model, mode
-        self.first = {"full": 0, "last": model.last_stage, "frozen": len(model.body)}[mode]
-        model.requires_grad_(mode == "full")
-        for module in (*model.body[self.first :], model.output_layer):
-            module.requires_grad_(True)
-
-    def features(self, crops):
-        """What the layers before make of uint8 crops (N, 112, 112, 3)."""
-        return _in_parts(lambda few: self.model.features(to_input(few), self.first), crops)
+        self.model, self.frozen = model, frozen
+        model.requires_grad_(not frozen)
+        model.output_layer.requires_grad_(True)
 
     def forward(self, data):
-        return self._embed(data) if self.mode == "frozen" else _in_parts(self._embed, data)
-
-    def _embed(self, data):
-        if self.mode == "full":
-            return self.model(to_input(data))[0]
-        data = data.float()
-        if self.mode == "last":
-            data = data.contiguous(memory_format=torch.channels_last)
-        for unit in range(self.first, len(self.model.body)):
-            data = self.model.body[unit](data)
-        return self.model.head(data)[0]
-
-    def before(self):
-        """The tensors of the layers before."""
-        for module in (self.model.input_layer, *self.model.body[: self.first]) if self.first else ():
-            yield from module.state_dict().values()
+        if self.frozen:
+            return self.model.head(data.float())[0]
+        return _in_parts(lambda few: self.model(to_input(few))[0], data)
 
 
 class Images:
@@ -405,8 +378,8 @@ class TwinTrainer:
         self.args = args
         self.ranks = Ranks()
         self.first = self.ranks.rank == 0  # writes and prints
-        self.mode = "frozen" if args.freeze_backbone else "last" if args.last_stage else "full"
-        self.run_name = args.run_name or f"{self.mode}_{args.train_percentage}pct_margin{args.margin:g}"
+        mode = "frozen" if args.freeze_backbone else "full"
+        self.run_name = args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
         self.log_dir = Path(args.log_dir) / self.run_name
         self.device = self.ranks.pick_device(args.device)
         self.saved = self._earlier_run()
@@ -569,7 +542,7 @@ class TwinTrainer:
         else:
             self.model = load_checkpoint(args.pretrained, args.arch)
         self.model.to(self.device, memory_format=torch.channels_last)
-        self.part = TrainedPart(self.model.eval(), self.mode)
+        self.part = TrainedPart(self.model.eval(), args.freeze_backbone)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
@@ -586,11 +559,11 @@ class TwinTrainer:
         if self.args.pretrained == "none" and not self.log["epochs"]:
             rows = torch.from_numpy(np.sort(self.rows[0]))
             set_batchnorm_statistics(self.model, crops, self.device, rows=rows)
-        if self.mode != "full":
-            key = digest(self.part.before())
-            key = hashlib.sha256(f"{self.config['crops_sha256']} {key}".encode()).hexdigest()[:16]
+        if self.args.freeze_backbone:
+            backbone = digest([t for k, t in self.model.state_dict().items() if not k.startswith("output_layer.")])
+            key = hashlib.sha256(f"{self.config['crops_sha256']} {backbone}".encode()).hexdigest()[:16]
             path = f"{self.cache}features-{key}.npy" if self.cache else None
-            crops = backbone_features(self.part, crops, self.device, self.ranks, path)
+            crops = backbone_features(self.model, crops, self.device, self.ranks, path)
         self.images = Images(crops, self.part, self.device, self.ranks)
         self.trained = torch.compile(self.part) if self.args.compile else self.part
         if self.ranks.world > 1:  # no buffer changes, so none is broadcast

@@ -171,7 +171,7 @@ class Ours:
     def use(self, data):
         """Crops, or features of a frozen backbone, of all images."""
         trainer = self.trainer
-        part = TrainedPart(trainer.model, trainer.mode)
+        part = TrainedPart(trainer.model, trainer.args.freeze_backbone)
         trainer.images, trainer.trained = Images(data, part, trainer.device, trainer.ranks), part
         # What `--keep` compares with; its values do not matter for the speed.
         trainer.start_embeddings = F.normalize(torch.randn(len(trainer.rows[0]), 512, device=trainer.device))
@@ -254,7 +254,7 @@ def compare_training(arguments, folder, frozen):
     if frozen:
         # The features of the images whose losses are compared; the others' are repetitions of them.
         began = arguments.clock()
-        known = train_twins.backbone_features(grouped.trainer.part, crops[images], device, grouped.trainer.ranks)
+        known = train_twins.backbone_features(grouped.trainer.model, crops[images], device, grouped.trainer.ranks)
         once = (arguments.clock() - began) / len(images) * len(paths)
         data = known[torch.arange(len(paths)) % len(images)]
         data[images] = known

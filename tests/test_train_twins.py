@@ -67,14 +67,6 @@ def test_frozen_backbone_is_bitwise_unchanged(tmp_path, run):
     }
 
 
-def test_last_stage_mode_trains_that_and_the_embedding_layer_alone(tmp_path, run):
-    assert run("--last_stage --learning_rate 0.01")[0] == 0
-    before, after = states(tmp_path)
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
-    parameters = {name for name, _ in net.build_model("ir_tiny").named_parameters()}
-    assert changed == {name for name in parameters if name.startswith(("body.3.", "output_layer."))}
-
-
 def test_full_mode_trains_every_parameter_and_no_statistic(tmp_path, run):
     assert run("--learning_rate 0.01")[0] == 0
     before, after = states(tmp_path)
@@ -84,32 +76,27 @@ def test_full_mode_trains_every_parameter_and_no_statistic(tmp_path, run):
     assert any("running_mean" in key for key in before.keys() - changed)
 
 
-@pytest.mark.parametrize(("mode", "flag"), [("full", ""), ("last", "--last_stage"), ("frozen", "--freeze_backbone")])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("across", [0, 0.7])
-def test_dedup_equals_the_naive_three_forward_computation(write_crops, tiny_model, mode, flag, across):
+def test_dedup_equals_the_naive_three_forward_computation(write_crops, tiny_model, frozen, across):
     aligned, pairs = write_crops([[3, 3], [2, 2]])
     dataset = TwinTripletDataset(read_id_to_images(aligned), read_pairs(pairs))
-    flags = f"--train_pairs {pairs} --skip_alignment {flag} --device cpu --pretrained none --keep 0 --across {across}"
+    flags = f"--train_pairs {pairs} --skip_alignment --device cpu --pretrained none --keep 0 --across {across}"
     trainer = train_twins.TwinTrainer(train_twins.parse_args(flags.split()))
     reference = net.build_model("ir_tiny").eval()
-    first = {"full": 0, "last": reference.last_stage, "frozen": len(reference.body)}[mode]
     reference.load_state_dict(tiny_model.state_dict())
-    trained = {"full": "", "last": ("body.3.", "output_layer."), "frozen": "output_layer."}[mode]
     for name, parameter in reference.named_parameters():
-        parameter.requires_grad_(name.startswith(trained))
+        parameter.requires_grad_(not frozen or name.startswith("output_layer."))
     trainer.model, trainer.train_set = tiny_model, dataset
     data = dataset.load()
-    trainer.trained = trainer.part = train_twins.TrainedPart(tiny_model, mode)
-    if first:
-        data = train_twins.backbone_features(trainer.part, data, trainer.device, trainer.ranks)
+    trainer.trained = trainer.part = train_twins.TrainedPart(tiny_model, frozen)
+    if frozen:
+        data = train_twins.backbone_features(tiny_model, data, trainer.device, trainer.ranks)
 
     def naive_embeddings(rows):
-        """Through the whole network, what the frozen layers give rounded as it is on the disk."""
-        x = net.to_input(dataset.load()[torch.from_numpy(rows)])
-        if not first:
-            return reference(x)[0]
-        features = reference.features(x, first).half().float()
-        return reference.head(reference.body[first:](features))[0]
+        """Through the whole network, what a frozen backbone gives rounded as it is on the disk."""
+        features = reference.features(net.to_input(dataset.load()[torch.from_numpy(rows)]))
+        return reference.head(features.half().float() if frozen else features)[0]
 
     trainer.images = train_twins.Images(data, trainer.trained, trainer.device, trainer.ranks)
     trainer.rows = [np.arange(len(data))]
@@ -142,10 +129,9 @@ def count_images(monkeypatch, method):
     return seen
 
 
-@pytest.mark.parametrize("mode", ["--freeze_backbone", "--last_stage"])
-def test_frozen_layers_run_once_per_image_for_the_whole_run(run, monkeypatch, mode):
+def test_a_frozen_backbone_runs_once_per_image_for_the_whole_run(run, monkeypatch):
     seen = count_images(monkeypatch, "features")
-    code, log = run(f"{mode} --epochs 3")
+    code, log = run("--freeze_backbone --epochs 3")
     assert code == 0
     config = log["config"]
     validated = sum(len(v) for k, v in read_id_to_images(config["aligned_json"]).items() if k in config["val_ids"])
@@ -293,7 +279,7 @@ def test_logged_figures_are_those_of_the_saved_network(run):
 
 
 def test_training_reduces_the_training_loss(run):
-    for flags, name in (("--freeze_backbone", "frozen"), ("--last_stage", "last"), ("--learning_rate 1e-3", "full")):
+    for flags, name in (("--freeze_backbone", "frozen"), ("--learning_rate 1e-3", "full")):
         _, log = run(f"{flags} --epochs 4 --batch_size 8", name)
         assert log["epochs"][-1]["train_loss"] < 0.7 * log["epochs"][0]["train_loss"]
 
@@ -306,7 +292,6 @@ def test_default_run_names(tmp_path):
 
     assert name("") == "full_100pct_margin0.3"
     assert name("--freeze_backbone --train_percentage 75 --margin 0.50") == "frozen_75pct_margin0.5"
-    assert name("--last_stage") == "last_100pct_margin0.3"
 
 
 def test_patience_stops(run):
@@ -512,7 +497,7 @@ def test_a_grouped_steps_gradient_is_that_of_the_naive_computation(write_crops, 
     trainer._prepare_data()
     trainer.model = tiny_model
     crops = trainer._load_crops()
-    trainer.trained = trainer.part = train_twins.TrainedPart(tiny_model, "full")
+    trainer.trained = trainer.part = train_twins.TrainedPart(tiny_model, False)
     trainer.images = train_twins.Images(crops, trainer.trained, trainer.device, trainer.ranks)
     trainer.optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -588,8 +573,7 @@ def test_a_damaged_cache_is_named(tmp_path, run, capsys):
 def test_half_precision_features_move_cosines_and_the_loss_by_less_than_a_thousandth(write_crops, tiny_model):
     aligned, _ = write_crops([[4, 4]])
     crops = load_crops([p for paths in read_id_to_images(aligned).values() for p in paths])
-    part = train_twins.TrainedPart(tiny_model, "frozen")
-    features = train_twins.backbone_features(part, crops, torch.device("cpu"), net.Ranks())
+    features = train_twins.backbone_features(tiny_model, crops, torch.device("cpu"), net.Ranks())
     with torch.no_grad():
         exact, rounded = tiny_model(net.to_input(crops))[0], tiny_model.head(features.float())[0]
     assert features.dtype == torch.float16
@@ -790,7 +774,6 @@ def test_freeze_backbone_takes_usual_spellings(text, value):
         ),
         *(f"--{f} {v}" for f in ("keep", "save_every") for v in ("-1", "nan", "inf", "x")),
         *(f"--across {v}" for v in ("-0.1", "1.1", "nan")),
-        "--freeze_backbone --last_stage",
         "--images_per_batch 96",
         "--batching random",
         "--schedule linear",
