@@ -472,12 +472,15 @@ class Result(NamedTuple):
 
 
 def chosen_by_validation(results):
-    """The name of the result with the lowest validation EER, or None unless two or more share validation people."""
+    """The name of the result with the lowest validation EER, of equal ones that with the highest AUC.
+
+    None unless two or more share validation people.
+    """
     known = [r for r in results if r.facts.get("metrics", {}).get("val_eer") is not None]
     groups = {tuple(sorted(r.facts.get("config", {}).get("val_ids", []))) for r in known}
     if len(known) < 2 or len(groups) != 1:
         return None
-    return min(known, key=lambda r: r.facts["metrics"]["val_eer"]).name
+    return min((r.facts["metrics"]["val_eer"], -r.facts["metrics"].get("val_auc", 0), r.name) for r in known)[-1]
 
 
 # ---- files ------------------------------------------------------------------------------------------
@@ -596,6 +599,9 @@ def plot_roc_and_det(path, results, kinds):
             axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)", title="ROC")
         else:
             axes.set(yscale="log", ylim=(bottom, 100), ylabel="false non-match rate (%)", title="DET")
+        for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
         axes.grid(alpha=0.3)
     save_figure(figure, path, axes)
 
@@ -622,12 +628,14 @@ def plot_distributions(path, result):
 
 
 def plot_hardest(path, evaluator, result, columns=4):
-    """The crops of the twin pairs with the highest scores and the genuine pairs with the lowest, two rows each."""
+    """The crops of wrong decisions at the EER threshold, the farthest from it first: two rows of each kind."""
     figure, axes = new_figure(2.4 * columns, 7.4, 4, columns)
+    threshold = result.figures["eer_threshold"]
     kinds = (("twins taken for one person", evaluator.twin, result.scores.twin, -1),)
     kinds += (("one person refused", evaluator.genuine, result.scores.genuine, 1),)
     for k, (title, rows, values, sign) in enumerate(kinds):
-        order = np.argsort(sign * values, kind="stable")[: 2 * columns]
+        wrong = np.flatnonzero(values >= threshold if sign < 0 else values < threshold)
+        order = wrong[np.argsort(sign * values[wrong], kind="stable")][: 2 * columns]
         for place, at in enumerate(axes[2 * k : 2 * k + 2].flat):
             at.set_axis_off()
             if place < len(order):
@@ -635,7 +643,8 @@ def plot_hardest(path, evaluator, result, columns=4):
                 at.imshow(np.concatenate([read_crop(evaluator.images.paths[i]) for i in (a, b)], 1))
                 names = " | ".join(literal(evaluator.images.ids[evaluator.images.person[i]][:16]) for i in (a, b))
                 at.set_title(f"{title}\nscore {values[order[place]]:.3f}\n{names}", fontsize=7)
-    figure.suptitle(f"{literal(result.name)}: most confident mistakes first", fontsize=9)
+    title = f"{literal(result.name)}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
+    figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
 
 
@@ -731,8 +740,12 @@ def _against(result, baseline):
 
 def main(argv=None):
     """Evaluate; returns the exit code (see align.run_script)."""
-    text = "interrupted; finished checkpoints have their results"
-    return run_script("evaluate_twins.py", lambda: evaluate(parse_args(argv)), text)
+
+    def work():
+        evaluate(parse_args(argv))
+        Ranks().leave()
+
+    return run_script("evaluate_twins.py", work, "interrupted; finished checkpoints have their results")
 
 
 def list_checkpoints(names, baseline):
@@ -800,7 +813,6 @@ def evaluate(args):
         results.append(Result(name, checkpoint, model.facts, scores, *evaluator.metrics(scores), overlap))
         write_result(Path(args.output_dir) / name, evaluator, results[-1])
     if ranks.rank > 0:
-        ranks.leave()
         return results
     comparison = write_comparison(Path(args.output_dir), results, results[0])
     counts = f"{len(evaluator.genuine)} genuine, {len(evaluator.twin)} twin impostor"
@@ -809,7 +821,6 @@ def evaluate(args):
     print(f"{counts} and {general} general impostor pairs")
     print(comparison_table(results, results[0], comparison["chosen_by_validation"]))
     print(f"results in {args.output_dir}")
-    ranks.leave()
     return results
 
 

@@ -902,7 +902,7 @@ class TwinTrainer:
     def _improved(self, entry):
         """Whether an epoch is better than the start: in what --monitor names or, by the bootstrap, on twins."""
         if self._monitored(entry) < self._monitored(self.log["epochs"][0]):
-            return True  # by far most epochs, so the bootstrap, which takes seconds, is rarely needed before the end
+            return True  # without the bootstrap, which takes longer than a short epoch
         found = self._against_start()
         verdicts = [found[name]["verdict"] for name in ("auc", "eer")]
         return "better" in verdicts and "worse" not in verdicts
@@ -934,7 +934,7 @@ def plot_curves(folder, log):
     figure, axes = new_figure(7.4)
     losses = {"train_loss": "training", "val_loss": "validation"}
     draw(axes, f"triplet loss ({log['config']['distance']} distance)", losses)
-    axes.set(title=log["config"]["run_name"], ylim=(0, None))
+    axes.set(title=log["config"]["run_name"], ylim=(0, 1.05 * axes.dataLim.ymax or None))
     save_figure(figure, folder / "loss_curves.png", axes)
 
     figure, panels = new_figure(7.4, 7.4, 3, 1)

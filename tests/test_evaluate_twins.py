@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -455,13 +456,33 @@ def test_forgetting_is_said_in_a_plain_sentence():
 
 
 def test_validation_chooses_only_among_those_that_share_their_people():
-    def tuned(name, eer, ids):
-        return result(name, {"metrics": {"val_eer": eer}, "config": {"val_ids": ids}})
+    def tuned(name, eer, ids, **metrics):
+        return result(name, {"metrics": {"val_eer": eer, **metrics}, "config": {"val_ids": ids}})
 
     a, b, c = tuned("a", 0.2, ["x", "y"]), tuned("b", 0.1, ["y", "x"]), tuned("c", 0.05, ["z"])
     assert ev.chosen_by_validation([result("start"), a, b]) == "b"
     assert ev.chosen_by_validation([a, b, c]) is None
     assert ev.chosen_by_validation([result("start"), a]) is None
+    equal = [tuned(name, 0.2, ["x", "y"], val_auc=auc) for name, auc in (("d", 0.7), ("e", 0.9), ("f", 0.8))]
+    assert ev.chosen_by_validation(equal) == "e"
+
+
+def test_the_hardest_pairs_are_mistakes_the_most_confident_first(monkeypatch):
+    pairs = np.array([[0, 1], [0, 2], [1, 2], [2, 3]])
+    images = SimpleNamespace(paths=list("wxyz"), ids=["p"], person=np.zeros(4, int))
+    evaluator = SimpleNamespace(images=images, genuine=pairs, twin=pairs)
+    scores = ev.Scores(np.array([0.9, 0.4, 0.5, 0.1]), np.array([0.2, 0.5, 0.8, 0.4]), None)
+    drawn = []
+    monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(ev, "read_crop", lambda path: np.zeros((112, 112, 3), np.uint8))
+    ev.plot_hardest("x.png", evaluator, result("net")._replace(scores=scores, figures={"eer_threshold": 0.5}))
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_title()]
+    assert [title.splitlines()[:2] for title in titles] == [
+        ["twins taken for one person", "score 0.800"],
+        ["twins taken for one person", "score 0.500"],
+        ["one person refused", "score 0.100"],
+        ["one person refused", "score 0.400"],
+    ]
 
 
 def save_tuned(tmp_path, name, model, **config):
