@@ -380,8 +380,8 @@ def state(**changes):
     return result
 
 
-LAST = "output_layer__3__weight"  # (512, 784) in the tiny network
-SHAPE = (512, 16 * 49)
+LAST = "output_layer__3__weight"  # (512, 1568) in the tiny network
+SHAPE = (512, 32 * 49)
 
 
 def code(function, argument):
