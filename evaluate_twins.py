@@ -1,9 +1,7 @@
-"""How well saved checkpoints tell twins apart: embeddings, pair scores, verification metrics, plots.
+"""How well saved checkpoints tell twins apart: embeddings, pair scores, verification metrics, pictures.
 
-    python evaluate_twins.py --test_pairs test_twin_id_pairs.json --id_to_images id_to_images.json \\
-      --aligned_folder test_aligned_images --aligned_json id_to_test_aligned_images.json \\
-      --checkpoints pretrained/adaface_ir50_ms1mv2.ckpt models/*.pth --output_dir evaluation_results
-    python evaluate_twins.py ... --skip_alignment             # the crops of --aligned_json are there already
+    python evaluate_twins.py --checkpoints pretrained/adaface_ir50_ms1mv2.ckpt models/*.pth
+    python evaluate_twins.py --skip_alignment --checkpoints ...       # the crops of --aligned_json are there already
 
 The last step from photograph to metric. The score of two images is the cosine of their embeddings. Genuine
 pairs show one person, twin impostor pairs the two twins of a pair, general impostor pairs people of different
@@ -12,451 +10,224 @@ ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` vali
 """
 
 import csv
-import math
 import os
 import signal
-import sys
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from align import (
-    InputError,
-    Parser,
-    add_alignment_arguments,
-    align_files,
-    answer_flags,
-    positive_int,
-    read_id_to_images,
-    read_pairs,
-    replacing,
-    run_script,
-    seed_number,
-    stem_names,
-    write_json,
-)
-
-
-def parse_args(argv=None):
-    text = "Measure how well checkpoints tell the twins of a test set apart."
-    parser = Parser(prog="evaluate_twins.py", description=text)
-    add = parser.add_argument
-    add("--test_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
-    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
-    add("--aligned_folder", default="test_aligned_images", metavar="DIR", help="test crops (default %(default)s)")
-    text = "list of the test crops, which the alignment writes (default %(default)s)"
-    add("--aligned_json", default="id_to_test_aligned_images.json", metavar="FILE", help=text)
-    add("--skip_alignment", action="store_true", help="take the crops of --aligned_json as they are")
-    add_alignment_arguments(parser)
-    text = "networks to compare, the start first; a folder stands for the .pth and .ckpt files in it"
-    add("--checkpoints", required=True, nargs="+", metavar="FILE", help=text)
-    add("--baseline", metavar="FILE", help="what the others are compared to (default: the first)")
-    add("--output_dir", default="evaluation_results", metavar="DIR", help="where results go (default %(default)s)")
-    text = "images embedded at once (default 256 on CUDA, 8 on a CPU); changes speed and memory only"
-    add("--batch_size", type=positive_int, metavar="N", help=text)
-    add("--seed", type=seed_number, default=42, help="of the bootstrap (default 42)")
-    add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
-    text = "evaluate checkpoints on people they were trained or validated on, and say so in every output"
-    add("--allow_overlap", action="store_true", help=text)
-    args = parser.parse_args(argv)
-    if not args.skip_alignment and not args.id_to_images:
-        parser.error("--id_to_images is needed unless --skip_alignment is given")
-    return args
-
-
-if __name__ == "__main__":
-    answer_flags("evaluate_twins.py", parse_args)
-
 import numpy as np
 import torch
-from tqdm import tqdm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from net import Ranks, load_checkpoint, read_facts, to_input
-from triplet_dataset import (
-    TwinImages,
-    find_families,
-    load_crops,
-    read_checked_pairs,
-    read_crop,
-)
+from align import Parser, add_alignment_arguments, align_files, between, file_names, run_script
+from net import InputError, backbone_sha256, embed, leave, load_checkpoint, pick_device, progress, replacing
+from triplet_dataset import TwinImages, load_people, read_id_to_images, read_pairs, write_json
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
 LOWER_IS_BETTER = ("eer", "twin_fmr", "fnmr")
-NO_PAIR = -2.0  # stands for a score where there is none; a cosine is never so low
-GENERAL_KEPT = 500_000  # general impostor scores that are kept of all, unless a threshold needs more
-
-# ---- embeddings and scores --------------------------------------------------------------------------
+GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
+MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
 
 
-def embed(model, crops, device, batch_size=None, description=None, flip=False):
-    """Embeddings (N, 512) float32 on `device` of uint8 RGB crops (N, 112, 112, 3), without gradients.
-
-    In full float32, whatever precision training uses; the model must be in eval mode on `device`.
-    batch_size: images at once, by default 256 on CUDA and 8 on a CPU, where larger ones leave the caches.
-    description: label of a progress bar, or None for none. flip: the unit vector of the image's embedding plus that of
-    its mirror image, each times its norm, which measures image quality (AdaFace, CVPR 2022): upstream's fusion.
-    """
-    batch_size = batch_size or (256 if device.type == "cuda" else 8)
-    embeddings = torch.empty((len(crops), 512), device=device)
-    with torch.inference_mode():
-        batches = range(0, len(crops), batch_size)
-        for i in tqdm(batches, description, unit="batch", leave=False, disable=None if description else True):
-            x = to_input(crops[i : i + batch_size].to(device, non_blocking=True))
-            embedding, norm = model(x)
-            if flip:
-                mirrored, mirrored_norm = model(x.flip(3))
-                embedding = torch.nn.functional.normalize(embedding * norm + mirrored * mirrored_norm)
-            embeddings[i : i + batch_size] = embedding
-    return embeddings
+# ---- pairs and metrics ----------------------------------------------------------------------------------------------
 
 
-def image_pairs(images):
-    """(genuine (G, 2), twin (T, 2)) int64 rows of a TwinImages: all image pairs of one person, of two twins.
+class Pairs:
+    """Image pairs of one kind by ascending score: `scores` (K,), and `code` (K,), the family or families of each."""
 
-    Every unordered pair of images stands once, also for people with several twins.
-    """
-    within = [np.stack(np.triu_indices(n, 1), 1) + f for f, n in zip(images.first, images.count, strict=True)]
-    across = [
-        np.stack(np.meshgrid(*(np.arange(f, f + n) for f, n in zip(images.first[p], images.count[p], strict=True))), -1)
-        for p in images.pairs
-    ]
-    return np.concatenate(within), np.concatenate([grid.reshape(-1, 2) for grid in across])
-
-
-def scores_of(embeddings, rows, chunk=1 << 16):
-    """Cosine similarities (K,) float64 of the image pairs `rows` (K, 2); embeddings (N, D) of unit length."""
-    rows = torch.from_numpy(rows).to(embeddings.device)
-    parts = [(embeddings[r[:, 0]] * embeddings[r[:, 1]]).sum(1) for r in rows.split(chunk)]
-    return torch.cat(parts).cpu().numpy().astype(np.float64)
-
-
-class GeneralScores(NamedTuple):
-    """Scores of pairs of different families: as many as decide a threshold, and as many as show the distribution."""
-
-    total: int  # number of all such pairs
-    top: np.ndarray  # (K,) the highest scores, descending
-    top_families: np.ndarray  # (K, 2)
-    sample: np.ndarray  # (S,) ascending, drawn from all; all of them if there are no more than GENERAL_KEPT
-    sample_families: np.ndarray  # (S, 2)
-
-
-def general_scores(embeddings, family, kept=GENERAL_KEPT, chunk=2048):
-    """GeneralScores over all image pairs of different families; embeddings (N, D), family (N,) numbers.
-
-    Scores are made `chunk` x `chunk` at a time and never held together. Of the highest, `kept` are kept, or three times
-    as many as the largest rate of GENERAL_MATCH_RATES accepts if that is more: the threshold is an exact order
-    statistic, also of a resample of families in which fewer of the highest scores count.
-    """
-    counts = np.bincount(family)
-    total = int((counts.sum() ** 2 - (counts**2).sum()) // 2)
-    highest = max(kept, int(3 * max(GENERAL_MATCH_RATES) * total))
-    share, generator = min(1.0, kept / max(total, 1)), torch.Generator().manual_seed(0)
-    family = torch.as_tensor(family, device=embeddings.device)
-    empty = torch.empty(0, dtype=torch.int64, device=embeddings.device)
-    top, rows = empty.to(embeddings.dtype), torch.stack([empty, empty], 1)
-    sample, sample_rows = [top], [rows]
-    for i in range(0, len(embeddings), chunk):
-        for j in range(i, len(embeddings), chunk):
-            block = embeddings[i : i + chunk] @ embeddings[j : j + chunk].T
-            apart = family[i : i + chunk, None] != family[None, j : j + chunk]
-            block.masked_fill_(~(apart.triu(1) if i == j else apart), NO_PAIR)
-            scores, width = block.reshape(-1), block.shape[1]
-
-            def take(index, scores=scores, width=width, corner=(i, j)):
-                pairs = torch.stack([corner[0] + index // width, corner[1] + index % width], 1)
-                return scores[index], pairs
-
-            taken = torch.arange(len(scores))
-            if share < 1:
-                taken = torch.randint(len(scores), (math.ceil(share * len(scores)),), generator=generator)
-            taken = taken.to(scores.device)
-            for parts, new in zip((sample, sample_rows), take(taken[scores[taken] > NO_PAIR]), strict=True):
-                parts.append(new)
-            floor = top[-1] if len(top) == highest else NO_PAIR
-            values, pairs = take((scores > floor).nonzero()[:, 0])
-            top, rows = torch.cat([top, values]), torch.cat([rows, pairs])
-            best = top.topk(min(highest, len(top)))
-            top, rows = best.values, rows[best.indices]
-    family = family.cpu().numpy()
-    sample, order = torch.cat(sample).cpu().sort()
-    return GeneralScores(
-        total,
-        top.cpu().numpy().astype(np.float64),
-        family[rows.cpu().numpy()],
-        sample.numpy().astype(np.float64),
-        family[torch.cat(sample_rows).cpu()[order].numpy()],
-    )
-
-
-# ---- metrics ----------------------------------------------------------------------------------------
-
-
-class Rates(NamedTuple):
-    """Error counts at every threshold that makes a difference, for R weightings of the pairs at once."""
-
-    thresholds: np.ndarray  # (K,) ascending: each distinct score, and infinity
-    false_matches: np.ndarray  # (R, K) weight of the impostor scores >= threshold
-    false_non_matches: np.ndarray  # (R, K) weight of the genuine scores < threshold
-    genuine: np.ndarray  # (R, 1) weight of all genuine scores
-    impostor: np.ndarray  # (R, 1)
-
-    @property
-    def fmr(self):
-        return self.false_matches / self.impostor
-
-    @property
-    def fnmr(self):
-        return self.false_non_matches / self.genuine
-
-
-def weight_below(scores, weights, thresholds, sides=("left",)):
-    """(R, K) weight of the scores (N,) below each threshold (K,); weights (R, N).
-
-    Side "right" includes the scores equal to the threshold; several sides are added up.
-    """
-    if (scores[1:] < scores[:-1]).any():
+    def __init__(self, scores, code):
         order = np.argsort(scores, kind="stable")
-        scores, weights = scores[order], weights[:, order]
-    total = np.zeros((len(weights), len(scores) + 1), weights.dtype)
-    np.cumsum(weights, 1, out=total[:, 1:])
-    return sum(total[:, np.searchsorted(scores, thresholds, side)] for side in sides)
+        self.scores, self.code = scores[order], code[order]
+
+    def weigh(self, table):
+        """(K + 1,) int64: what the k lowest pairs weigh together, a pair of code c weighing table[c]."""
+        below = np.zeros(len(self.code) + 1, np.int64)
+        np.cumsum(table[self.code], out=below[1:])
+        return below
 
 
-def error_rates(genuine, impostor, genuine_weights=None, impostor_weights=None):
-    """Rates of genuine (G,) and impostor (I,) scores, both at least one; weights (R, G) and (R, I), else all one."""
-    if genuine_weights is None:
-        genuine_weights, impostor_weights = np.ones((1, len(genuine)), int), np.ones((1, len(impostor)), int)
-    thresholds = np.append(np.unique(np.concatenate([genuine, impostor])), np.inf)
-    n_genuine, n_impostor = genuine_weights.sum(1, keepdims=True), impostor_weights.sum(1, keepdims=True)
-    matches = n_impostor - weight_below(impostor, impostor_weights, thresholds)
-    return Rates(thresholds, matches, weight_below(genuine, genuine_weights, thresholds), n_genuine, n_impostor)
+def verification_metrics(genuine, twin, general, weightings):
+    """{name: (R,) float64} of the metrics for R weightings of the families, each (F,) int: how often it counts.
 
+    genuine, twin and general: Pairs, whose codes are f, f and f * F + g for families f and g. A general pair counts
+    w_f * w_g times, so copies of one family form no general pairs with each other. NaN where a weighting leaves none
+    of the pairs that a metric needs.
 
-def twin_metrics(rates):
-    """{name: (R,) values} of genuine against twin impostor scores; rates (R, K), see verification_metrics.
-
-    NaN for a resample without genuine or without impostor pairs.
-    """
-    each = np.arange(len(rates.genuine))
-    at = np.argmin(np.abs(rates.false_matches * rates.genuine - rates.false_non_matches * rates.impostor), 1)
-    right = rates.impostor - rates.false_matches + rates.genuine - rates.false_non_matches
-    right = right / (rates.genuine + rates.impostor)
-    # Between two thresholds lie the scores equal to the lower one: genuine ones beat the impostors below it.
-    equal = np.diff(rates.false_non_matches, axis=1)
-    below = 2 * rates.impostor - rates.false_matches[:, :-1] - rates.false_matches[:, 1:]
-    result = {
-        "eer": (rates.fmr[each, at] + rates.fnmr[each, at]) / 2,
-        "eer_threshold": rates.thresholds[at],
-        "auc": ((equal * below).sum(1, keepdims=True) / (2 * rates.genuine * rates.impostor))[:, 0],
-        "best_accuracy": right.max(1),
-        "accuracy_at_eer": right[each, at],
-    }
-    for far in FALSE_ACCEPT_RATES:  # FMR falls and FNMR rises with the threshold: the first that will do is the best
-        result[f"tar_at_far_{far:g}"] = 1 - rates.fnmr[each, np.argmax(rates.fmr <= far, 1)]
-    both = ((rates.genuine > 0) & (rates.impostor > 0))[:, 0]
-    return {name: np.where(both, value, np.nan) for name, value in result.items()}
-
-
-def verification_metrics(genuine, impostor):
-    """Verification metrics of genuine (G,) against impostor (I,) scores, as a flat dict of floats.
-
-    - "eer", "eer_threshold": at the score where |FMR - FNMR| is least, the lower one on a tie; the EER is the mean
+    - "eer", "eer_threshold": at the twin score where |FMR - FNMR| is least, the lower one on a tie; the EER is the mean
       of both rates there. FMR and FNMR are step functions that need not meet; the comparison is exact.
-    - "auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
+    - "auc": the probability that a genuine score exceeds a twin impostor score, ties counting one half; "general_auc".
     - "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
-    - "tar_at_far_0.01", "..._0.001", "..._0.0001": the largest 1 - FNMR whose FMR is no more than that; None where
-      there are fewer than 1/FAR impostor scores, which cannot resolve it.
+    - "tar_at_far_<rate>": the largest 1 - FNMR whose twin FMR is no more than that.
+    - "general_threshold_<rate>": the lowest threshold whose general FMR is no more than that; "twin_fmr_<rate>" and
+      "fnmr_<rate>", the rates there.
     """
-    metrics = {name: float(value[0]) for name, value in twin_metrics(error_rates(genuine, impostor)).items()}
-    for far in FALSE_ACCEPT_RATES:
-        if len(impostor) < 1 / far:
-            metrics[f"tar_at_far_{far:g}"] = None
-    return metrics
+    thresholds = np.append(np.unique(np.concatenate([genuine.scores, twin.scores])), np.inf)
+    genuine_at, twin_at = (np.searchsorted(pairs.scores, thresholds) for pairs in (genuine, twin))
+    twin_sides, general_sides = (
+        [np.searchsorted(pairs.scores, genuine.scores, side) for side in ("left", "right")] for pairs in (twin, general)
+    )
+    rows = []
+    for families in weightings:
+        below, twin_below = genuine.weigh(families), twin.weigh(families)
+        general_below = general.weigh(np.outer(families, families).ravel())
+        n, n_twin, n_general = below[-1], twin_below[-1], general_below[-1]
+        row, each = {}, np.diff(below)
+        rows.append(row)
+        if n and n_twin:
+            rejected, accepted = below[genuine_at], n_twin - twin_below[twin_at]  # genuine and twin weights
+            at = np.argmin(np.abs(accepted * n - rejected * n_twin))  # integers, so exact
+            right = (n_twin - accepted + n - rejected) / (n + n_twin)
+            row["eer"], row["eer_threshold"] = (accepted[at] / n_twin + rejected[at] / n) / 2, thresholds[at]
+            row["auc"] = (each * sum(twin_below[side] for side in twin_sides)).sum() / (2 * n * n_twin)
+            row["best_accuracy"], row["accuracy_at_eer"] = right.max(), right[at]
+            for (
+                far
+            ) in FALSE_ACCEPT_RATES:  # FMR falls and FNMR rises with the threshold: the first that will do is best
+                row[f"tar_at_far_{far:g}"] = 1 - rejected[np.argmax(accepted <= far * n_twin)] / n
+        if n and n_general:
+            row["general_auc"] = (each * sum(general_below[side] for side in general_sides)).sum() / (2 * n * n_general)
+        for rate in GENERAL_MATCH_RATES if n and n_twin and n_general else ():
+            allowed = np.floor(rate * n_general + 1e-9)
+            highest_rejected = np.searchsorted(general_below, n_general - allowed) - 1
+            t = row[f"general_threshold_{rate:g}"] = np.nextafter(general.scores[highest_rejected], np.inf)
+            row[f"twin_fmr_{rate:g}"] = 1 - twin_below[np.searchsorted(twin.scores, t)] / n_twin
+            row[f"fnmr_{rate:g}"] = below[np.searchsorted(genuine.scores, t)] / n
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in METRICS}
 
 
-def threshold_above(top, weigh, total, rate):
-    """(R,) scores such that a threshold just above each is the lowest whose FMR is at most `rate`.
-
-    top: (K,) impostor scores, descending, the highest of scores of weight `total` (R,); weigh(n): (R, n), the weights
-    of the first n of them. Minus infinity where all of `top` may be accepted.
-    """
-    allowed = np.floor(rate * total + 1e-9)[:, None]
-    n = int(4 * allowed.max()) + 100  # usually enough; the rest of `top` is for resamples that leave much of it out
-    while True:
-        too_many = np.cumsum(weigh(n), 1) > allowed
-        reached = too_many.any(1)
-        if reached.all() or n >= len(top):
-            break
-        n *= 4
-    return np.where(reached, top[np.argmax(too_many, 1)] if len(top) else -np.inf, -np.inf)
+METRICS = ("eer", "eer_threshold", "auc", "best_accuracy", "accuracy_at_eer")
+METRICS += (*(f"tar_at_far_{far:g}" for far in FALSE_ACCEPT_RATES), "general_auc")
+METRICS += tuple(f"{name}_{far:g}" for far in GENERAL_MATCH_RATES for name in ("general_threshold", "twin_fmr", "fnmr"))
 
 
-def general_metrics(genuine, twin, general, weights, genuine_family, twin_family, family_sizes):
-    """{name: (R,) values} at thresholds set on general impostors, and the AUC of genuine against them.
+class Estimate(NamedTuple):
+    """The metrics of one network {name: float or None}; its resamples' {name: (R,)}, or None of too few families."""
 
-    weights: (R, F) how often each family counts, family_sizes: (F,) its images. A general pair of families i and j
-    counts w_i * w_j times, so copies of one family never form general pairs with each other.
-    "general_threshold_<rate>" is the threshold at that general FMR, "twin_fmr_<rate>", "fnmr_<rate>" the rates there.
-    """
-    genuine_weights, twin_weights = weights[:, genuine_family], weights[:, twin_family]
-    images = weights * family_sizes
-    total = (images.sum(1) ** 2 - (images**2).sum(1)) // 2
-    result = {}
-
-    def weigh(families):
-        return weights[:, families[:, 0]] * weights[:, families[:, 1]]
-
-    for rate in GENERAL_MATCH_RATES:
-        above = threshold_above(general.top, lambda n: weigh(general.top_families[:n]), total, rate)
-        result[f"general_threshold_{rate:g}"] = np.nextafter(above, np.inf)
-        refused = np.diagonal(weight_below(genuine, genuine_weights, above, ["right"]))
-        kept_out = np.diagonal(weight_below(twin, twin_weights, above, ["right"]))
-        result[f"twin_fmr_{rate:g}"] = 1 - kept_out / twin_weights.sum(1)
-        result[f"fnmr_{rate:g}"] = refused / genuine_weights.sum(1)
-    sample_weights = weigh(general.sample_families)
-    below = weight_below(general.sample, sample_weights, genuine, ("left", "right"))
-    pairs = genuine_weights.sum(1) * sample_weights.sum(1)
-    result["general_auc"] = (genuine_weights * below).sum(1) / (2 * np.where(pairs, pairs, np.nan))
-    return result
-
-
-# ---- one evaluation ---------------------------------------------------------------------------------
-
-
-class Scores(NamedTuple):
-    """What one network says of the test images."""
-
-    genuine: np.ndarray  # (G,) cosine similarities, in the order of TwinEvaluator.genuine
-    twin: np.ndarray  # (T,)
-    general: GeneralScores
+    figures: dict
+    samples: dict | None
 
 
 class TwinEvaluator:
-    """Evaluates networks on the twin pairs of one test set, whose crops are read once.
+    """Scores and metrics of networks on the image pairs of one TwinImages.
 
-    id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [(ID, ID), ...]. `resamples` bootstrap resamples of the
-    families, drawn once from the seed, serve all networks, so that their differences are paired. Raises InputError
-    when the pairs are wrong (see TwinImages), when a crop cannot be read, and without a genuine or a twin pair.
-    The processes of `ranks` (net.Ranks) share the embedding; the first has the scores.
+    `rows` {"genuine", "twin", "general": (K, 2) int64} number the images of each pair; every unordered pair stands
+    once. General pairs are all that there are, or GENERAL_PAIRS drawn from the seed if there are more (`drawn`).
+    `counts`: of images, pairs of each kind and families with images. `resamples` bootstrap resamples of the families,
+    drawn once from the seed, serve all networks, so that their differences are paired.
+    Raises InputError without a genuine or a twin pair.
     """
 
-    def __init__(self, id_to_images, pairs, device, batch_size=None, flip=False, seed=42, resamples=1000, ranks=None):
-        self.ranks = ranks or Ranks({})
-        self.images = TwinImages(id_to_images, pairs)
-        self.warnings = list(self.images.warnings)
-        empty = int((self.images.count == 0).sum())
-        if empty:
-            self.warnings.append(f"{empty} of {len(self.images.ids)} people have no crop; their pairs are not tested")
-        families = find_families([[self.images.ids[i] for i in pair] for pair in self.images.pairs])
-        self.family = np.array([families[name] for name in self.images.ids])[self.images.person]
-        self.genuine, self.twin = image_pairs(self.images)
-        for rows, what in ((self.genuine, "no person has two images"), (self.twin, "no pair has images of both twins")):
-            if len(rows) == 0:
-                raise InputError(f"nothing to evaluate: {what} among the test pairs; check the aligned crops")
-        self.device, self.batch_size, self.flip = device, batch_size, flip
-        _, self.family = np.unique(self.family, return_inverse=True)  # families without a crop do not count
-        n = int(self.family.max()) + 1
-        self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
+    def __init__(self, images, seed=42, resamples=1000):
+        self.images, generator = images, np.random.default_rng(seed)
+        _, self.family = np.unique(images.family, return_inverse=True)  # families without an image do not count
+        ranges = [np.arange(f, f + n) for f, n in zip(images.first, images.count, strict=True)]
+        genuine = [person[np.stack(np.triu_indices(len(person), 1), 1)] for person in ranges]
+        twin = [np.stack(np.meshgrid(ranges[a], ranges[b]), -1).reshape(-1, 2) for a, b in images.pairs]
+        self.rows = {"genuine": np.concatenate(genuine), "twin": np.concatenate(twin)}
+        for kind, reason in (("genuine", "no person has two images"), ("twin", "no pair has images of both twins")):
+            if len(self.rows[kind]) == 0:
+                raise InputError(f"nothing to evaluate: {reason} among the pairs; check the aligned crops")
+        sizes = np.bincount(self.family)
+        total = int(sizes.sum() ** 2 - (sizes**2).sum()) // 2
+        self.drawn = total > GENERAL_PAIRS
+        if self.drawn:
+            general = generator.integers(len(self.family), size=(2 * GENERAL_PAIRS, 2))
+        else:
+            general = np.stack(np.triu_indices(len(self.family), 1), 1)
+        apart = self.family[general[:, 0]] != self.family[general[:, 1]]
+        self.rows["general"] = general[apart][:GENERAL_PAIRS]
+        self.counts = {"images": len(images.paths), "genuine": len(self.rows["genuine"])}
+        self.counts |= {"twin": len(self.rows["twin"]), "general": total, "families": len(sizes)}
+        self.weights = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), resamples)
 
-    @cached_property
-    def crops(self):
-        """The crops (K, 112, 112, 3) uint8 RGB of this process's share of `images`, read when first needed."""
-        return load_crops(self.images.paths[self.ranks.share(len(self.images.paths))])
+    def score(self, embeddings, chunk=1 << 16):
+        """{kind: (K,) float64 cosines of `rows`}, of embeddings (N, 512) of unit length in the order of `images`."""
+        scores = {}
+        for kind, rows in self.rows.items():
+            parts = torch.from_numpy(rows).to(embeddings.device).split(chunk)
+            parts = [(embeddings[part[:, 0]] * embeddings[part[:, 1]]).sum(1) for part in parts]
+            scores[kind] = torch.cat(parts).cpu().double().numpy()
+        return scores
 
-    def score(self, model, description="embedding"):
-        """Embed every image once with `model` and score all pairs: Scores, or None in all but the first process."""
-        model = model.to(self.device, memory_format=torch.channels_last).eval()
-        first = self.ranks.rank == 0
-        own = embed(model, self.crops, self.device, self.batch_size, description if first else None, self.flip)
-        if not torch.isfinite(own).all():
-            raise InputError("the network's embeddings are not finite; take another checkpoint")
-        embeddings = self.ranks.gather(own)
-        return self.compare(embeddings) if first else None
-
-    def compare(self, embeddings):
-        """Scores of all pairs, of embeddings (N, 512) of unit length in the order of `images`."""
-        general = general_scores(embeddings, self.family)
-        return Scores(scores_of(embeddings, self.genuine), scores_of(embeddings, self.twin), general)
-
-    def estimate(self, scores, weights):
-        """{name: (R,)} of all metrics, each family counted weights (R, F) times."""
-        genuine_family, twin_family = self.family[self.genuine[:, 0]], self.family[self.twin[:, 0]]
-        longest = max(len(scores.genuine) + len(scores.twin), len(scores.general.top), len(scores.general.sample))
-        parts = []
-        with np.errstate(divide="ignore", invalid="ignore"):  # a resample without genuine pairs gives NaN
-            for w in np.array_split(weights, -(-len(weights) * longest // 5_000_000)):  # about 40 MB an array
-                rates = error_rates(scores.genuine, scores.twin, w[:, genuine_family], w[:, twin_family])
-                sizes = np.bincount(self.family)
-                general = general_metrics(
-                    scores.genuine, scores.twin, scores.general, w, genuine_family, twin_family, sizes
-                )
-                parts.append({**twin_metrics(rates), **general})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def metrics(self, scores):
-        """(figures, samples): {name: float, or None if the pairs cannot resolve it}, {name: (resamples,) array}."""
-        figures = self.figures(scores)
-        return figures, self.estimate(scores, self.weights)
+    def _metrics(self, scores, weightings):
+        first, second = (self.family[self.rows["general"][:, side]] for side in (0, 1))
+        genuine, twin = (Pairs(scores[kind], self.family[self.rows[kind][:, 0]]) for kind in ("genuine", "twin"))
+        general = Pairs(scores["general"], (first * self.counts["families"] + second).astype(np.int32))
+        return verification_metrics(genuine, twin, general, weightings)
 
     def figures(self, scores):
-        """{name: float, or None if the pairs cannot resolve it} of all metrics."""
-        once = self.estimate(scores, np.ones((1, self.weights.shape[1]), int))
-        figures = {name: float(value[0]) for name, value in once.items()}
-        for name in figures:
+        """{name: float, or None where the pairs cannot resolve it} of all metrics, each family counting once.
+
+        A rate takes at least 1/rate impostor pairs.
+        """
+        figures = {}
+        for name, (value,) in self._metrics(scores, np.ones((1, self.counts["families"]), np.int64)).items():
             rate = name.rpartition("_")[2]
-            pairs = len(scores.twin) if name.startswith("tar_at_far") else scores.general.total
-            if (name == "general_auc" and pairs == 0) or (rate[0].isdigit() and pairs < 1 / float(rate)):
-                figures[name] = None
+            impostors = self.counts["twin" if name.startswith("tar") else "general"]
+            known = np.isfinite(value) and not (rate[0].isdigit() and impostors * float(rate) < 1)
+            figures[name] = float(value) if known else None
         return figures
 
-
-def interval(samples, figure):
-    """[low, high], the 95 % percentile interval of bootstrap samples, or None for a figure that is None."""
-    if figure is None or not np.isfinite(samples).any():
-        return None
-    return [float(x) for x in np.nanpercentile(samples, (2.5, 97.5))]
-
-
-def nested(figures):
-    """The figures of metrics.json as DESIGN.md lays them out, from the flat ones."""
-    result = {key: value for key, value in figures.items() if not key.rpartition("_")[2][0].isdigit()}
-    result["tar_at_far"] = {f"{far:g}": figures[f"tar_at_far_{far:g}"] for far in FALSE_ACCEPT_RATES}
-    names = {"threshold": "general_threshold", "twin_fmr": "twin_fmr", "fnmr": "fnmr"}
-    result["general_threshold"] = {
-        f"{rate:g}": {key: figures[f"{name}_{rate:g}"] for key, name in names.items()} for rate in GENERAL_MATCH_RATES
-    }
-    return result
+    def estimate(self, scores, description=None):
+        """The Estimate of scores, with `description` as label of a progress bar, or None for none."""
+        if self.counts["families"] < MIN_FAMILIES:
+            return Estimate(self.figures(scores), None)
+        weights = progress(self.weights, description, "resample") if description else self.weights
+        return Estimate(self.figures(scores), self._metrics(scores, weights))
 
 
-def differences(figures, samples, baseline_figures, baseline_samples):
-    """{name: {"difference", "interval", "verdict"}} of one network to the baseline, on the same resampled families.
+# ---- intervals and verdicts -----------------------------------------------------------------------------------------
 
-    The verdict is "better" or "worse" when the 95 % interval of the difference excludes zero, else "not
-    distinguishable". Thresholds have no better or worse and are left out.
+
+def interval(samples):
+    """[low, high], the 95 % percentile interval of bootstrap samples (R,), or None without finite ones."""
+    return [float(x) for x in np.nanpercentile(samples, (2.5, 97.5))] if np.isfinite(samples).any() else None
+
+
+def compare(estimate, baseline=None):
+    """{name: {"value", "interval"}}, with a baseline also "difference", "difference_interval" and "verdict".
+
+    The difference is taken on the same resamples of families. The one rule for better and worse: its 95 % interval
+    excludes zero. "too few families to say" has no interval, "not measured" no figure; a threshold has no verdict.
     """
     result = {}
-    for name, value in figures.items():
-        if "threshold" in name or value is None or baseline_figures[name] is None:
+    for name, value in estimate.figures.items():
+        known = value is not None and estimate.samples is not None
+        entry = result[name] = {"value": value, "interval": interval(estimate.samples[name]) if known else None}
+        if baseline is None:
             continue
-        low, high = interval(samples[name] - baseline_samples[name], value)
-        sign = -1 if name.startswith(LOWER_IS_BETTER) else 1
-        verdict = "not distinguishable" if low <= 0 <= high else "better" if sign * low > 0 else "worse"
-        result[name] = {"difference": value - baseline_figures[name], "interval": [low, high], "verdict": verdict}
+        start = baseline.figures[name]
+        both = value is not None and start is not None
+        entry["difference"] = value - start if both else None
+        change = interval(estimate.samples[name] - baseline.samples[name]) if both and known else None
+        entry["difference_interval"] = change
+        if "threshold" in name:
+            entry["verdict"] = None
+        elif change is None:
+            entry["verdict"] = "too few families to say" if both else "not measured"
+        elif change[0] <= 0 <= change[1]:
+            entry["verdict"] = "not distinguishable"
+        else:
+            entry["verdict"] = "better" if (change[0] > 0) != name.startswith(LOWER_IS_BETTER) else "worse"
     return result
 
 
-def verdict(change):
-    """One sentence from `differences` to the start: better, worse or not distinguishable, on twins and the others."""
-
-    def words(names):
-        found = {change[name]["verdict"] for name in names if name in change} - {"not distinguishable"}
-        return " and ".join(sorted(found)) or "not distinguishable"
-
-    return (
-        f"On the validation people, against the start: {words(('auc', 'eer'))} on twins, "
-        f"{words(('general_auc', 'fnmr_0.001'))} on everyone else."
-    )
+def describe(comparison):
+    """What a comparison with the start says of twins and of everyone else, as text: the verdicts on both AUCs."""
+    words = []
+    for name, people in (("auc", "twins"), ("general_auc", "everyone else")):
+        entry = comparison[name]
+        text = f"{entry['verdict']} on {people}"
+        if entry["difference"] is not None:
+            text += f" (AUC {entry['difference']:+.4f}"
+            if entry["difference_interval"]:
+                text += " [{:+.4f}, {:+.4f}]".format(*entry["difference_interval"])
+            text += ")"
+        words.append(text)
+    return ", ".join(words)
 
 
 class Result(NamedTuple):
@@ -465,104 +236,103 @@ class Result(NamedTuple):
     name: str
     checkpoint: str
     facts: dict  # what the checkpoint says of its training, {} for upstream's
-    scores: Scores
-    figures: dict
-    samples: dict
+    scores: dict  # see TwinEvaluator.score
+    estimate: Estimate
     overlap: list  # test IDs that the checkpoint was trained or validated on
 
 
 def chosen_by_validation(results):
-    """The name of the result with the lowest validation EER, of equal ones that with the highest AUC.
-
-    None unless two or more share validation people.
-    """
-    known = [r for r in results if r.facts.get("metrics", {}).get("val_eer") is not None]
-    groups = {tuple(sorted(r.facts.get("config", {}).get("val_ids", []))) for r in known}
+    """The name of the result with the highest validation AUC; None unless two or more share validation people."""
+    known = [r for r in results if r.facts.get("metrics", {}).get("val_auc") is not None]
+    groups = {tuple(sorted(r.facts["config"].get("val_ids", []))) for r in known}
     if len(known) < 2 or len(groups) != 1:
         return None
-    return min((r.facts["metrics"]["val_eer"], -r.facts["metrics"].get("val_auc", 0), r.name) for r in known)[-1]
+    return max(known, key=lambda r: r.facts["metrics"]["val_auc"]).name
 
 
-# ---- files ------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_result(folder, evaluator, result):
-    """metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`."""
-    images, scores, figures = evaluator.images, result.scores, result.figures
-    counts = {"images": len(images.paths), "genuine": len(scores.genuine), "twin": len(scores.twin)}
-    content = {
-        "checkpoint": result.checkpoint,
-        "counts": {**counts, "general": scores.general.total},
-        **nested(figures),
-        "intervals": {name: interval(result.samples[name], value) for name, value in figures.items()},
-        "flip": evaluator.flip,
-        "overlap": result.overlap,
-    }
+def write_csv(path, rows):
+    """Write dicts with the same keys as a table, atomically."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write_result(folder, evaluator, result, crops, home, flip):
+    """metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`; paths as seen from `home`."""
+    content = {"checkpoint": result.checkpoint, "counts": evaluator.counts, "figures": compare(result.estimate)}
+    content |= {"general_pairs_drawn": evaluator.drawn, "flip": flip, "overlap": result.overlap}
     write_json(folder / "metrics.json", content)
-    ids = [images.ids[i] for i in images.person]
-    with replacing(folder / "pair_scores.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["path_1", "path_2", "id_1", "id_2", "kind", "score", "accepted_at_eer"])
-        for kind, rows, values in (
-            ("genuine", evaluator.genuine, scores.genuine),
-            ("twin", evaluator.twin, scores.twin),
-        ):
-            accepted = (values >= figures["eer_threshold"]).astype(int)
-            table.writerows(
-                (images.paths[a], images.paths[b], ids[a], ids[b], kind, score, yes)
-                for (a, b), score, yes in zip(rows.tolist(), values.tolist(), accepted.tolist(), strict=True)
-            )
-    plot_roc_and_det(folder / "roc_curve.png", [result], ("roc",))
-    plot_roc_and_det(folder / "det_curve.png", [result], ("det",))
+    images, threshold, table = evaluator.images, result.estimate.figures["eer_threshold"], []
+    image = [(os.path.relpath(path, home), images.ids[i]) for path, i in zip(images.paths, images.person, strict=True)]
+    for kind in ("genuine", "twin"):
+        for (a, b), score in zip(evaluator.rows[kind].tolist(), result.scores[kind].tolist(), strict=True):
+            (path_1, id_1), (path_2, id_2) = image[a], image[b]
+            row = {"path_1": path_1, "path_2": path_2, "id_1": id_1, "id_2": id_2, "kind": kind}
+            table.append({**row, "score": score, "accepted_at_eer": int(score >= threshold)})
+    write_csv(folder / "pair_scores.csv", table)
+    for kind in ("roc", "det"):
+        with plot_figure(folder / f"{kind}_curve.png", 8.2) as axes:
+            plot_rates(axes, [result], kind)
     plot_distributions(folder / "score_distributions.png", result)
-    plot_hardest(folder / "hardest_pairs.png", evaluator, result)
+    plot_hardest(folder / "hardest_pairs.png", evaluator, result, crops)
 
 
-def write_comparison(folder, results, baseline):
-    """comparison.json, comparison.csv, comparison.png and data_percentage.png; returns the comparison."""
-    rows = []
+def write_comparison(folder, results):
+    """comparison.json, comparison.csv, comparison.png and data_percentage.png, the first result being the baseline.
+
+    Returns the content of comparison.json.
+    """
+    checkpoints, table = [], []
     for result in results:
-        row = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
-        row["metrics"] = result.figures
-        row["intervals"] = {name: interval(result.samples[name], value) for name, value in result.figures.items()}
-        row["validation"] = result.facts.get("metrics", {})
-        if result is not baseline:
-            row["to_baseline"] = differences(result.figures, result.samples, baseline.figures, baseline.samples)
-        rows.append(row)
-    comparison = {"baseline": baseline.name, "chosen_by_validation": chosen_by_validation(results), "checkpoints": rows}
-    write_json(folder / "comparison.json", comparison)
-    with replacing(folder / "comparison.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        names = list(baseline.figures)
-        parts = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high", "_verdict")
-        table.writerow(["name", "checkpoint", "n_overlap", *(name + part for name in names for part in parts)])
-        for row in rows:
-            line = [row["name"], row["checkpoint"], len(row["overlap"])]
-            for name in names:
-                change = row.get("to_baseline", {}).get(name, {})
-                line += [row["metrics"][name], *(row["intervals"][name] or (None, None))]
-                line += [change.get("difference"), *change.get("interval", (None, None)), change.get("verdict")]
-            table.writerow(line)
-    plot_roc_and_det(folder / "comparison.png", results, ("roc", "det"))
-    plot_data_percentage(folder / "data_percentage.png", results)
-    return comparison
+        figures = compare(result.estimate, None if result is results[0] else results[0].estimate)
+        entry = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
+        checkpoints.append({**entry, "validation": result.facts.get("metrics", {}), "figures": figures})
+        for name, figure in figures.items():
+            row = {"name": result.name, "checkpoint": result.checkpoint, "figure": name}
+            for key in ("value", "difference"):
+                row[key] = figure.get(key)
+                bounds = figure.get("interval" if key == "value" else "difference_interval")
+                row[f"{key}_low"], row[f"{key}_high"] = bounds or (None, None)
+            table.append({**row, "verdict": figure.get("verdict"), "overlap": len(result.overlap)})
+    content = {"baseline": results[0].name, "chosen_by_validation": chosen_by_validation(results)}
+    content["checkpoints"] = checkpoints
+    write_json(folder / "comparison.json", content)
+    write_csv(folder / "comparison.csv", table)
+    plot_comparison(folder / "comparison.png", results, checkpoints)
+    plot_data_percentage(folder / "data_percentage.png", results, checkpoints)
+    return content
 
 
-# ---- pictures ---------------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 
 
-def new_figure(width=6.0, height=4.2, rows=1, columns=1):
-    """(figure, axes or array of axes) without a window; matplotlib is loaded only here, where it is needed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+@contextmanager
+def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
+    """Yield the axes (an array of several) of a picture; at the end they get a grid and, outside, a legend."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
+    axes = figure.subplots(rows, columns)
+    yield axes
+    for one in np.atleast_1d(axes).flat:
+        one.grid(alpha=0.3)
+        if one.get_legend_handles_labels()[0]:
+            one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def plot_line(axes, number, x, y, **options):
+    """A line in the colour and style of its number."""
+    style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
+    axes.plot(x, y, **{**style, **options})
 
 
 def literal(text):
@@ -570,182 +340,181 @@ def literal(text):
     return text.replace("$", r"\$")
 
 
-def save_figure(figure, path, *axes):
-    """Write a picture; `axes` get a grid and, outside, a legend."""
-    for one in axes:
-        one.grid(alpha=0.3)
-        one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+def plot_rates(axes, results, kind):
+    """ROC ("roc") or DET ("det") of genuine against twin impostor pairs, one line per result, with its EER."""
+    lowest, bottom = 100 / len(results[0].scores["twin"]), 50.0
+    for number, result in enumerate(results):
+        genuine, twin = np.sort(result.scores["genuine"]), np.sort(result.scores["twin"])
+        thresholds = np.append(np.unique(np.concatenate([genuine, twin])), np.inf)
+        # A rate of 0 has no place on a logarithmic axis: the curve ends at one pair.
+        fmr = np.maximum(100 - 100 * np.searchsorted(twin, thresholds) / len(twin), lowest)
+        fnmr = 100 * np.searchsorted(genuine, thresholds) / len(genuine)
+        bottom = min(bottom, max(100 / len(genuine), fnmr[np.argmax(fmr <= 50)] / 2))
+        eer, auc = 100 * result.estimate.figures["eer"], result.estimate.figures["auc"]
+        label = f"{literal(result.name)}\nAUC {auc:.3f}, EER {eer:.1f} %"
+        y, at = (100 - fnmr, 100 - eer) if kind == "roc" else (fnmr, eer)
+        plot_line(axes, number, fmr, y, label=label, drawstyle="steps-post")
+        plot_line(axes, number, [eer], [at], marker="o", markersize=4)
+    chance = np.geomspace(lowest, 100, 200)
+    axes.plot(chance, chance if kind == "roc" else 100 - chance, ":", color="grey", linewidth=1, label="chance")
+    axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%); dot: EER")
+    if kind == "roc":
+        axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)", title="ROC")
+    else:
+        axes.set(yscale="log", ylim=(bottom, 100), ylabel="false non-match rate (%)", title="DET")
+    for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
 
 
-def plot_roc_and_det(path, results, kinds):
-    """ROC ("roc") and DET ("det") of genuine against twin impostor pairs, one line per result, side by side."""
-    figure, all_axes = new_figure(5.2 * len(kinds) + 3, 4.2, 1, len(kinds))
-    lowest, bottom = 100 / max(len(result.scores.twin) for result in results), 50.0
-    for kind, axes in zip(kinds, np.atleast_1d(all_axes), strict=True):
-        for number, result in enumerate(results):
-            rates = error_rates(result.scores.genuine, result.scores.twin)
-            label = f"{literal(result.name)}\nAUC {result.figures['auc']:.3f}, EER {100 * result.figures['eer']:.1f} %"
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
-            # An FMR of 0 has no place on a logarithmic axis: the curve ends at one pair.
-            fmr, fnmr = np.maximum(100 * rates.fmr[0], lowest), 100 * rates.fnmr[0]
-            bottom = min(bottom, max(100 / len(result.scores.genuine), fnmr[np.argmax(fmr <= 50)] / 2))
-            axes.plot(fmr, 100 - fnmr if kind == "roc" else fnmr, label=label, drawstyle="steps-post", **style)
-        chance = np.geomspace(lowest, 100, 200)
-        axes.plot(chance, chance if kind == "roc" else 100 - chance, ":", color="grey", linewidth=1, label="chance")
-        axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%)")
-        if kind == "roc":
-            axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)", title="ROC")
-        else:
-            axes.set(yscale="log", ylim=(bottom, 100), ylabel="false non-match rate (%)", title="DET")
-        for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
-        axes.grid(alpha=0.3)
-    save_figure(figure, path, axes)
+def plot_comparison(path, results, checkpoints):
+    """The differences of all checkpoints to the baseline with 95 % intervals, and their DET with the legend."""
+    shown = {"auc": "twin AUC", "eer": "EER", "general_auc": "general AUC", "fnmr_0.001": "FNMR at\ngeneral FMR 0.1 %"}
+    with plot_figure(path, 13.0, 4.6, 1, 2) as (left, right):
+        for number, entry in enumerate(checkpoints[1:], 1):
+            for place, change in enumerate(entry["figures"][name] for name in shown):
+                if change["difference"] is not None:
+                    y = place + 0.6 * (number / len(checkpoints) - 0.5)
+                    bounds = change["difference_interval"] or [change["difference"]]
+                    plot_line(left, number, 100 * np.array(bounds), [y] * len(bounds))
+                    plot_line(left, number, [100 * change["difference"]], [y], marker="o", markersize=4)
+        left.axvline(0, color="black", linewidth=0.8)
+        left.set_yticks(range(len(shown)), shown.values())
+        left.set_ylim(len(shown) - 0.5, -0.5)
+        left.set(title=f"difference to {literal(results[0].name)}", xlabel="points (0.01 of AUC), 95 % interval")
+        plot_rates(right, results, "det")
 
 
 def plot_distributions(path, result):
-    """Distributions of genuine, twin impostor and general impostor scores, with the thresholds."""
-    figure, axes = new_figure(7.6)
-    groups = [(result.scores.genuine, "genuine"), (result.scores.twin, "twin impostor")]
-    groups += [(result.scores.general.sample, "general impostor")] if result.scores.general.total else []
-    low, high = (f(f(values) for values, _ in groups) for f in (min, max))
-    bins = np.linspace(low, high if high > low else low + 1e-3, 60)
-    for (values, label), colour, style in zip(groups, COLOURS, STYLES, strict=False):
-        share = np.full(len(values), 100 / len(values))
-        axes.hist(values, bins, weights=share, color=colour, alpha=0.2)
-        axes.hist(values, bins, weights=share, histtype="step", color=colour, linestyle=style, label=label)
-    axes.axvline(result.figures["eer_threshold"], color="black", linewidth=1, label="threshold at the twin EER")
-    at = result.figures["general_threshold_0.001"]
-    if at is not None:
-        axes.axvline(at, color="black", linewidth=1, linestyle="--", label="threshold at general\nFMR 0.1 %")
-    axes.set(
-        xlabel="score (cosine similarity)", ylabel="share of the image pairs per bin (%)", title=literal(result.name)
-    )
-    save_figure(figure, path, axes)
+    """Distributions of genuine, twin impostor and general impostor scores, and the rates at two thresholds."""
+    low, scores = -0.6, result.scores  # one axis for all checkpoints; what lies lower is counted in the first bin
+    with plot_figure(path, 8.6) as axes:
+        for number, (kind, values) in enumerate(scores.items(), 1):
+            share = np.histogram(np.clip(values, low, 1), 80, (low, 1))[0] * 100 / max(1, len(values))
+            label = kind if kind == "genuine" else f"{kind} impostor"
+            plot_line(axes, number, np.linspace(low, 1, 80), share, label=label, drawstyle="steps-mid")
+        for name, what in (("eer_threshold", "twin EER"), ("general_threshold_0.001", "general FMR 0.1 %")):
+            at = result.estimate.figures[name]
+            if at is not None:
+                text = f"threshold at {what}\nFNMR {100 * (scores['genuine'] < at).mean():.1f} %"
+                text += f", twin FMR {100 * (scores['twin'] >= at).mean():.1f} %"
+                text += (
+                    f"\ngeneral FMR {100 * (scores['general'] >= at).mean():.2g} %" if len(scores["general"]) else ""
+                )
+                axes.axvline(at, color="black", linewidth=1, linestyle="-" if "eer" in name else "--", label=text)
+        axes.set(xlim=(low, 1), yscale="log", xlabel="score (cosine similarity)", title=literal(result.name))
+        axes.set_ylabel("share of the image pairs per bin (%)")
 
 
-def plot_hardest(path, evaluator, result, columns=4):
-    """The crops of wrong decisions at the EER threshold, the farthest from it first: two rows of each kind."""
-    figure, axes = new_figure(2.4 * columns, 7.4, 4, columns)
-    threshold = result.figures["eer_threshold"]
-    kinds = (("twins taken for one person", evaluator.twin, result.scores.twin, -1),)
-    kinds += (("one person refused", evaluator.genuine, result.scores.genuine, 1),)
-    for k, (title, rows, values, sign) in enumerate(kinds):
-        wrong = np.flatnonzero(values >= threshold if sign < 0 else values < threshold)
-        order = wrong[np.argsort(sign * values[wrong], kind="stable")][: 2 * columns]
-        for place, at in enumerate(axes[2 * k : 2 * k + 2].flat):
-            at.set_axis_off()
-            if place < len(order):
-                a, b = rows[order[place]]
-                at.imshow(np.concatenate([read_crop(evaluator.images.paths[i]) for i in (a, b)], 1))
-                names = " | ".join(literal(evaluator.images.ids[evaluator.images.person[i]][:16]) for i in (a, b))
-                at.set_title(f"{title}\nscore {values[order[place]]:.3f}\n{names}", fontsize=7)
-    title = f"{literal(result.name)}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
-    figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+def plot_hardest(path, evaluator, result, crops, columns=4):
+    """The crops of wrong decisions at the EER threshold, the farthest from it first, two rows of each kind.
+
+    A crop stands in one of them at most, a family in two. `crops` (N, 112, 112, 3) as evaluator.images numbers them.
+    """
+    images, threshold = evaluator.images, result.estimate.figures["eer_threshold"]
+    names = [literal("/".join(Path(p).parts[-2:])[-24:]) for p in images.paths]
+    mistakes, pairs = np.zeros((2, len(names)), np.int64)
+    with plot_figure(path, 2.4 * columns, 8.8, 4, columns) as grid:
+        kinds = (("twin", "twins taken for one person", -1), ("genuine", "one person refused", 1))
+        for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
+            rows, values = evaluator.rows[kind], result.scores[kind]
+            wrong = np.flatnonzero(values >= threshold if sign < 0 else values < threshold)
+            np.add.at(mistakes, rows[wrong], 1)
+            np.add.at(pairs, rows, 1)
+            seen, families, places = set(), [], iter(axes)
+            for k in wrong[np.argsort(sign * values[wrong], kind="stable")]:
+                (a, b), family = rows[k], evaluator.family[rows[k][0]]
+                if {a, b} & seen or families.count(family) > 1 or (place := next(places, None)) is None:
+                    continue
+                seen |= {a, b}
+                families.append(family)
+                place.imshow(np.concatenate([crops[a], crops[b]], 1))
+                place.set_title(f"score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
+            axes[0].set_title(f"{title}: {len(wrong)} of {len(values)} pairs\n{axes[0].get_title()}", fontsize=7)
+        most = int(np.argmax(mistakes))
+        text = f"{literal(result.name)}, threshold {threshold:.3f}; {names[most]} is in {mistakes[most]} mistakes"
+        grid[0, 0].figure.suptitle(f"{text} of its {pairs[most]} pairs: look at it", fontsize=9)
+        for place in grid.flat:
+            place.set_axis_off()
 
 
-def plot_data_percentage(path, results):
-    """EER with its interval against the share of triplets, one line per mode and margin; numbers: distinct images."""
-    lines = {}
-    for result in results:
+def plot_data_percentage(path, results, checkpoints):
+    """Difference of the EER to the baseline against the share of triplets, one line per mode and margin."""
+    lines, images = {}, {}
+    for result, entry in zip(results[1:], checkpoints[1:], strict=True):
         config = result.facts.get("config", {})
         if "train_percentage" in config:
-            mode = "embedding layer" if config.get("freeze_backbone") else "full network"
-            lines.setdefault((mode, config.get("margin")), []).append((config["train_percentage"], result))
-    figure, axes = new_figure(7.8)
-    for number, ((mode, margin), points) in enumerate(sorted(lines.items(), key=str)):
-        points = sorted(points, key=lambda point: point[0])
-        eer = np.array([100 * result.figures["eer"] for _, result in points])
-        low, high = 100 * np.array([interval(r.samples["eer"], r.figures["eer"]) for _, r in points]).T
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
-        spread = np.maximum([eer - low, high - eer], 0)
-        x = np.array([share for share, _ in points]) * 1.05**number  # side by side where they would cover each other
-        axes.errorbar(x, eer, spread, marker="o", capsize=3, label=f"{mode}, margin {margin}", **style)
-        for at, value, (_, result) in zip(x, eer, points, strict=True):
-            text = f"{result.facts['config'].get('n_touched_images', '?')} images"
-            axes.annotate(text, (at, value), xytext=(5, 5), textcoords="offset points", fontsize=7)
-    for result in results:
-        if "train_percentage" not in result.facts.get("config", {}):
-            axes.axhline(
-                100 * result.figures["eer"], color="grey", linestyle=":", label=f"{literal(result.name)} (no training)"
-            )
-    axes.set(xscale="log", xlim=(0.8, 160), title="How much data is enough")
-    axes.set_xticks([1, 2, 5, 10, 25, 50, 100], ["1", "2", "5", "10", "25", "50", "100"])
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel="share of the training triplets (%)", ylabel="EER against twins (%), 95 % interval")
-    save_figure(figure, path, axes)
+            setting = f"{'embedding layer' if config['freeze_backbone'] else 'full network'}, margin {config['margin']}"
+            change, share = entry["figures"]["eer"], config["train_percentage"]
+            bounds = change["difference_interval"] or [change["difference"]] * 2
+            lines.setdefault(setting, []).append((share, 100 * change["difference"], *(100 * b for b in bounds)))
+            images[share] = f"{share} %\n{config['n_touched_images']} images"
+    with plot_figure(path, 7.8) as axes:
+        for number, (setting, points) in enumerate(sorted(lines.items()), 1):
+            share, change, low, high = np.array(sorted(points)).T
+            share = share * 1.04 ** (number - 1)  # beside each other
+            plot_line(axes, number, share, change, marker="o", label=setting)
+            axes.vlines(share, low, high, color=COLOURS[number % len(COLOURS)], linewidth=1)
+        axes.axhline(0, color="black", linewidth=0.8, label=f"{literal(results[0].name)} (baseline)")
+        axes.set(xscale="log", xlim=(0.8, 160), xlabel="share of the training triplets, and distinct images in it")
+        axes.set(title="How much data is enough", ylabel="change of the EER against twins (points, 95 %)")
+        axes.set_xticks(list(images), images.values())
+        axes.set_xticks([], minor=True)
 
 
-def comparison_table(results, baseline, chosen):
+# ---- terminal -------------------------------------------------------------------------------------------------------
+
+
+def comparison_table(results, content):
     """Text for the terminal: the figures, the differences to the baseline in words, and how not to use them."""
-    columns = [("EER %", "eer"), ("AUC", "auc"), ("best acc %", "best_accuracy"), ("TAR@FAR1%", "tar_at_far_0.01")]
-    columns += [("twin FMR %", "twin_fmr_0.001"), ("FNMR %", "fnmr_0.001"), ("general AUC", "general_auc")]
+    columns = {"EER %": "eer", "AUC": "auc", "best acc %": "best_accuracy", "TAR@FAR1%": "tar_at_far_0.01"}
+    columns |= {"twin FMR %": "twin_fmr_0.001", "FNMR %": "fnmr_0.001", "general AUC": "general_auc"}
     width = max(len("checkpoint"), *(len(result.name) for result in results))
-    lines = [f"{'checkpoint':{width}}  " + "  ".join(f"{title:>11}" for title, _ in columns)]
+    lines = [f"{'checkpoint':{width}}  " + "  ".join(f"{title:>11}" for title in columns)]
     for result in results:
         cells = []
-        for _, name in columns:
-            values = [r.figures[name] for r in results if r.figures[name] is not None]
-            value = result.figures[name]
-            if value is None:
-                cells.append("-")
-                continue
-            best = value == (min if name.startswith(LOWER_IS_BETTER) else max)(values)
-            text = f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
-            cells.append(text + ("*" if best and len(results) > 1 else " "))
-        lines.append(f"{result.name:{width}}  " + "  ".join(f"{cell:>11}" for cell in cells))
+        for name in columns.values():
+            value = result.estimate.figures[name]
+            known = [r.estimate.figures[name] for r in results if r.estimate.figures[name] is not None]
+            best = len(results) > 1 and known and value == (min if name.startswith(LOWER_IS_BETTER) else max)(known)
+            text = "-" if value is None else f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
+            cells.append(f"{text + ('*' if best else ' '):>11}")
+        lines.append(f"{result.name:{width}}  " + "  ".join(cells))
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %; -: too few pairs to say.")
-    for result in results:
-        if result is not baseline:
-            lines += _against(result, baseline)
-    for result in results:
-        if result.facts.get("improved") is False:
-            lines.append(f"{result.name}: its training found NO epoch better than its start on the validation people.")
+    for result, entry in zip(results, content["checkpoints"], strict=True):
+        if result is not results[0]:
+            lines.append(f"{result.name} against {results[0].name}: {describe(entry['figures'])}.")
+            if "worse" in [entry["figures"][name]["verdict"] for name in ("general_auc", "fnmr_0.001")]:
+                lines.append("  It got WORSE at recognising people in general.")
         if result.overlap:
             lines.append(
-                f"OVERLAP: {result.name} has seen {len(result.overlap)} of the test people; its figures flatter."
+                f"OVERLAP: {result.name} has seen {len(result.overlap)} of the test people; it looks too good."
             )
     if len(results) > 1:
-        lines.append(
-            "* best of its column on this test set: a description. Choosing by it is selection on the test set."
-        )
+        lines.append("* best on this test set, a description: choosing by it would be selection on the test set.")
+        chosen = content["chosen_by_validation"]
         lines.append(f"Validation would have chosen: {chosen}" if chosen else "No common validation to choose by.")
     return "\n".join(lines)
 
 
-def _against(result, baseline):
-    change = differences(result.figures, result.samples, baseline.figures, baseline.samples)
-
-    def words(name, label):
-        if name not in change:
-            return f"{label} -"
-        low, high = change[name]["interval"]
-        return f"{label} {change[name]['difference']:+.4f} [{low:+.4f}, {high:+.4f}] {change[name]['verdict']}"
-
-    lines = [f"{result.name} against {baseline.name}, difference [95 % interval]:"]
-    lines.append("  twins: " + "; ".join([words("auc", "AUC"), words("eer", "EER")]))
-    everyone = [words("general_auc", "AUC"), words("fnmr_0.001", "FNMR at general FMR 0.1 %")]
-    lines.append("  everyone else: " + "; ".join(everyone))
-    if "worse" in [change.get(name, {}).get("verdict") for name in ("general_auc", "fnmr_0.001")]:
-        lines.append("  It got WORSE at recognising people in general.")
-    return lines
+# ---- command line ---------------------------------------------------------------------------------------------------
 
 
-# ---- command line -----------------------------------------------------------------------------------
-
-
-def main(argv=None):
-    """Evaluate; returns the exit code (see align.run_script)."""
-
-    def work():
-        evaluate(parse_args(argv))
-        Ranks().leave()
-
-    return run_script("evaluate_twins.py", work, "interrupted; finished checkpoints have their results")
+def parse_args(argv=None):
+    description = "Measure how well checkpoints tell the twins of a test set apart."
+    parser = Parser(prog="evaluate_twins.py", description=description)
+    add = parser.add_argument
+    add("--test_pairs", default="test_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
+    add_alignment_arguments(parser, "test")
+    add("--checkpoints", required=True, nargs="+", help="networks to compare, or folders of them")
+    add("--baseline", help="what the others are compared to; by default the first")
+    add("--output_dir", default="evaluation_results", help="where results go")
+    text = "images embedded at once, by default 256 on CUDA and 8 on a CPU; changes speed and memory only"
+    add("--batch_size", type=between(int, 1, 10**6), help=text)
+    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="of the bootstrap")
+    add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
+    add("--allow_overlap", action="store_true", help="also evaluate on people a checkpoint was trained on, and say so")
+    return parser.parse_args(argv)
 
 
 def list_checkpoints(names, baseline):
@@ -759,13 +528,7 @@ def list_checkpoints(names, baseline):
             files += found
         else:
             files.append(name)
-    for file in files:
-        if not Path(file).is_file():
-            raise InputError(f"{file}: no such checkpoint file")
-    unique = {}
-    for file in files:
-        unique.setdefault(os.path.abspath(file), file)
-    return list(unique.values())
+    return list({os.path.abspath(file): file for file in reversed(files)}.values())[::-1]
 
 
 def find_overlap(facts, ids):
@@ -775,55 +538,62 @@ def find_overlap(facts, ids):
 
 
 def evaluate(args):
-    """The whole evaluation of the command line; returns the list of Results, the baseline first.
-
-    Of several processes, the first has them and writes; the others return [].
-    """
-    ranks = Ranks()
-    device = ranks.pick_device(args.device)
-    pairs = read_pairs(args.test_pairs)
-    checkpoints = list_checkpoints(args.checkpoints, args.baseline)
-    tested = {name for pair in pairs for name in pair}
-    for checkpoint in checkpoints:  # before hours of alignment
-        facts = read_facts(checkpoint)
-        overlap = find_overlap(facts, tested)
+    """The whole evaluation of the command line; returns the list of Results, the baseline first."""
+    device = pick_device(args.device)
+    listed = read_id_to_images(args.aligned_json if args.skip_alignment else args.id_to_images)
+    pairs, warnings = read_pairs(args.test_pairs, listed)
+    tested = list(dict.fromkeys(name for pair in pairs for name in pair))
+    facts, backbones = {}, {}
+    for checkpoint in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
+        model = load_checkpoint(checkpoint)
+        facts[checkpoint] = model.facts
+        backbones.setdefault(backbone_sha256(model), []).append(checkpoint)
+        overlap = find_overlap(model.facts, tested)
         if overlap and not args.allow_overlap:
             raise InputError(
                 f"{checkpoint}: was trained or validated on {len(overlap)} of the {len(tested)} test people: "
                 f"{', '.join(overlap)}; test on others, or say --allow_overlap"
             )
-        for flag in ("aligned_folder", "aligned_json"):
-            trained = facts.get("config", {}).get(flag)
-            if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(getattr(args, flag)):
-                raise InputError(
-                    f"--{flag} {trained}: {checkpoint} was trained from there; name another for test crops"
-                )
-    crops = read_id_to_images(args.aligned_json) if args.skip_alignment else align_files(args, pairs, ranks)
-    pairs, warnings = read_checked_pairs(args.test_pairs, crops)
-    evaluator = TwinEvaluator(crops, pairs, device, args.batch_size, args.flip, args.seed, ranks=ranks)
-    for warning in warnings + evaluator.warnings if ranks.rank == 0 else ():
+        trained = model.facts.get("config", {}).get("aligned_folder")
+        if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
+            raise InputError(f"--aligned_folder {trained}: {checkpoint} was trained from there; name another")
+    mapping = listed if args.skip_alignment else align_files(args, pairs)
+    crops, mapping, more = load_people(mapping, pairs)
+    images = TwinImages(mapping, pairs)
+    evaluator = TwinEvaluator(images, args.seed)
+    if (images.count == 0).any():
+        more.append(f"{(images.count == 0).sum()} people have no crop; their pairs are not tested")
+    for warning in warnings + more:
         print(f"warning: {warning}")
-    results, names = [], stem_names(checkpoints)
-    for checkpoint in checkpoints:
-        model, name = load_checkpoint(checkpoint), names[checkpoint]
-        scores = evaluator.score(model, f"embedding with {name}")
-        if scores is None:
-            continue
-        overlap = find_overlap(model.facts, evaluator.images.ids)
-        results.append(Result(name, checkpoint, model.facts, scores, *evaluator.metrics(scores), overlap))
-        write_result(Path(args.output_dir) / name, evaluator, results[-1])
-    if ranks.rank > 0:
-        return results
-    comparison = write_comparison(Path(args.output_dir), results, results[0])
-    counts = f"{len(evaluator.genuine)} genuine, {len(evaluator.twin)} twin impostor"
-    general = results[0].scores.general.total
-    print(f"{len(evaluator.images.paths)} images of {len(evaluator.images.ids)} people, on {device}:")
-    print(f"{counts} and {general} general impostor pairs")
-    print(comparison_table(results, results[0], comparison["chosen_by_validation"]))
+    pixels = crops.pixels[[crops.row[path] for path in images.paths]]
+    output, names, results = Path(args.output_dir), file_names(facts), {}
+    for group in backbones.values():
+        models = [load_checkpoint(checkpoint) for checkpoint in group]
+        embeddings = embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
+        for checkpoint, embedding in zip(group, embeddings, strict=True):
+            name, scores = names[checkpoint], evaluator.score(embedding)
+            estimate = evaluator.estimate(scores, f"resampling {name}")
+            overlap = find_overlap(facts[checkpoint], images.ids)
+            results[checkpoint] = Result(name, checkpoint, facts[checkpoint], scores, estimate, overlap)
+            home = os.path.dirname(os.path.abspath(args.aligned_json))
+            write_result(output / name, evaluator, results[checkpoint], pixels, home, args.flip)
+    results = [results[checkpoint] for checkpoint in facts]
+    content = write_comparison(output, results)
+    counts = evaluator.counts
+    print(f"{counts['images']} images of {len(images.ids)} people in {counts['families']} families, on {device}:")
+    print(f"{counts['genuine']} genuine, {counts['twin']} twin impostor, {counts['general']} general impostor pairs")
+    print(comparison_table(results, content))
     print(f"results in {args.output_dir}")
     return results
 
 
+def main(argv=None):
+    """Evaluate; returns the exit code (see align.run_script)."""
+    return run_script(
+        "evaluate_twins.py", lambda: evaluate(parse_args(argv)), "interrupted; finished checkpoints have their results"
+    )
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    leave(main())

@@ -4,33 +4,32 @@
     model = load_checkpoint("pretrained/adaface_ir50_ms1mv2.ckpt")
     embedding, norm = model(to_input(crops))      # crops: (N, 112, 112, 3) uint8 RGB
 
-On the way from photograph to metric this file stands in the middle: `align.py` makes the crops,
-`net.py` turns a crop into an embedding, `triplet_loss.py` and `evaluate_twins.py` compare embeddings.
+On the way from photograph to metric this file stands in the middle: `align.py` makes the crops, `net.py` turns a crop
+into an embedding, `triplet_loss.py` and `evaluate_twins.py` compare embeddings. At its end stands what all other files
+share: errors, atomic writing, the device and the processes of torchrun.
 
-State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.com/mk-minchul/AdaFace),
-so weights go both ways unchanged.
+State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.com/mk-minchul/AdaFace), so weights go
+both ways unchanged.
 """
 
-import math
+import hashlib
 import os
-import pickle
-import pickletools
 import re
 import sys
 import warnings
-import zipfile
 from collections import OrderedDict
-from contextlib import suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
-from align import CROP_SIZE, InputError, pick_device, replacing
+CROP_SIZE = 112  # pixels, width and height of an aligned crop
+EMBEDDING_SIZE = 512
 
 # name: (units per stage, channels per stage, bottleneck units, squeeze-and-excitation)
 _BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
@@ -44,10 +43,8 @@ ARCHITECTURES = {
     "ir_se_50": ((3, 4, 14, 3), _BASIC, False, True),
     "ir_se_101": ((3, 13, 30, 3), _BASIC, False, True),
     "ir_se_152": ((3, 8, 36, 3), _WIDE, True, True),
+    "ir_se_200": ((3, 24, 36, 3), _WIDE, True, True),
 }
-ARCHITECTURES["ir_se_200"] = (*ARCHITECTURES["ir_200"][:3], True)
-
-EMBEDDING_SIZE = 512
 
 
 class SEBlock(nn.Module):
@@ -70,12 +67,12 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, in_channels, channels, stride, bottleneck, se):
         super().__init__()
-        if in_channels == channels:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
-        else:
+        if in_channels != channels:
             self.shortcut_layer = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
+        else:
+            self.shortcut_layer = nn.MaxPool2d(1, stride)
 
         def conv(i, o, kernel, stride=1):
             return [nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o)]
@@ -126,8 +123,7 @@ class Backbone(nn.Module):
                 before = after
         self.body = nn.Sequential(*body)
         for module in self.modules():
-            # On the meta device only shapes matter, and normal_ there imports seconds of PyTorch.
-            if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.is_meta:
+            if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -175,379 +171,294 @@ def to_input(crops):
     return bgr.to(torch.float32).sub_(127.5).div_(127.5)
 
 
-# ---- processes --------------------------------------------------------------------------------------
+# ---- embeddings -----------------------------------------------------------------------------------------------------
 
 
-class Ranks:
-    """This process among those that torchrun started; alone without it.
+def embed(models, crops, device, batch_size=None, description=None, flip=False):
+    """One (N, 512) float32 tensor on `device` for each of `models`, of uint8 RGB crops (N, 112, 112, 3).
 
-    `rank` (0 writes the files), `world`, the number of processes, `local`, the number on this machine; `Ranks({})` is
-    alone in any case. Every process must make the same calls in the same order. Tensors may be on the CPU, where gloo
-    moves them, or on CUDA (NCCL).
+    The models differ in `output_layer` alone and are in eval mode: the backbone of the first runs once per image.
+    In full float32, whatever precision training uses. batch_size: images at once, by default chunk_size. description:
+    label of a progress bar, or None for none. flip: the unit vector of the image's embedding plus that of its mirror
+    image, each times its norm, which measures image quality (AdaFace, CVPR 2022): upstream's fusion.
+    Raises InputError for a dead network (see check_alive).
     """
-
-    def __init__(self, environment=os.environ):
-        self.rank, self.world, self.local = (
-            int(environment.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        self.device = None
-
-    def pick_device(self, name="auto"):
-        """align.pick_device, each process on a machine its own CUDA device; also joins the processes."""
-        several = self.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
-        self.device = pick_device(f"cuda:{self.local}" if several else name)
-        if self.world > 1 and not dist.is_initialized():
-            # NCCL cannot serve two processes on one GPU, which is what a GPU's number in the flag makes.
-            backend = "cpu:gloo,cuda:nccl" if several else "gloo"
-            # One process may be hours behind another, for instance in alignment.
-            dist.init_process_group(backend, timeout=timedelta(days=2))
-        return self.device
-
-    def share(self, n):
-        """This process's part of range(n), as a slice."""
-        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
-
-    def gather(self, part):
-        """The processes' tensors (n, ...), n of any size each, one after the other, on every process."""
-        if self.world == 1:
-            return part
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(lengths, torch.tensor([len(part)]))  # on the CPU: nothing waits for a GPU
-        padded = part.new_zeros((int(max(lengths)), *part.shape[1:]))
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)])
-
-    def sum(self, tensor):
-        """The sum of the processes' tensors, on every process."""
-        if self.world > 1:
-            tensor = tensor.clone()
-            dist.all_reduce(tensor)
-        return tensor
-
-    def collect(self, value):
-        """The list of all processes' values (anything that pickles), on every process; also waits for all."""
-        values = [value]
-        if self.world > 1:
-            values = [None] * self.world
-            dist.all_gather_object(values, value)
-        return values
-
-    def leave(self):
-        """End this process, all having done their work; alone, go on.
-
-        Python's own end would not do: gloo's threads outlive the process group, and one that lets go of a tensor while
-        Python shuts down aborts the process ("terminate called without an active exception").
-        """
-        if dist.is_initialized():
-            self.collect(None)
-            with suppress(RuntimeError):  # after it, all have heard of all; those who break it off have left
-                self.collect(None)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+    batch_size = batch_size or chunk_size(device)
+    models[0].to(device, memory_format=torch.channels_last)
+    for model in models:
+        model.output_layer.to(device)
+    embeddings = torch.empty((len(models), len(crops), 512), device=device)
+    starts = range(0, len(crops), batch_size)
+    with torch.inference_mode():
+        for i in progress(starts, description, "batch") if description else starts:
+            x = to_input(crops[i : i + batch_size].to(device, non_blocking=True))
+            features, mirrored = models[0].features(x), models[0].features(x.flip(3)) if flip else None
+            for model, result in zip(models, embeddings, strict=True):
+                embedding, norm = model.head(features)
+                if flip:
+                    other, other_norm = model.head(mirrored)
+                    embedding = nn.functional.normalize(embedding * norm + other * other_norm)
+                result[i : i + batch_size] = embedding
+    for model, result in zip(models, embeddings, strict=True):
+        check_alive(result, f"the network of {getattr(model, 'path', model.arch)}")
+    return list(embeddings.clone())  # no inference tensors, which training could not use
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------
+def chunk_size(device):
+    """Images that pass the network at once: 256 on CUDA, 8 on a CPU, where the activations of more leave the caches."""
+    return 256 if device.type == "cuda" else 8
 
 
-def plain(value):
-    """`value` made of dict, list, str, int, float, bool, None and tensors alone.
+def backbone_sha256(model):
+    """A hash of all parameters and statistics of a Backbone but those of `output_layer`."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        if not key.startswith("output_layer."):
+            digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
-    Numpy scalars and paths would need their classes to be unpickled, and then a file would no longer
-    load with `weights_only=True`. Raises TypeError for anything else.
+
+def check_alive(embeddings, what):
+    """Raise InputError if embeddings (N, 512) are of a dead network: one not of unit length, or all the same.
+
+    A norm that is zero or not finite leaves a zero or NaN where the unit vector should be.
     """
-    if value is None or isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, dict):
-        return {plain(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"a checkpoint holds plain types only, not {type(value).__name__}: {value!r}")
+    lengths = torch.linalg.vector_norm(embeddings, dim=1)
+    if not bool(((lengths - 1).abs() < 1e-3).all()):
+        raise InputError(f"{what} is dead: the norm of an embedding is zero or not finite; take another checkpoint")
+    if len(embeddings) > 1 and float(embeddings.mean(0).square().sum()) > 1 - 1e-6:
+        raise InputError(f"{what} is dead: all embeddings have fallen together; take another checkpoint")
+
+
+def set_batchnorm_statistics(model, crops, device, batch_size=32):
+    """Give a network without pretrained weights the BatchNorm statistics of its training crops, by one pass.
+
+    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a cumulative mean
+        norm.train()
+    with torch.no_grad():
+        for part in crops.tensor_split(-(-len(crops) // batch_size)):
+            model(to_input(part.to(device)))
+    for norm in norms:
+        norm.momentum = 0.1  # PyTorch's default again
+        norm.eval()
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+NETWORK_KEY = re.compile(r"(?:^|\.)((?:input_layer|body|output_layer)\..+)")
 
 
 def save_checkpoint(path, model, **facts):
-    """Write `model` to `path` in a form that this file and upstream's own inference read.
+    """Write `model` to `path`, atomically, in a form that this file and upstream's own inference read.
 
-    The file is a dict with "state_dict" (keys `model.<key>`, tensors on the CPU), "arch", and "epoch",
-    "config", "metrics" (None and empty unless given among `facts`) and whatever else `facts` holds, as
-    plain types: it loads with `torch.load(path, weights_only=True)`. Written atomically.
+    The file is a dict with "state_dict" (keys `model.<key>`, tensors on the CPU), "arch", and "epoch", "config",
+    "metrics" (None and empty unless given) and whatever else `facts` holds. Give plain types and tensors only: then
+    the file loads with `torch.load(path, weights_only=True)`.
     """
     state = {f"model.{key}": value.detach().cpu() for key, value in model.state_dict().items()}
-    content = {"epoch": None, "config": {}, "metrics": {}, **plain(facts)}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save({"state_dict": state, "arch": model.arch, **content}, file)
-        except RuntimeError as error:  # PyTorch's own, raised where it closes a file that the disk had no room for
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    content = {"state_dict": state, "arch": model.arch, "epoch": None, "config": {}, "metrics": {}, **facts}
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_checkpoint(path, arch=None):
     """Read a network from a checkpoint; returns it on the CPU, float32, in eval mode.
 
-    Reads AdaFace's Lightning `.ckpt` (with `head.*` tensors and pickled objects beside the network), our
-    `.pth`, and bare state dicts, their keys prefixed by `model.`, `module.`, `net.` or nothing. The
-    architecture is `arch` if given, else inferred from the tensors. `facts` of the returned network holds
-    "epoch", "config", "metrics" and the other entries that `save_checkpoint` wrote; {} for other files.
+    Reads AdaFace's Lightning `.ckpt` (with `head.*` tensors and pickled objects beside the network), our `.pth`, and
+    state dicts at any depth and under any prefix, if they hold exactly one network. `facts` of the returned network
+    holds "epoch", "config", "metrics" and the other entries that `save_checkpoint` wrote; {} for other files.
 
-    Nothing from the file is run: see `read_checkpoint`. Raises InputError when the file is not a
-    checkpoint, when no architecture fits (naming the first differing keys and the closest architecture),
-    or when weights are not finite.
+    Nothing from the file is run: see `read_checkpoint`. Raises InputError when the file is not a checkpoint, when
+    it holds no whole network of AdaFace's kind or several, another than `arch`, or weights that are not finite.
     """
     content = read_checkpoint(path)
-    state = _network_state(content, path)
-    found, differences = _closest_architecture(state, arch)
-    if arch not in (None, found):
-        fits = "the closest architecture is" if differences else "its tensors fit"
-        differences = _differences(_shapes(arch), state)
-    else:
-        fits = "the closest architecture is"
-    if differences:
-        first = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise InputError(f"{path}: not a whole {arch or found} network ({first}); {fits} {found}")
-    for key, value in state.items():
-        _check_weights(key, value, path)
+    networks = find_networks(content)
+    if len(networks) != 1:
+        reason = f"several networks in it ({', '.join(networks)}); save the one you want alone"
+        raise InputError(
+            f"{path}: {reason if networks else 'no AdaFace network in it (keys like input_layer.0.weight)'}"
+        )
+    (state,) = networks.values()
+    units = len({key.split(".")[1] for key in state if key.startswith("body.")})
+    se = any(".se_block." in key for key in state)
+    found = {(sum(counts), with_se): name for name, (counts, _, _, with_se) in ARCHITECTURES.items()}.get((units, se))
+    if found is None or arch not in (None, found):
+        fits = f"its tensors fit {found}, not {arch}; say --arch {found}"
+        raise InputError(f"{path}: {fits if found else f'{units} residual units are no network of AdaFace'}")
     model = build_model(found)
-    model.load_state_dict(state, strict=False)  # strictness was checked above; num_batches_tracked may miss
-    model.facts = _facts(content, path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: not a whole {found} network ({reason} ...); take the file as it was saved") from None
+    for key, value in model.state_dict().items():
+        if not torch.isfinite(value).all() or (key.endswith("running_var") and (value < 0).any()):
+            raise InputError(f"{path}: {key} holds NaN, infinite or impossible weights; take an earlier checkpoint")
+    if "arch" in content and isinstance(content.get("config"), dict):
+        model.facts = {key: value for key, value in content.items() if key != "state_dict"}
     return model.eval()
-
-
-def read_facts(path):
-    """The `facts` of load_checkpoint alone, without making the network. Raises InputError as read_checkpoint."""
-    return _facts(read_checkpoint(path), path)
-
-
-def _check_weights(key, value, path):
-    """Refuse a tensor of the network that cannot be its weights: of a dense, finite, floating-point kind."""
-    real = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    counter = key.endswith("num_batches_tracked") and value.dtype in (torch.int64, torch.int32)
-    if value.layout != torch.strided or value.device.type != "cpu" or not (real or counter):
-        kind = f"{value.layout} {value.dtype} on {value.device}".replace("torch.", "")
-        raise InputError(f"{path}: {key} is {kind}, not plain weights; save the network as float32")
-    if not torch.isfinite(value.float()).all():  # as float32, which float64 may exceed
-        raise InputError(f"{path}: {key} holds NaN or infinite weights; take an earlier checkpoint")
-    if key.endswith("running_var") and (value < 0).any():  # its root is NaN in every embedding
-        raise InputError(f"{path}: {key} holds negative variances; take an earlier checkpoint")
-
-
-def _facts(content, path):
-    """What a checkpoint of ours says beside the weights; raises InputError when that is not what we write."""
-    parts = "config", "metrics"
-    if "arch" not in content or not all(isinstance(content.get(part), dict) for part in parts):
-        return {}
-    for part in parts:
-        for key, value in content[part].items():
-            if not isinstance(key, str) or not _is_fact(key, value, part):
-                raise InputError(
-                    f"{path}: the entry {part}[{key!r:.60}] is damaged; take the checkpoint as it was saved"
-                )
-    return {key: value for key, value in content.items() if key != "state_dict"}
-
-
-def _is_fact(key, value, part):
-    """Whether an entry of config or metrics is a plain value, or a list or dict of such, and of the right kind.
-
-    Other entries would end an evaluation hours later, or, as `train_ids`, keep it from seeing a leak.
-    """
-
-    def plain_value(entry):
-        return entry is None or type(entry) in (bool, int, str) or (type(entry) is float and math.isfinite(entry))
-
-    if part == "metrics":
-        return value is None or (type(value) in (int, float) and plain_value(value))
-    if key in ("train_ids", "val_ids"):
-        return type(value) is list and all(type(name) is str for name in value)
-    if key in ("aligned_folder", "aligned_json"):
-        return value is None or type(value) is str
-    if key == "train_percentage":
-        return type(value) is int and 1 <= value <= 100
-    if type(value) in (list, tuple):
-        return all(map(plain_value, value))
-    if type(value) in (dict, OrderedDict):
-        return all(type(name) is str and plain_value(entry) for name, entry in value.items())
-    return plain_value(value)
 
 
 def read_checkpoint(path):
     """The dict in a file that `torch.save` wrote, read without running anything from it.
 
-    PyTorch's weights-only unpickler makes tensors and plain types. Every other class that the file
-    names (Lightning callbacks, hyper-parameters) becomes an inert stand-in, so its package need not be
-    installed and its code is not called. Files that name `os`, `sys` and the like are refused, and so are files
-    that would grow far beyond their size (see _check_sizes).
+    PyTorch's weights-only unpickler makes tensors and plain types. Every other class that the file names (Lightning
+    callbacks, hyper-parameters) becomes an inert stand-in, so its package need not be installed and its code is not
+    called. PyTorch itself refuses files that name `os`, `sys` and the like. Raises InputError when the file cannot be
+    read.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
-        _check_sizes(path)
-        try:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except ValueError:  # not a zip file: written by PyTorch before 1.6, or no checkpoint at all
-            foreign = []
-        try:
-            content = _load_inert(path, foreign, _Inert)
-        except pickle.UnpicklingError:  # perhaps a class of the file is a kind of dict, into which entries are put
-            content = _load_inert(path, foreign, _InertDict)
-    except InputError:
-        raise
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip file: written by PyTorch before 1.6, or no checkpoint, as will be said below
+        foreign = []
+    stand_ins = [(_stand_in(name), name) for name in foreign]
+    try:
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong is said in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or damaged file can fail in any way
-        reason = f"not a readable PyTorch checkpoint ({type(error).__name__}), download or copy it again"
-        raise InputError(f"{path}: {reason}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: not a readable checkpoint, download or copy it again ({reason})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint's dict")
     return content
 
 
-class _Inert:
-    """Takes the place of any class or function that a checkpoint names: does nothing, whatever it is given."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+def _stand_in(name):
+    """An inert class in place of one that a checkpoint names: an empty dict, since PyTorch fills no other kind."""
+    short = name.rpartition(".")[2]
+    if name.startswith("numpy."):  # whose objects take a state that no dict does
+        return type(short, (), {"__init__": lambda self, *_, **__: None, "__setstate__": lambda self, _: None})
+    return type(short, (), {"__new__": lambda cls, *_, **__: OrderedDict()})
 
 
-class _InertDict:
-    """The same for kinds of dict: the unpickler puts entries into exact dicts only, so this makes such a one."""
-
-    def __new__(cls, *args, **kwargs):
-        return OrderedDict()
-
-
-# Names for which a checkpoint is refused. These are an attack in plain sight: they would be inert, but say more
-# about the file than its weights do.
-# (commands and __builtin__ are the names of subprocess and builtins in Python 2, which pickles keep.)
-HOSTILE_MODULES = {"os", "posix", "nt", "sys", "io", "subprocess", "commands", "shutil", "importlib", "runpy", "pty"}
-HOSTILE_MODULES |= {"socket", "ctypes"}
-HOSTILE = {f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("eval", "exec", "compile", "open")}
-# And PyTorch calls these without question, where a few bytes can make them fill the memory or work for years: zeros
-# of any size, copies of expanded tensors, the check of expanded sparse indices. No face network needs them.
-HOSTILE |= {"builtins bytearray", "__builtin__ bytearray"}
-HOSTILE |= {f"torch._utils _rebuild_{kind}" for kind in ("sparse_tensor", "device_tensor_from_cpu_tensor")}
-MAX_OPERATIONS = 5_000_000  # of a pickle, each making one small object: a million IDs take 2 million
-MAX_TUPLE = 1_000_000  # entries of a tuple with all that is in it
+def find_networks(content, entry=""):
+    """{"entry/prefix": {key: tensor}} of all that looks like an AdaFace network in a checkpoint's nested dicts."""
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            found |= find_networks(value, f"{entry}{key}/")
+        elif isinstance(value, torch.Tensor) and (match := NETWORK_KEY.search(str(key))):
+            found.setdefault(entry + key[: match.start(1)], {})[match[1]] = value
+    return found
 
 
-def _check_sizes(path):
-    """Refuse a checkpoint whose content is far larger than the file: a zip bomb, or a pickle that is one.
+# ---- shared by all files: errors, atomic writing, device, processes -------------------------------------------------
 
-    `torch.save` stores zip entries as they are; a network is most of its file, so nothing is lost by insisting.
-    Raises InputError, or whatever a damaged file leads to.
+
+class InputError(ValueError):
+    """A file, an entry or a setting that a user gave is wrong; the message is one line for that user."""
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path in `path`'s folder that becomes `path` when the block ends without error.
+
+    A reader sees the old file or the whole new one, never a part.
     """
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # written by PyTorch before 1.6: five pickles, then the bare tensors
-            file.seek(0)
-            for _ in range(5):
-                _check_pickle(file, path)
-            return
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise InputError(f"{path}: its entries are compressed, which torch.save never does; save it again")
-            for entry in entries:
-                if entry.filename.endswith("/data.pkl"):
-                    with archive.open(entry) as pickled:
-                        _check_pickle(pickled, path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _check_pickle(file, path):
-    """Go through a pickle without making anything: refuse HOSTILE names, endless pickles and endless tuples.
+def progress(items, description, unit, **options):
+    """tqdm's bar over `items`; where there is no terminal, a line every 30 seconds."""
+    if not sys.stderr.isatty():
+        options |= {"delay": 30, "mininterval": 30, "maxinterval": 30, "bar_format": "{l_bar}{bar:20}{r_bar}\n"}
+    return tqdm(items, description, unit=unit, leave=not sys.stderr.isatty(), **options)
 
-    Tuples that hold one tuple twice, and so on, double at every step, and hashing one as a key of a dict visits all.
-    So the stack is followed with the size of each object in its place.
+
+def pick_device(name="auto"):
+    """torch.device for "auto" (cuda if there is one, else cpu), "cuda", "cuda:N" or "cpu", selected for the process.
+
+    Also turns TF32 off: reported figures are computed in full float32. Raises InputError for a device that this
+    machine does not have.
     """
-    stack, memo = [], {}
-    for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
-        name = operation.name
-        if name == "GLOBAL" and (argument in HOSTILE or re.split("[. ]", argument)[0] in HOSTILE_MODULES):
-            raise InputError(
-                f"{path}: it asks to run {argument.replace(' ', '.')}, so it was not loaded; do not trust it"
-            )
-        if number > MAX_OPERATIONS:
-            raise InputError(f"{path}: more than {MAX_OPERATIONS} entries beside the tensors; do not trust it")
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-            continue
-        if name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-            continue
-        taken = 0
-        if pickletools.markobject in operation.stack_before:
-            while (entry := stack.pop()) is not None:  # None: the mark
-                taken += entry
-            before = operation.stack_before.index(pickletools.markobject)
-        else:
-            before = len(operation.stack_before)
-        for _ in range(before):
-            taken += stack.pop()
-        if name.startswith("TUPLE") and taken > MAX_TUPLE:
-            raise InputError(f"{path}: holds a tuple of more than {MAX_TUPLE} entries; do not trust it")
-        stack += [None if name == "MARK" else 1 + taken] * len(operation.stack_after)
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= available:
+            raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
+        device = torch.device("cuda", device.index or 0)  # with its number, as tensors say it
+        torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
-def _load_inert(path, names, stand_in):
-    # NumPy has no kind of dict, but states that none takes: numbers may stand beside a kind of dict.
-    kinds = [(name, _Inert if name.startswith("numpy.") else stand_in) for name in names]
-    stand_ins = [(type(name.rpartition(".")[2], (kind,), {}), name) for name, kind in kinds]
-    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong with them is said in one line
-        return torch.load(path, map_location="cpu", weights_only=True)
+class Processes:
+    """The processes that torchrun started, of which this is one; alone without torchrun.
+
+    `rank` (0, the first, prints and writes), `world`, their number, `device`, each process on a machine its own CUDA
+    device. All must make the same calls in the same order.
+    """
+
+    def __init__(self, device="auto"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        several = self.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+        self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if several else device)
+        if self.world > 1 and not dist.is_initialized():
+            # Alignment may keep one process hours behind another. NCCL cannot serve two processes on one GPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if several else "gloo", timeout=timedelta(days=2))
+
+    def share(self, n, rank=None):
+        """The part of range(n) of this process, or of another `rank`, as a slice."""
+        rank = self.rank if rank is None else rank
+        return slice(n * rank // self.world, n * (rank + 1) // self.world)
+
+    def gather(self, part, n):
+        """The whole (n, ...) tensor, of which each process has its share(n); gradients reach this process's own."""
+        if self.world == 1:
+            return part
+        padded = part.new_zeros((-(-n // self.world), *part.shape[1:]))
+        padded[: len(part)] = part.detach()
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        parts = [p[: len(range(n)[self.share(n, rank)])] for rank, p in enumerate(parts)]
+        parts[self.rank] = part
+        return torch.cat(parts)
+
+    def sum_(self, tensors):
+        """Replace each tensor by its sum over the processes."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+
+    def any(self, flag):
+        """Whether `flag` is true in any process."""
+        flags = torch.tensor([float(bool(flag))])  # on the CPU: nothing waits for a GPU
+        self.sum_([flags])
+        return bool(flags > 0)
+
+    def collect(self, value):
+        """The list of all processes' values (anything that pickles); also waits for all."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
-def _network_state(content, path):
-    """The network's tensors out of a checkpoint's dict, without prefix; other tensors are left behind."""
-    tensors = content.get("state_dict", content)
-    tensors = tensors if isinstance(tensors, dict) else {}
-    tensors = {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    parts = ("input_layer.", "body.", "output_layer.")
+def leave(code):
+    """End the script with its exit code.
 
-    def below(prefix):
-        kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        return {k: v for k, v in kept.items() if k.startswith(parts)}
-
-    prefixes = ("model.", "", "module.", "net.", "module.model.", "model.module.")
-    state = max((below(prefix) for prefix in prefixes), key=len)
-    if not state:
-        keys = ", ".join(list(tensors)[:3]) or "no tensors"
-        raise InputError(f"{path}: no AdaFace network in it (found {keys}); expected keys like input_layer.0.weight")
-    return state
-
-
-@cache  # building the deep networks takes a second even without weights
-def _shapes(arch):
-    with torch.device("meta"):
-        return {key: tuple(value.shape) for key, value in build_model(arch).state_dict().items()}
-
-
-def _differences(expected, state):
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    surplus = [k for k in state if k not in expected]
-    reshaped = [k for k in expected if k in state and tuple(state[k].shape) != expected[k]]
-    return (
-        [f"missing {k}" for k in missing]
-        + [f"{k} is {tuple(state[k].shape)}, not {expected[k]}" for k in reshaped]
-        + [f"unexpected {k}" for k in surplus]
-    )
-
-
-def _closest_architecture(state, likely=None):
-    """(name, differences) of the architecture with the fewest differences to the tensors; `likely` is tried first."""
-    best = None
-    for arch in sorted(ARCHITECTURES, key=lambda name: name != likely):
-        differences = _differences(_shapes(arch), state)
-        if best is None or len(differences) < len(best[1]):
-            best = arch, differences
-        if not differences:
-            break
-    return best
+    Python's own end would not do under torchrun: gloo's threads outlive the process group, and one that lets go of a
+    tensor while Python shuts down aborts the process ("terminate called without an active exception").
+    """
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    sys.exit(code)

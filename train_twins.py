@@ -1,9 +1,9 @@
 """Fine-tune AdaFace on identical twins: align the photographs, then train with triplet loss.
 
-    python train_twins.py --id_to_images id_to_images.json --train_pairs train_twin_id_pairs.json \\
-      --pretrained pretrained/adaface_ir50_ms1mv2.ckpt                          # the full network
-    python train_twins.py ... --freeze_backbone --batching grouped              # only the embedding layer
-    python train_twins.py ... --skip_alignment --resume                         # go on after an interruption
+    python train_twins.py                                     # the full network
+    python train_twins.py --freeze_backbone                   # only the embedding layer
+    python train_twins.py --skip_alignment --resume           # go on after an interruption
+    torchrun --standalone --nproc_per_node=8 train_twins.py   # on eight GPUs of one machine
 
 Reads the photographs of twin pairs and a pretrained network; writes the best epoch to --output_dir, and logs and
 curves to --log_dir. `evaluate_twins.py` then measures the checkpoints on other twins.
@@ -16,37 +16,40 @@ backbone runs once per image for the whole run.
 import argparse
 import hashlib
 import math
-import os
 import platform
 import re
 import signal
-import sys
-import threading
 import time
-import warnings
-from contextlib import contextmanager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, nothing keeps two processes from one run
-    fcntl = None
+import cv2
+import numpy as np
+import PIL
+import torch
+import torchvision
 
-from align import (
-    InputError,
-    Parser,
-    add_alignment_arguments,
-    align_files,
-    answer_flags,
-    integer,
-    positive_int,
+import net
+from align import Parser, add_alignment_arguments, align_files, between, run_script
+from evaluate_twins import COLOURS, TwinEvaluator, compare, describe, plot_figure, plot_line
+from net import InputError, Processes, progress, to_input
+from triplet_dataset import (
+    GroupedSteps,
+    ShuffledSteps,
+    TwinTripletDataset,
+    load_people,
     read_id_to_images,
+    read_json,
     read_pairs,
-    run_script,
-    seed_number,
+    split_pairs,
     write_json,
 )
+from triplet_loss import DISTANCES, TripletLoss
+
+CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
+SAVE_MINUTES = 10  # between states to resume from
+
+# ---- settings -------------------------------------------------------------------------------------------------------
 
 
 def boolean(text):
@@ -59,20 +62,6 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
 
 
-def number(low, high, low_included=False, high_included=False):
-    """An argparse type: a finite float between low and high."""
-
-    def parse(text):
-        value = float(text)
-        if not (low < value < high or (low_included and value == low) or (high_included and value == high)):
-            least, most = "at least" if low_included else "above", "at most" if high_included else "below"
-            raise argparse.ArgumentTypeError(f"must be {least} {low} and {most} {high}")
-        return value
-
-    parse.__name__ = "number"
-    return parse
-
-
 def file_name(text):
     """An argparse type: a plain name for files and folders."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
@@ -81,140 +70,194 @@ def file_name(text):
 
 
 def parse_args(argv=None):
-    parser = Parser(
-        prog="train_twins.py", description="Fine-tune AdaFace to tell identical twins apart, with triplet loss."
-    )
+    description = "Fine-tune AdaFace to tell identical twins apart, with triplet loss."
+    parser = Parser(prog="train_twins.py", description=description)
+    count, seed, weight = between(int, 1, 10**9), between(int, 0, 2**32 - 1), between(float, 0, 1e6)
+
     group = parser.add_argument_group("data and stage 1, alignment")
-    add = group.add_argument
-    add("--id_to_images", metavar="FILE", help='JSON {"ID": ["photograph", ...]}; not read with --skip_alignment')
-    add("--train_pairs", required=True, metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]')
-    add("--aligned_folder", default="train_aligned_images", metavar="DIR", help="training crops (default %(default)s)")
-    text = "list of the crops, which stage 1 writes and stage 2 reads (default %(default)s)"
-    add("--aligned_json", default="id_to_train_aligned_images.json", metavar="FILE", help=text)
-    add("--skip_alignment", action="store_true", help="stage 2 alone, on the crops of --aligned_json")
-    add_alignment_arguments(group)
+    group.add_argument("--train_pairs", default="train_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
+    add_alignment_arguments(group, "train")
 
     add = parser.add_argument_group("what is trained").add_argument
-    text = "network: ir_18, ir_34, ir_50 (default), ir_101, ir_152, ir_200, ir_se_50, ir_se_101, ir_se_152, ir_se_200"
-    add("--arch", default="ir_50", metavar="NAME", help=text)
-    text = "weights to start from (default %(default)s); none: random weights"
-    add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", metavar="FILE", help=text)
-    text = "train only the embedding layer (default False; bare means True)"
-    add("--freeze_backbone", type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
-    text = "share of each training pair's triplets, 1..100 (default 100)"
-    add("--train_percentage", type=integer(1, 100), default=100, metavar="P", help=text)
-    text = "share of the pairs to validate on, as whole families (default 0.15; 0: none)"
-    add("--validation_split", type=number(0, 1, True), default=0.15, metavar="SHARE", help=text)
+    add("--arch", default="ir_50", help=f"network: {', '.join(net.ARCHITECTURES)}")
+    add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
+    bare = {"type": boolean, "nargs": "?", "const": True}
+    add("--freeze_backbone", **bare, default=False, help="train only the embedding layer; bare means True")
+    add("--train_percentage", type=between(int, 1, 100), default=100, help="share of each training pair's triplets")
+    add("--validation_split", type=between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
 
     add = parser.add_argument_group("how it is trained").add_argument
-    add("--margin", type=number(0, 2), default=0.3, metavar="D", help="triplet margin, a distance (default 0.3)")
-    text = "1 - cos, or euclidean between unit vectors (default cosine)"
-    add("--distance", choices=("cosine", "euclidean"), default="cosine", help=text)
-    text = "shuffled (default): random triplets; grouped: all sampled triplets among the images of a step"
-    add("--batching", choices=("shuffled", "grouped"), default="shuffled", help=text)
-    add("--batch_size", type=positive_int, metavar="N", help="shuffled: triplets per step (default 16)")
-    add("--images_per_batch", type=positive_int, metavar="N", help="grouped: images per step (default 96)")
-    add("--epochs", type=positive_int, default=20, metavar="N", help="epochs at most (default 20)")
-    text = "cosine: rises over the first tenth of --epochs, then falls to zero; constant (default cosine)"
+    add("--margin", type=between(float, 1e-6, 2), default=0.3, help="of the triplet loss, a distance")
+    add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
+    add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
+    add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
+    add("--epochs", type=count, default=20, help="epochs at most")
+    text = "share of the loss that compares each distance to a positive with those to all twins of the step"
+    add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help=f"{text}; 0: the triplet loss")
+    text = "weight of the mean cosine distance of a step's embeddings to those before training"
+    add("--drift_weight", type=weight, default=3.0, help=text)
+    add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
+    text = "the rate rises over the first tenth and falls to zero by the last epoch, or stays"
     add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
-    text = "weight of the mean cosine distance of each embedding to what it was before training (default 3; 0: off)"
-    add("--keep", type=number(0, 1e6, True), default=3.0, metavar="WEIGHT", help=text)
-    text = "share of the loss that compares each distance to a positive with those to all twins of the step, as one"
-    text += " threshold does, the rest with its own triplet's alone (default 1; 0: the triplet loss)"
-    add("--across", type=number(0, 1, True, True), default=1.0, metavar="SHARE", help=text)
-    text = "of AdamW (default 1e-4; plain triplets at 1e-3, the frozen plan, told unseen people apart worse)"
-    add("--learning_rate", type=number(0, 1e6), default=1e-4, metavar="RATE", help=text)
-    text = "decoupled; not on BatchNorm, PReLU and biases (default 1e-4)"
-    add("--weight_decay", type=number(0, 1e6, True), default=1e-4, metavar="DECAY", help=text)
-    text = "the best epoch has the lowest loss or EER, or the highest AUC of twins (default val_loss)"
-    add("--monitor", choices=("val_loss", "val_eer", "val_auc"), default="val_loss", help=text)
-    text = "stop after N epochs in a row without a new best (default 5)"
-    add("--patience", type=positive_int, default=5, metavar="N", help=text)
-    text = (
-        "of training steps (default auto: bf16 or fp16 on CUDA, fp32 on a CPU); epoch 0 and validation are always fp32"
-    )
+    add("--weight_decay", type=weight, default=1e-4, help="decoupled; not on BatchNorm, PReLU and biases")
+    text = "what the best epoch is best by on the validation twins"
+    add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help=text)
+    add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
+    text = "of training steps (auto: bf16 or fp16 on CUDA, fp32 on a CPU); all figures are fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
-    text = "torch.compile the training step: minutes at the start, for long runs (default off)"
-    add("--compile", action="store_true", help=text)
-    add("--seed", type=seed_number, default=42, help="of the split, the sampled triplets and their order (default 42)")
+    add("--seed", type=seed, default=42, help="of the sampled triplets, their order and random weights")
+    add("--split_seed", type=seed, default=42, help="of who is validated on")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="models", metavar="DIR", help="best epoch's checkpoint (default %(default)s)")
-    text = "its folder <run name>/ gets logs, curves and last.pth (default %(default)s)"
-    add("--log_dir", default="training_logs", metavar="DIR", help=text)
-    add("--run_name", type=file_name, metavar="NAME", help="name of the run (default like full_100pct_margin0.3)")
-    text = "also save the state to resume from every so many minutes within an epoch (default 10)"
-    add("--save_every", type=number(0, 1e6), default=10.0, metavar="MINUTES", help=text)
-    text = "do not keep decoded crops and, with a frozen backbone, its features on the disk beside --aligned_json"
-    add("--no_cache", action="store_true", help=text)
+    add("--output_dir", default="models", help="where the best epoch's checkpoint goes")
+    add("--log_dir", default="training_logs", help="its folder <run name>/ gets logs, curves and last.pth")
+    add("--run_name", type=file_name, help="name of the run, by default like full_100pct_margin0.3")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
     add("--overwrite", action="store_true", help="replace the run of this name")
-    args = parser.parse_args(argv)
-    if not args.skip_alignment and not args.id_to_images:
-        parser.error("--id_to_images is needed unless --skip_alignment is given")
-    if args.batching == "grouped" and args.batch_size:
-        parser.error("--batch_size is of shuffled batching; with --batching grouped give --images_per_batch")
-    if args.batching == "shuffled" and args.images_per_batch:
-        parser.error("--images_per_batch is of --batching grouped; shuffled batching has --batch_size")
-    args.batch_size = args.batch_size or 16
-    args.images_per_batch = args.images_per_batch or 96
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    return args
+    return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
-    answer_flags("train_twins.py", parse_args)
+# ---- the state of a run ---------------------------------------------------------------------------------------------
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
-from evaluate_twins import COLOURS, TwinEvaluator, differences, new_figure, save_figure, verdict
-from net import Ranks, build_model, load_checkpoint, plain, read_checkpoint, save_checkpoint, to_input
-from triplet_dataset import (
-    TwinTripletDataset,
-    load_crops,
-    map_array,
-    new_array,
-    read_checked_pairs,
-    split_pairs,
-    usable_pairs,
-)
-from triplet_loss import TripletLoss
-
-# Entries of config.json in which a resumed run may differ: how long, where, and how the crops came about.
-CHANGEABLE = {"epochs", "patience", "device", "max_workers", "resume", "overwrite", "realign", "skip_alignment"}
-CHANGEABLE |= {"id_to_images", "landmarks", "aligned_folder", "precision", "used_device", "device_name", "versions"}
-CHANGEABLE |= {"save_every", "no_cache", "compile", "processes"}
-CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
+# What a resumed run must share with its beginning; the rest is how long, where, and how the crops came about.
+RECIPE = ("arch", "pretrained", "freeze_backbone", "train_percentage", "validation_split", "margin", "distance")
+RECIPE += ("images_per_batch", "batch_size", "quadruplet_weight", "drift_weight", "learning_rate", "schedule")
+RECIPE += ("weight_decay", "monitor", "seed", "split_seed", "crops_sha256")
 
 
-# ---- parts of training ------------------------------------------------------------------------------
+class Run:
+    """One run: its folder, its log, its best epoch, and when it is over. Knows no network.
 
-
-def set_batchnorm_statistics(model, crops, device, batch_size=32, rows=None):
-    """Give a network without pretrained weights the BatchNorm statistics of its training crops, by one pass.
-
-    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2; rows:
-    (K,) int64, those to take, by default all.
+    `log`: the content of training_log.json; `state`: what last.pth holds for --resume, or None; `finished`: whether
+    nothing is left to do. Raises InputError for what would spoil an earlier run, before anything of it is touched.
     """
-    rows = torch.arange(len(crops)) if rows is None else rows
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
-        norm.train()
-    with torch.no_grad():
-        for part in rows.tensor_split(math.ceil(len(rows) / batch_size)):
-            model(to_input(crops[part].to(device)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+
+    def __init__(self, args):
+        mode = "frozen" if args.freeze_backbone else "full"
+        self.args, self.name = args, args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
+        self.folder = Path(args.log_dir) / self.name
+        self.last, log_file = self.folder / "last.pth", self.folder / "training_log.json"
+        self.log = {"config": {}, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
+        self.prefix, self.state = f"twin_tuned_{args.arch.replace('_', '')}_{self.name}_epoch", None
+        if args.resume and self.last.is_file():
+            self.state = net.read_checkpoint(self.last)
+            self.log = self.state.pop("log")
+        elif args.resume and log_file.is_file():
+            log = read_json(log_file, "a training log")
+            self.log = log if log["stopped"] else self.log  # else it was killed before its first state: begin again
+        elif not args.overwrite and (log_file.is_file() or self.checkpoints()):
+            raise InputError(
+                f"{self.folder}: a run of this name is there; --resume goes on with it, --overwrite replaces it, "
+                "--run_name NAME starts another"
+            )
+        self.finished = self.log["stopped"] is not None and self.state is None
+        self.check_same(vars(args))
+        if args.pretrained != "none" and not Path(args.pretrained).is_file():
+            raise InputError(
+                f"{args.pretrained}: no such file; download AdaFace's weights (README, 'Weights') or give "
+                "--pretrained FILE, or --pretrained none to start from random weights"
+            )
+
+    def check_same(self, settings):
+        """Refuse to go on with other settings or data than the run began with."""
+        before = self.log["config"]
+        keys = [key for key in RECIPE if key in settings and key in before and before[key] != settings[key]]
+        if keys:
+            differing = "; ".join(f"{key} was {str(before[key])[:60]}, is {str(settings[key])[:60]}" for key in keys)
+            raise InputError(
+                f"{self.folder}: cannot resume with other settings or data: {differing}; "
+                "use the first ones, or --run_name for another run"
+            )
+
+    def start(self, config):
+        """Take over the settings and write config.json."""
+        self.check_same(config)
+        self.log["config"] = config
+        if self.state is None:
+            self.last.unlink(missing_ok=True)  # of a replaced run, with which --resume could go on
+        write_json(self.folder / "config.json", config)
+
+    def append(self, entry):
+        """Log an epoch; returns whether it is the best: the first with the best figure, the last without figures."""
+        self.log["epochs"].append(entry)
+        epoch, key = entry["epoch"], self.args.monitor
+        if epoch == 0:
+            return False
+        values = [e[key] for e in self.log["epochs"][1:]]
+        best = epoch if entry[key] is None else 1 + values.index((max if key == "val_auc" else min)(values))
+        self.log["best_epoch"] = best
+        self.log["best_checkpoint"] = str(Path(self.args.output_dir) / f"{self.prefix}{best}.pth")
+        if epoch >= self.args.epochs:
+            self.log["stopped"] = "epochs"
+        elif epoch - best >= self.args.patience:
+            self.log["stopped"] = "patience"
+        return best == epoch
+
+    def checkpoints(self):
+        """The checkpoints of best epochs that this run has written."""
+        paths = Path(self.args.output_dir).glob(f"{self.prefix}*.pth")
+        return [path for path in paths if path.stem.removeprefix(self.prefix).isdigit()]
+
+    def delete_superseded(self):
+        """Delete this run's checkpoints but the best; to be called when what replaces them is saved."""
+        for path in self.checkpoints():
+            if str(path) != self.log["best_checkpoint"]:
+                path.unlink()
+
+
+@contextmanager
+def postponed_interrupt():
+    """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- parts of training ----------------------------------------------------------------------------------------------
+
+
+class TrainingData:
+    """The training crops, decoded once, and what a frozen backbone makes of them; all runs of a call can share it.
+
+    `crops`: the Crops; `id_to_images` {ID: [path, ...]}, each image once; `pairs` [(ID, ID), ...].
+    """
+
+    def __init__(self, args, processes):
+        self.aligned_json, self.processes = args.aligned_json, processes
+        mapping = read_id_to_images(args.aligned_json)
+        self.pairs, self.warnings = read_pairs(args.train_pairs, mapping)
+        self.crops, self.id_to_images, warnings = load_people(mapping, self.pairs)
+        self.warnings += warnings
+        self.sha256 = hashlib.sha256("".join(self.crops.sha256).encode()).hexdigest()
+
+    def features(self, model, device):
+        """Backbone.features (N, C, 7, 7) float32 of all crops, each passed once, kept in a file for later runs.
+
+        The file lies beside --aligned_json and may be deleted; its name tells the crops and the backbone.
+        """
+        key = hashlib.sha256(f"{self.sha256} {net.backbone_sha256(model)}".encode()).hexdigest()[:16]
+        path, pixels = Path(f"{self.aligned_json}.features-{key}.npy"), self.crops.pixels
+        if path.exists():
+            return torch.from_numpy(np.load(path))
+        own = pixels[self.processes.share(len(pixels))].split(net.chunk_size(device))
+        with torch.no_grad():
+            bar = progress(own, "backbone, once per image", "batch", disable=self.processes.rank > 0)
+            features = torch.cat([model.features(to_input(few.to(device))).contiguous().cpu() for few in bar])
+        features = self.processes.gather(features, len(pixels))
+        if self.processes.rank == 0:
+            with net.replacing(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, features.numpy())
+        return features
 
 
 def make_optimizer(model, learning_rate, weight_decay):
@@ -240,727 +283,333 @@ def rate_factor(progress, schedule):
     return min(progress / 0.1, (1 + math.cos(math.pi * max(0.0, (progress - 0.1) / 0.9))) / 2)
 
 
-def installed(package):
-    """The version of an installed package, or None: OpenCV, for one, comes under several names."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def mean_statistics(criterion, dataset, embeddings):
+    """{name: mean over all sampled triplets} of TripletLoss.STATISTICS; embeddings (N, 512) of the set's images."""
+    total = 0
+    for rows, triplets in dataset.by_pair():
+        rows, triplets = (torch.from_numpy(x).to(embeddings.device) for x in (rows, triplets))
+        values = criterion.statistics(*criterion.distances(embeddings[rows], triplets))
+        total = total + values.double() * len(triplets)
+    return dict(zip(criterion.STATISTICS, (total / len(dataset)).tolist(), strict=True))
 
 
-def digest(tensors):
-    """SHA-256 of tensors' bytes, in hexadecimal; a memory map is read piece by piece."""
-    result = hashlib.sha256()
-    for tensor in tensors:
-        for piece in tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1).split(1024):
-            result.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
-    return result.hexdigest()
-
-
-def backbone_features(model, crops, device, ranks, path=None):
-    """Backbone.features (N, C, 7, 7) float16 of all crops (N, 112, 112, 3); each crop passes once.
-
-    path: a .npy file that is made if it is not there and then memory-mapped; None: in memory.
-    Half precision halves the file, and moves a cosine of two embeddings by less than 1e-3.
-    Raises InputError when a feature is beyond half precision (65504): no trained network comes near.
-    """
-    shape = (len(crops), model.output_layer[0].num_features, 7, 7)
-
-    def parts():
-        own = range(len(crops))[ranks.share(len(crops))]
-        text = "backbone, once per image"
-        for start in tqdm(own[::32], text, unit="batch", leave=False, disable=None if ranks.rank == 0 else True):
-            few = slice(start, min(start + 32, own.stop))
-            with torch.no_grad():
-                features = _in_parts(lambda x: model.features(to_input(x)), crops[few].to(device)).half().cpu()
-            if not torch.isfinite(features).all():
-                raise InputError("the backbone's features are beyond half precision; is the checkpoint damaged?")
-            yield few, features
-
-    if path is None:
-        own = [torch.empty(0, *shape[1:], dtype=torch.float16), *(features for _, features in parts())]
-        return ranks.gather(torch.cat(own))
-    if not any(ranks.collect(os.path.exists(path))):
-        with new_array(path, np.float16, shape) if ranks.rank == 0 else nullcontext() as array:
-            (name, *_) = ranks.collect(array.filename if ranks.rank == 0 else None)
-            array = np.load(name, mmap_mode="r+") if array is None else array
-            for rows, features in parts():
-                array[rows] = features.numpy()
-            array.flush()
-            ranks.collect(None)
-    ranks.collect(None)
-    return map_array(path, np.float16, shape)
-
-
-def _in_parts(function, images):
-    """function(images); on a CPU a few at a time, whose activations stay in its cache and in memory it already has."""
-    return torch.cat([function(few) for few in images.split(8)]) if images.device.type == "cpu" else function(images)
-
-
-class TrainedPart(nn.Module):
-    """What training runs and changes: the whole network or, if `frozen`, its embedding layer (`output_layer`) alone.
-
-    The other parameters no longer require gradients. `forward`: uint8 crops (N, 112, 112, 3), or if `frozen` their
-    backbone_features (N, C, 7, 7) -> embeddings (N, 512) float32.
-    """
-
-    def __init__(self, model, frozen):
-        super().__init__()
-        self.model, self.frozen = model, frozen
-        model.requires_grad_(not frozen)
-        model.output_layer.requires_grad_(True)
-
-    def forward(self, data):
-        if self.frozen:
-            return self.model.head(data.float())[0]
-        return _in_parts(lambda few: self.model(to_input(few))[0], data)
-
-
-class Images:
-    """Crops or features of all images (N, ...), where training can reach them fast, and their embeddings."""
-
-    def __init__(self, data, part, device, ranks):
-        self.part, self.device, self.ranks = part, device, ranks
-        # What takes less than half of the GPU's free memory goes there; the rest stays where it is.
-        fits = device.type == "cuda" and data.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-        self.data = data.to(device) if fits else data
-
-    def take(self, rows):
-        """The data of the images `rows` (K,) int64 on the device."""
-        rows = torch.from_numpy(rows)
-        if self.data.device.type == self.device.type:
-            return self.data[rows.to(self.device, non_blocking=True)]
-        return self.data[rows].pin_memory().to(self.device, non_blocking=True)
-
-    def embed(self, rows):
-        """Embeddings (K, 512) of the images `rows` (K,) in float32, without gradients; the processes share the work."""
-        own = rows[self.ranks.share(len(rows))]
-        with torch.no_grad():
-            parts = [self.part(self.take(own[i : i + 256])) for i in range(0, len(own), 256)]
-        return self.ranks.gather(torch.cat(parts or [torch.empty(0, 512, device=self.device)]))
-
-
-@contextmanager
-def postponed_interrupt():
-    """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
-    asked = []
-
-    def note(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
-        yield asked
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ---- the trainer ------------------------------------------------------------------------------------
+# ---- the trainer ----------------------------------------------------------------------------------------------------
 
 
 class TwinTrainer:
-    """Runs the two stages with the settings of `parse_args`; every flag is an attribute of `args`.
+    """Runs the two stages with the settings of `parse_args`.
 
         trainer = TwinTrainer(parse_args([...]))   # refuses what would spoil an earlier run
         trainer.align()      # photographs -> crops and --aligned_json; skipped by --skip_alignment
         trainer.train()      # crops -> checkpoint, logs, curves; returns the content of training_log.json
 
-    Raises InputError for wrong input, before anything of an earlier run is touched.
+    `data`: the TrainingData of an earlier trainer with the same crops. Raises InputError for wrong input, before
+    anything of an earlier run is touched.
     """
 
-    def __init__(self, args):
-        self.args = args
-        self.ranks = Ranks()
-        self.first = self.ranks.rank == 0  # writes and prints
-        mode = "frozen" if args.freeze_backbone else "full"
-        self.run_name = args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
-        self.log_dir = Path(args.log_dir) / self.run_name
-        self.device = self.ranks.pick_device(args.device)
-        self.saved = self._earlier_run()
-        # A run goes on in the precision that it began with, wherever.
-        go_on = self.saved and args.precision == "auto"
-        self.precision = self._choose_precision(self.saved["config"]["used_precision"] if go_on else args.precision)
+    def __init__(self, args, data=None):
+        self.args, self.data = args, data
+        self.processes = data.processes if data else Processes(args.device)
+        self.device, self.first = self.processes.device, self.processes.rank == 0
+        self.run = Run(args)
+        self.precision = self.choose_precision()
         self.criterion = TripletLoss(args.margin, args.distance)
-        self.drawn = -math.inf  # when the curves were last drawn
-        self.start_metrics = None  # of the validation people, with bootstrap samples
 
-    def _choose_precision(self, name):
-        cuda = self.device.type == "cuda"
+    def choose_precision(self):
+        """fp32, bf16 or fp16 of the training steps; a resumed run keeps the one that it began with where it can."""
+        name, cuda = self.args.precision, self.device.type == "cuda"
+        if name == "auto" and self.run.state:
+            name = self.run.log["config"]["used_precision"]
         if name == "auto":
-            if not cuda:
-                return "fp32"
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
         if name == "fp16" and not cuda:
-            raise InputError("--precision fp16 needs CUDA; use bf16 or fp32 on a CPU")
+            raise InputError("fp16 steps need CUDA; on a CPU say --precision fp32 or bf16")
         return name
 
-    def _say(self, text):
+    def say(self, text):
         if self.first:
             print(text, flush=True)
 
-    # ---- stage 1
-
     def align(self):
-        """Align the photographs of all training pairs and write --aligned_json."""
-        pairs = read_pairs(self.args.train_pairs)
-        align_files(self.args, pairs, self.ranks)
-
-    # ---- stage 2
+        """Stage 1: align the photographs of all training pairs and write --aligned_json."""
+        pairs, _ = read_pairs(self.args.train_pairs, read_id_to_images(self.args.id_to_images))
+        align_files(self.args, pairs, self.processes)
 
     def train(self):
-        """Fine-tune and write everything; returns the content of training_log.json."""
-        self._prepare_data()
-        self._prepare_model()
-        crops = self._load_crops()
-        # One process reads them all for it, and the disk serves one reader.
-        self.config = self._describe(self.ranks.collect(digest([crops]) if self.first else None)[0])
-        self.log = {"config": self.config, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
-        self.val_embeddings = {}  # at the start and in the best epoch
-        self.progress = {"epoch": 0, "step": 0, "sums": [0.0] * 5}  # where an epoch that is not over yet stands
-        with self._lock():
-            self.ranks.collect(None)
-            if self.saved:
-                self._check_same_run()
-                self._restore()
-            if self._stop_reason():
-                self._write_log()  # again: the run may have been interrupted between its last files
-                self._say(f"{self.run_name} is finished ({self.log['stopped']}); best: {self.log['best_checkpoint']}")
-                return self.log
-            self._write_start()
-            self._prepare_images(crops)
-            start = len(self.log["epochs"])
-            for epoch in range(start, self.args.epochs + 1):
-                with postponed_interrupt() if epoch else nullcontext([]) as asked:
-                    statistics, began = self._train_epoch(epoch, asked) if epoch else self._measure_start()
-                    self._finish_epoch(self._entry(epoch, statistics, began))
-                    self._save({"epoch": epoch + 1, "step": 0, "sums": [0.0] * 5})
-                    self._write_log()
-                if self._stop_reason():
-                    break
-                if any(self.ranks.collect(bool(asked))):  # after the last step that could be interrupted
+        """Stage 2: fine-tune and write everything; returns the content of training_log.json."""
+        run = self.run
+        if run.finished:
+            self.say(f"{run.name} is finished ({run.log['stopped']}); best: {run.log['best_checkpoint']}")
+            return run.log
+        self.load_data()
+        self.build_model()
+        for epoch in range(len(run.log["epochs"]), self.args.epochs + 1):
+            with postponed_interrupt() as self.interrupts:
+                self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
+                if self.processes.any(self.interrupts):  # also after the last step that could be interrupted
+                    self.save(epoch + 1)
                     raise KeyboardInterrupt
-            if self.first:
-                self._report()
-        return self.log
+            if run.log["stopped"]:
+                break
+        if self.first:
+            with postponed_interrupt():  # seconds from the end
+                self.conclude()
+        return run.log
 
-    def _earlier_run(self):
-        """last.pth of an earlier run of this name for --resume, else None; refuses what could not begin."""
-        args, last = self.args, self.log_dir / "last.pth"
-        if args.resume and last.is_file():
-            saved = read_checkpoint(last)
-            if not {"state_dict", "optimizer", "scaler", "log", "config", "progress"} <= saved.keys():
-                raise InputError(f"{last}: not the state of a run; --overwrite starts anew")
-            return saved
-        if not args.overwrite:
-            there = [path for path in (self.log_dir / "training_log.json", *self._checkpoints()) if path.exists()]
-            if there:
-                raise InputError(
-                    f"{there[0]}: a run of this name is there; --resume goes on with it, --overwrite replaces it, "
-                    f"--run_name NAME starts another{'; its last.pth is gone' if args.resume else ''}"
-                )
-        if args.pretrained != "none" and not Path(args.pretrained).is_file():
-            raise InputError(
-                f"{args.pretrained}: no such file; download AdaFace's weights (README, 'Weights') or give "
-                "--pretrained FILE, or --pretrained none to start from random weights"
-            )
-        return None
-
-    @contextmanager
-    def _lock(self):
-        """Refuse a second process on this run; the system lets go of the lock of a process that died."""
-        if not self.first or fcntl is None:
-            yield
-            return
-        self.log_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.log_dir / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                text = "another process works on this run; wait for it, or give this one a --run_name"
-                raise InputError(f"{self.log_dir}: {text}") from error
-            for folder in {self.log_dir, Path(self.args.output_dir)}:  # what a killed process left half written
-                for path in folder.glob(".*.*") if folder.is_dir() else ():
-                    ours = path.name.partition(".")[2].partition(".")
-                    if ours[0].isdigit() and (folder == self.log_dir or f"_{self.run_name}_epoch" in ours[2]):
-                        path.unlink(missing_ok=True)
-            yield
-
-    def _checkpoints(self):
-        """The best-epoch checkpoints of this run's name."""
-        folder = Path(self.args.output_dir)
-        prefix = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch"
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        return [folder / name for name in names if re.fullmatch(re.escape(prefix) + r"\d+\.pth", name)]
-
-    def _prepare_data(self):
-        args = self.args
-        images = read_id_to_images(args.aligned_json)
-        pairs, warnings = read_checked_pairs(args.train_pairs, images)
-        usable = usable_pairs(pairs, images)
-        if not usable:
-            raise InputError(f"{args.aligned_json}: no pair makes a triplet (one twin needs two crops, the other one)")
-        self.n_skipped = len(pairs) - len(usable)
+    def load_data(self):
+        """Crops, families, split and triplets."""
+        args, data = self.args, self.data or TrainingData(self.args, self.processes)
+        usable = TwinTripletDataset(data.id_to_images, data.pairs)  # without the pairs that make no triplet
+        train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=data.pairs)
+        self.train_set = TwinTripletDataset(data.id_to_images, train, args.train_percentage, args.seed)
+        self.val_set = TwinTripletDataset(data.id_to_images, val) if val else None
+        self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
+        self.data, self.n_skipped = data, usable.n_skipped
+        self.train_rows = torch.tensor([data.crops.row[path] for path in self.train_set.images.paths])
+        # A network that has died must not be saved: without validation, a few training images are looked at.
+        paths = self.val_set.images.paths if val else self.train_set.images.paths[:64]
+        self.val_rows = torch.tensor([data.crops.row[path] for path in paths])
+        for warning in data.warnings:
+            self.say(f"warning: {warning}")
         if self.n_skipped:
-            warnings.append(f"{self.n_skipped} of {len(pairs)} pairs have too few crops for a triplet; skipped")
-        train, val = split_pairs(usable, args.validation_split, args.seed, related=pairs)
+            self.say(f"warning: {self.n_skipped} of {len(data.pairs)} pairs have too few crops for a triplet; skipped")
         if not val:
-            warnings.append(
-                "no validation: all pairs are one family or --validation_split is 0; the last epoch is kept"
-            )
-        self.train_set = TwinTripletDataset(images, train, args.train_percentage, args.seed)
-        self.val_set = TwinTripletDataset(images, val, 100, args.seed) if val else None
-        if args.batching == "grouped":
-            self.train_set.grouped_epoch(1, args.images_per_batch)  # refuses a budget that is too small
-        for warning in dict.fromkeys(warnings + self.train_set.warnings):
-            self._say(f"warning: {warning}")
+            self.say("warning: no validation: one family only, or --validation_split 0; the last epoch is kept")
 
-    def _load_crops(self):
-        """The crops of all training and validation images, by path, so that other splits find them on the disk too."""
-        sets = [s for s in (self.train_set, self.val_set) if s]
-        paths = sorted(path for s in sets for path in s.images.paths)
-        row = {path: i for i, path in enumerate(paths)}
-        self.rows = [np.array([row[path] for path in s.images.paths]) for s in sets]
-        self.cache = None if self.args.no_cache else f"{self.args.aligned_json}."
-        if self.first or not self.cache:  # the first process makes the file for all
-            crops = load_crops(paths, self.cache)
-        self.ranks.collect(None)
-        return crops if self.first or not self.cache else load_crops(paths, self.cache)
-
-    def _prepare_model(self):
-        args = self.args
+    def build_model(self):
+        """The network, its optimizer and its images, new or as the run to resume left them."""
+        args, run, state = self.args, self.run, self.run.state
         torch.manual_seed(args.seed)
-        if self.saved:
-            self.model = load_checkpoint(self.log_dir / "last.pth", args.arch)
-        elif args.pretrained == "none":
-            self.model = build_model(args.arch)
+        if args.pretrained == "none" and not state:
+            self.model = net.build_model(args.arch).to(self.device)
+            net.set_batchnorm_statistics(self.model, self.data.crops.pixels[self.train_rows], self.device)
         else:
-            self.model = load_checkpoint(args.pretrained, args.arch)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.part = TrainedPart(self.model.eval(), args.freeze_backbone)
+            self.model = net.load_checkpoint(run.last if state else args.pretrained, args.arch)
+        self.model.to(self.device, memory_format=torch.channels_last).eval()
+        self.model.requires_grad_(not args.freeze_backbone)
+        self.model.output_layer.requires_grad_(True)
+        for p in self.model.parameters():  # a process without images in a step has gradients too: zeros
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.embeddings, self.progress = {}, {"epoch": 0}
+        run.start(self.describe_run())
+        if state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
+            self.progress, run.state = state["progress"], None  # it holds weights and Adam's moments
+        images = self.data.features(self.model, self.device) if args.freeze_backbone else self.data.crops.pixels
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            images = images.to(self.device) if images.nbytes < free / 2 else images.pin_memory()
+        self.images, self.saved_at = images, time.monotonic()
 
-    def _restore(self):
-        """Take over the saved run's state."""
-        self.optimizer.load_state_dict(self.saved["optimizer"])
-        self.scaler.load_state_dict(self.saved["scaler"])
-        self.log.update(self.saved["log"])
-        self.progress = self.saved["progress"]
-        self.start_embeddings = self.saved["start_embeddings"].to(self.device)
-        self.val_embeddings = {key: e.to(self.device) for key, e in self.saved["val_embeddings"].items()}
-
-    def _prepare_images(self, crops):
-        if self.args.pretrained == "none" and not self.log["epochs"]:
-            rows = torch.from_numpy(np.sort(self.rows[0]))
-            set_batchnorm_statistics(self.model, crops, self.device, rows=rows)
-        if self.args.freeze_backbone:
-            backbone = digest([t for k, t in self.model.state_dict().items() if not k.startswith("output_layer.")])
-            key = hashlib.sha256(f"{self.config['crops_sha256']} {backbone}".encode()).hexdigest()[:16]
-            path = f"{self.cache}features-{key}.npy" if self.cache else None
-            crops = backbone_features(self.model, crops, self.device, self.ranks, path)
-        self.images = Images(crops, self.part, self.device, self.ranks)
-        self.trained = torch.compile(self.part) if self.args.compile else self.part
-        if self.ranks.world > 1:  # no buffer changes, so none is broadcast
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a name that older PyTorch lacks
-                self.trained = DistributedDataParallel(self.trained, ids, broadcast_buffers=False)
-        if self.val_set:
-            images = {name: [] for name in self.val_set.images.ids}
-            for path, person in zip(self.val_set.images.paths, self.val_set.images.person, strict=True):
-                images[self.val_set.images.ids[person]].append(path)
-            self.evaluator = TwinEvaluator(images, self.val_set.pairs, self.device, seed=self.args.seed)
-        self.saved_at = time.monotonic()
-
-    def _describe(self, crops_sha256):
-        """The content of config.json."""
-        images, ids = self.train_set.touched()
-        packages = ("torch", "torchvision", "numpy", "opencv-python", "pillow", "face-alignment")
-        cuda = self.device.type == "cuda"
-        return {
-            **vars(self.args),
-            "run_name": self.run_name,
-            "n_train_pairs": len(self.train_set.pairs),
-            "n_val_pairs": len(self.val_set.pairs) if self.val_set else 0,
-            "n_skipped_pairs": self.n_skipped,
-            "n_train_triplets": len(self.train_set),
-            "n_possible_train_triplets": self.train_set.n_possible,
-            "n_val_triplets": len(self.val_set) if self.val_set else 0,
-            "n_train_images": len(self.train_set.images.paths),
-            "n_touched_images": images,
-            "n_touched_ids": ids,
-            "train_ids": self.train_set.images.ids,
-            "val_ids": self.val_set.images.ids if self.val_set else [],
-            "crops_sha256": crops_sha256,
-            "trainable_parameters": [name for name, p in self.model.named_parameters() if p.requires_grad],
-            "used_device": str(self.device),
-            "device_name": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
-            "used_precision": self.precision,
-            "processes": self.ranks.world,
-            "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
-        }
-
-    def _check_same_run(self):
-        """Refuse to resume with other settings or data than the run began with."""
-        config = plain(self.config)
-        before = self.saved["config"]
-        differing = [
-            f"{key} was {str(before.get(key))[:60]}, is {str(config[key])[:60]}"
-            for key in config
-            if key not in CHANGEABLE and before.get(key) != config[key]
-        ]
-        if differing:
-            raise InputError(
-                f"{self.log_dir}: cannot resume with other settings or data: {'; '.join(differing)}; "
-                "use the first ones, or --run_name for another run"
-            )
-
-    def _write_start(self):
-        config = self.config
-        if self.first:
-            if self.args.overwrite:
-                for name in ("last.pth", "training_log.json"):  # else --resume could go on with the replaced run
-                    (self.log_dir / name).unlink(missing_ok=True)
-            write_json(self.log_dir / "config.json", config)
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        n_val, n_train = config["n_val_pairs"], config["n_train_pairs"]
-        self._say(
-            f"{self.run_name}: {n_train} training and {n_val} validation pairs, {len(self.train_set)} of "
-            f"{self.train_set.n_possible} triplets, which touch {config['n_touched_images']} images of "
-            f"{config['n_touched_ids']} people; {self.args.arch} on {self.device}, {self.precision}"
+    def describe_run(self):
+        """The content of config.json; its first figures are also told."""
+        train, val, images = self.train_set, self.val_set, self.train_set.count_touched_images()
+        pairs, device = (len(train.pairs), len(val.pairs) if val else 0), self.device
+        self.say(
+            f"{self.run.name}: {pairs[0]} training and {pairs[1]} validation pairs, {len(train)} of {train.n_possible} "
+            f"triplets with {images} images; {self.model.arch} on {device}, {self.precision}"
         )
+        config = {**vars(self.args), "run_name": self.run.name, "used_precision": self.precision}
+        config |= {"n_train_pairs": pairs[0], "n_val_pairs": pairs[1], "n_skipped_pairs": self.n_skipped}
+        config |= {"n_train_triplets": len(train), "n_val_triplets": len(val) if val else 0}
+        config |= {"n_train_images": len(train.images.paths), "n_touched_images": images}
+        config |= {"train_ids": train.images.ids, "val_ids": val.images.ids if val else []}
+        config |= {"crops_sha256": self.data.sha256, "used_device": str(device), "processes": self.processes.world}
+        cuda = device.type == "cuda"
+        config["device_name"] = torch.cuda.get_device_name(device) if cuda else platform.processor()
+        config["trainable_parameters"] = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        config["versions"] = {m.__name__: str(m.__version__) for m in (torch, torchvision, np, cv2, PIL)}
+        return config
 
-    def _measure_start(self):
-        """(statistics, time of beginning) of epoch 0: the network before training, on the training triplets."""
-        began = time.perf_counter()
-        self.start_embeddings = self.images.embed(self.rows[0])
-        return self.criterion.over(self.train_set, self.start_embeddings), began
+    def embed(self, rows):
+        """Embeddings (K, 512) float32 of the images `rows` (K,) of the crops; the processes share the work."""
+        frozen, parts = self.args.freeze_backbone, [torch.empty((0, 512), device=self.device)]
+        size = 256 if frozen else net.chunk_size(self.device)
+        for few in rows[self.processes.share(len(rows))].split(size):
+            images = self.images[few.to(self.images.device)].to(self.device, non_blocking=True)
+            parts.append(self.model.head(images)[0] if frozen else self.model(to_input(images))[0])
+        return self.processes.gather(torch.cat(parts), len(rows))
 
-    def _steps(self, epoch, start):
-        """(number of steps of an epoch, iterator from step `start` on over (triplets (K, 3), count)).
+    def measure_start(self):
+        """Epoch 0, the network before training: the mean statistics of the training triplets."""
+        self.began = time.perf_counter()
+        with torch.no_grad():
+            self.embeddings["start"] = self.embed(self.train_rows)
+        return mean_statistics(self.criterion, self.train_set, self.embeddings["start"])
 
-        The triplets are this process's, and `count` is what all processes' losses of the step are divided by: its
-        triplets, or in grouped batching the epoch's mean, so that a large family keeps its weight.
+    def train_epoch(self, epoch):
+        """One pass over the epoch's steps; returns the means of their statistics.
+
+        When an interruption is asked for, or when it is time, the state is saved within the epoch.
         """
-        rank, world, size = self.ranks.rank, self.ranks.world, self.args.batch_size
-        if self.args.batching == "shuffled":
-            batches = self.train_set.epoch(epoch, size, start)
-            return math.ceil(len(self.train_set) / size), ((batch[rank::world], len(batch)) for batch in batches)
-        steps = self.train_set.grouped_epoch(epoch, self.args.images_per_batch)
+        args, self.began = self.args, time.perf_counter()
+        if args.batch_size:
+            steps = ShuffledSteps(self.train_set, epoch, args.batch_size)
+        else:
+            steps = GroupedSteps(self.train_set, epoch, args.images_per_batch)
+        within = self.progress["epoch"] == epoch  # after an interruption
+        start, sums = (self.progress["step"], self.progress["sums"]) if within else (0, [0.0] * 5)
+        sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        for i in progress(range(start, len(steps)), f"epoch {epoch}", "step", disable=not self.first):
+            factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / args.epochs, args.schedule)
+            for group in self.optimizer.param_groups:
+                group["lr"] = args.learning_rate * factor
+            sums += self.step(steps[i])  # no wait for the device here
+            last = i + 1 == len(steps)
+            stop = self.processes.any(self.interrupts) and not last
+            save = stop or (self.processes.any(self.save_is_due()) and not last)
+            if (i + 1) % CHECK_EVERY == 0 or last or save:
+                self.check_finite(sums, f"epoch {epoch}, step {i + 1}")
+            if save:
+                self.save(epoch, i + 1, sums.tolist())
+            if stop:
+                raise KeyboardInterrupt
+        means = (sums / max(1, len(steps))).tolist()
+        return {**dict(zip(self.criterion.STATISTICS, means, strict=True)), "steps": len(steps)}
 
-        def groups():
-            for blocks in steps[start:]:
-                load, own = [0] * world, [np.empty((0, 3), np.int64)]
-                for block in sorted(blocks, key=lambda block: -block.size):  # the largest first, to the least busy
-                    least = load.index(min(load))
-                    load[least] += block.size
-                    if least == rank:
-                        own.append(self.train_set.block_triplets(block))
-                yield np.concatenate(own), len(self.train_set) / len(steps)
-
-        return len(steps), groups()
-
-    def _train_epoch(self, epoch, asked):
-        """Visit every sampled triplet once; returns (statistics, time of beginning).
-
-        When `asked` is no longer empty, or when it is time, the state is saved within the epoch.
-        """
-        began = time.perf_counter()
-        start = self.progress["step"] if self.progress["epoch"] == epoch else 0
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        if start and self.first:
-            sums += torch.tensor(self.progress["sums"], dtype=torch.float64, device=self.device)
-        n_steps, steps = self._steps(epoch, start)
-        watched = []  # the statistics and images of the last steps
-        agree, before, asked_at = start, start, time.monotonic()  # several processes agree on a step to stop at
-        silent = None if self.first else True
-        bar = tqdm(steps, f"epoch {epoch}", n_steps, initial=start, unit="step", leave=False, disable=silent)
-        for step, (triplets, count) in enumerate(bar, start):
-            factor = rate_factor((epoch - 1 + (step + 0.5) / n_steps) / self.args.epochs, self.args.schedule)
-            rows, statistics = self._step(triplets, count, self.args.learning_rate * factor)
-            sums += statistics * len(triplets)  # no wait for the device here
-            watched.append((step, rows, statistics))
-            last = step + 1 == n_steps
-            if len(watched) == CHECK_EVERY or last:
-                self._watch(epoch, watched, bar)
-                watched = []
-            if last or (self.ranks.world > 1 and step < agree):
-                continue
-            due = time.monotonic() - self.saved_at > 60 * self.args.save_every
-            if asked or due or self.ranks.world > 1:
-                votes = self.ranks.collect((bool(asked), due, time.monotonic() - asked_at))
-                stop, due, seconds = (max(values) for values in zip(*votes, strict=True))
-                # Again in about two seconds: whoever asks to stop kills what has not stopped soon.
-                agree = step + max(1, min(CHECK_EVERY, int(2 * (step + 1 - before) / max(seconds, 1e-9))))
-                before, asked_at = step + 1, time.monotonic()
-                if stop or due:
-                    if watched:
-                        self._watch(epoch, watched, bar)  # nothing broken is saved
-                    totals = self.ranks.sum(sums).tolist()
-                    self._save({"epoch": epoch, "step": step + 1, "sums": totals})
-                if stop:
-                    raise KeyboardInterrupt
-        means = (self.ranks.sum(sums) / len(self.train_set)).tolist()
-        return dict(zip(self.criterion.STATISTICS, means, strict=True)), began
-
-    def _step(self, triplets, count, learning_rate):
-        """One optimizer step on this process's (K, 3) triplets, each distinct image embedded once.
-
-        Returns the images (rows of the training set) and the statistics of the triplets, (5,) float64 on the device.
-        """
-        rows, inverse = np.unique(triplets, return_inverse=True)
-        if len(rows) == 0:
-            rows = np.zeros(1, np.int64)  # a process without triplets takes part in the step too
-        index = torch.from_numpy(inverse.reshape(-1, 3)).to(self.device, non_blocking=True)
+    def step(self, triplets):
+        """One optimizer step on (T, 3) triplets, each distinct image embedded once; returns their statistics, (5,)."""
+        args, criterion = self.args, self.criterion
+        rows, index = np.unique(triplets, return_inverse=True)
+        rows = torch.from_numpy(rows)
+        index = torch.from_numpy(index.reshape(-1, 3)).to(self.device, non_blocking=True)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            embeddings = self.trained(self.images.take(self.rows[0][rows]))
-        distances = self.criterion.distances(embeddings, index)
-        across = self.args.across
-        loss = (1 - across) * self.criterion.loss(*distances, count)
-        if across:
-            everyone = self.ranks.gather(torch.stack(distances, 1).detach()).unbind(1)
-            loss = loss + across * self.criterion.across(*distances, count, *everyone)
-        if self.args.keep:
-            # Per triplet, as the loss is, so that any number of processes computes the same.
-            before = self.start_embeddings[torch.from_numpy(rows).to(self.device)]
-            drift = (1 - (embeddings * before).sum(1))[index].mean(1).sum()
-            loss = loss + self.args.keep / count * drift
-        # DistributedDataParallel takes the mean of the processes' gradients; wanted is that of the sum of all losses.
-        loss = loss * self.ranks.world
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
+            embeddings = self.embed(self.train_rows[rows])
+        before = self.embeddings["start"][rows.to(self.device, non_blocking=True)]
+        positive, negative = criterion.distances(embeddings, index)
+        loss = (1 - args.quadruplet_weight) * criterion.loss(positive, negative)
+        loss = loss + args.quadruplet_weight * criterion.quadruplet_loss(positive, negative)
+        loss = loss + args.drift_weight * (1 - (embeddings * before).sum(1)).mean()
+        self.optimizer.zero_grad(set_to_none=False)
         self.scaler.scale(loss).backward()
+        self.processes.sum_([p.grad for p in self.model.parameters() if p.requires_grad])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if len(triplets) == 0:
-            return rows, torch.zeros(5, dtype=torch.float64, device=self.device)
-        return rows, torch.stack(list(self.criterion.statistics(*distances).values())).double()
+        return criterion.statistics(positive, negative).double()
 
-    def _watch(self, epoch, watched, bar):
-        """Stop the run when the last steps' loss was not finite, or when all embeddings have fallen together."""
-        values = torch.stack([statistics for _, _, statistics in watched]).cpu()
-        bar.set_postfix(loss=f"{float(values[-1, 0]):.4f}", refresh=False)
-        where = f"{self.run_name}, epoch {epoch}"
-        state = f"{self.log_dir / 'last.pth'} holds the last good state"
-        broken = [
-            (step, [self.train_set.images.paths[row] for row in rows])
-            for (step, rows, _), finite in zip(watched, torch.isfinite(values).all(1).tolist(), strict=True)
-            if not finite
-        ]
-        # One process meets it first; the next step has spread it to all.
-        broken = [first for own in self.ranks.collect(broken[:1]) for first in own]
-        if broken:
-            step, paths = min(broken)
-            raise InputError(
-                f"{where}, step {step + 1}: the loss is not finite, on images {', '.join(paths[:5])} "
-                f"{f'and {len(paths) - 5} more' if len(paths) > 5 else ''}; {state}; "
-                "start again with a lower --learning_rate or --precision fp32"
-            )
-        if not all(torch.isfinite(p).all() for p in self.part.parameters() if p.requires_grad):
-            raise InputError(  # the last step's loss was of the weights before it
-                f"{where}, step {watched[-1][0] + 1}: the weights are not finite any more; {state}; "
-                "start again with a lower --learning_rate or --precision fp32"
-            )
-        margin = self.criterion.margin
-        loss, positive, negative = (self.ranks.sum(values[:, :3].mean(0)) / self.ranks.world).tolist()
-        if max(positive, negative) < 0.01 * margin and abs(loss - margin) <= 0.01 * margin:
-            raise InputError(
-                f"{where}: the embeddings have collapsed: all distances are near zero and the loss sits at the margin "
-                f"({loss:.4f}); {state}; start again with a lower --learning_rate"
-            )
+    def check_finite(self, sums, where):
+        """Stop the run when the loss or a weight is not finite any more: one wait for the GPU."""
+        weights = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
+        if not bool(torch.stack([sums.isfinite().all(), *weights]).all()):
+            self.give_up(f"{where}: the loss or the weights are not finite")
 
-    def _entry(self, epoch, statistics, began):
-        """Validate and make an epoch's log entry."""
-        trained = time.perf_counter()
-        entry = {"epoch": epoch, "train_loss": statistics["loss"]}
-        entry |= {"val_loss": None, "val_eer": None, "val_auc": None, "val_general_auc": None}
-        entry |= {name: value for name, value in statistics.items() if name != "loss"}
-        self.embeddings = embeddings = self.images.embed(self.rows[1]) if self.val_set else None
-        if self.val_set and self.first:
-            validation = self.criterion.over(self.val_set, embeddings)
-            figures = self.evaluator.figures(self.evaluator.compare(embeddings))
-            entry |= {"val_loss": validation["loss"], "val_eer": figures["eer"], "val_auc": figures["auc"]}
-            entry["val_general_auc"] = figures["general_auc"]
-            entry["loss_gap"] = validation["loss"] - statistics["loss"]
-            entry["val_active_triplets"] = validation["active_triplets"]
-            entry["val_violated_triplets"] = validation["violated_triplets"]
-            entry["val_spread"] = 1 - float(embeddings.mean(0).square().sum())  # mean cosine distance of all images
-        if not all(math.isfinite(value) for value in entry.values() if value is not None):
-            raise InputError(
-                f"{self.run_name}: a figure of epoch {epoch} is not finite; last.pth holds the epoch before; "
-                "start again with a lower --learning_rate or --precision fp32"
-            )
-        seconds = time.perf_counter() - began
-        entry["timing"] = {"seconds": seconds, "validation_seconds": time.perf_counter() - trained}
-        return self.ranks.collect(entry)[0]  # all go on with the same figures, so that all stop at the same epoch
+    def give_up(self, reason):
+        state = f"{self.run.last} holds the last good state" if self.run.last.is_file() else "no state was saved"
+        rate = f"start again with a --learning_rate below {self.args.learning_rate:g}"
+        raise InputError(f"{self.run.name}, {reason}; {state}; {rate}")
 
-    def _finish_epoch(self, entry):
-        """Log an epoch and, if it is the best, save its checkpoint."""
-        self.log["epochs"].append(entry)
-        epoch = entry["epoch"]
-        if self.val_set and epoch == 0:
-            self.val_embeddings["start"] = self.embeddings
-        if epoch > 0 and self._best_epoch() == epoch:
+    def finish_epoch(self, epoch, statistics):
+        """Validate, log, and save what is the best or due."""
+        run, trained = self.run, time.perf_counter()
+        with torch.no_grad():
+            embeddings = self.embed(self.val_rows)
+        try:
+            net.check_alive(embeddings, "the network")
+        except InputError as error:
+            self.give_up(f"epoch {epoch}: {error}")
+        entry = {"epoch": epoch, "train_loss": statistics.pop("loss"), **statistics}
+        entry |= dict.fromkeys(("val_loss", "val_eer", "val_auc", "val_general_auc"))
+        if self.val_set:
+            validation = mean_statistics(self.criterion, self.val_set, embeddings)
+            figures = self.evaluator.figures(self.evaluator.score(embeddings))
+            entry |= {f"val_{key}": figures[key] for key in ("eer", "auc", "general_auc")}
+            entry |= {f"val_{key}": validation[key] for key in ("loss", "active_triplets", "violated_triplets")}
+        now = time.perf_counter()
+        entry["timing"] = {"seconds": now - self.began, "validation_seconds": now - trained}
+        entry = self.processes.collect(entry)[0]  # all go on with the same figures, so that all stop at the same epoch
+        best = run.append(entry)
+        if epoch == 0 or best:
+            self.embeddings["val_best" if best else "val_start"] = embeddings
+        if best and self.first:
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
-            facts = {"epoch": epoch, "config": self.config, "metrics": metrics}
-            if self.val_set and self.first:
-                self.val_embeddings["best"] = self.embeddings
-                self.log["improved"] = facts["improved"] = self._improved(entry)
-            name = f"twin_tuned_{self.args.arch.replace('_', '')}_{self.run_name}_epoch{epoch}.pth"
-            path = Path(self.args.output_dir) / name
-            self._check_folders()
-            if self.first:
-                save_checkpoint(path, self.model, **facts)
-            self.log |= {"best_epoch": epoch, "best_checkpoint": str(path)}
-        self.log["stopped"] = self._stop_reason()
-        if self.log["stopped"] and self.val_set and self.first:
-            self.log["against_start"] = self._against_start()
-        text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}"
-        if entry["val_loss"] is not None:
+            facts = {"epoch": epoch, "config": run.log["config"], "metrics": metrics}
+            net.save_checkpoint(run.log["best_checkpoint"], self.model, **facts)
+        if self.first:
+            write_json(run.folder / "training_log.json", {**run.log, "stopped": None})
+        text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}, {100 * entry['active_triplets']:.0f} % active"
+        if self.val_set:
             text += (
                 f", val loss {entry['val_loss']:.4f}, EER {100 * entry['val_eer']:.2f} %, AUC {entry['val_auc']:.4f}"
             )
-            if entry["val_general_auc"] is not None:
-                text += f", general AUC {entry['val_general_auc']:.4f}"
-        best = "  best so far" if self.log["best_epoch"] == epoch else ""
-        self._say(f"{text}, {100 * entry['active_triplets']:.0f} % active, {entry['timing']['seconds']:.1f} s{best}")
+        self.say(f"{text}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
+        if self.processes.any(self.save_is_due()):
+            self.save(epoch + 1)
 
-    def _save(self, progress):
-        """Write last.pth, from which --resume goes on."""
-        self._check_folders()
+    def save_is_due(self):
+        return time.monotonic() - self.saved_at > 60 * SAVE_MINUTES
+
+    def save(self, epoch, step=0, sums=(0.0,) * 5):
+        """Write last.pth, from which --resume goes on at a step of an epoch."""
         if self.first:
-            save_checkpoint(
-                self.log_dir / "last.pth",
-                self.model,
-                epoch=progress["epoch"] - 1,
-                config=self.config,
-                metrics={},
-                optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(),
-                log={key: value for key, value in self.log.items() if key != "config"},
-                progress=progress,
-                start_embeddings=self.start_embeddings.cpu(),
-                val_embeddings={key: e.cpu() for key, e in self.val_embeddings.items()},
-            )
+            facts = {"config": self.run.log["config"], "log": self.run.log}
+            facts |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            facts["progress"] = {"epoch": epoch, "step": step, "sums": list(sums)}
+            facts["embeddings"] = {key: value.cpu() for key, value in self.embeddings.items()}
+            net.save_checkpoint(self.run.last, self.model, **facts)
+            self.run.delete_superseded()
+            plot_curves(self.run.folder, self.run.log)
         self.saved_at = time.monotonic()
 
-    def _check_folders(self):
-        """A folder that vanished, as with its disk, is not made again: the rest of the run would lie elsewhere."""
-        for folder in (self.log_dir, Path(self.args.output_dir)):
-            if self.first and not folder.is_dir():
-                raise InputError(f"{folder}: this folder has vanished; bring it back, with its disk, and --resume")
-
-    def _write_log(self):
-        """What follows from the log: its file, the curves, and that of this run's checkpoints only the best is kept."""
-        self.log["stopped"] = self._stop_reason()
-        if not self.first:
-            return
-        write_json(self.log_dir / "training_log.json", self.log)
-        if self.log["best_epoch"]:
-            for path in self._checkpoints():  # not before what replaces them is on the disk
-                if path.name != Path(self.log["best_checkpoint"]).name:
-                    path.unlink()
-        if self.log["stopped"] or time.monotonic() - self.drawn > 20:  # a picture takes longer than a short epoch
-            plot_curves(self.log_dir, self.log)
-            self.drawn = time.monotonic()
-
-    def _monitored(self, entry):
-        """The figure of an epoch's log entry that --monitor names, such that lower is better."""
-        return -entry["val_auc"] if self.args.monitor == "val_auc" else entry[self.args.monitor]
-
-    def _best_epoch(self):
-        """The epoch (>= 1) with the best monitored figure, the first on a tie; without validation the last."""
-        entries = self.log["epochs"][1:]
-        return (min(entries, key=self._monitored) if self.val_set else entries[-1])["epoch"]
-
-    def _stop_reason(self):
-        """Why training is over: "patience", "epochs", or None while it is not."""
-        last = self.log["epochs"][-1]["epoch"] if self.log["epochs"] else 0
-        if self.val_set and last > 0 and last - self._best_epoch() >= self.args.patience:
-            return "patience"
-        return "epochs" if last >= self.args.epochs else None
-
-    def _report(self):
-        epoch, key = self.log["best_epoch"], self.args.monitor
-        self._say(f"stopped by {self.log['stopped']}; best epoch {epoch}: {self.log['best_checkpoint']}")
+    def conclude(self):
+        """Say how the best epoch compares with the start, write the last files, drop the state to resume from."""
+        run, log = self.run, self.run.log
+        self.say(f"stopped by {log['stopped']}; best epoch {log['best_epoch']}: {log['best_checkpoint']}")
         if self.val_set:
-            self._say(verdict(self.log["against_start"]))
-            if not self.log["improved"]:
-                start, best = (self.log["epochs"][number][key] for number in (0, epoch))
-                self._say(
-                    f"WARNING: no epoch is better than the network before training ({key} {start:.4f} at the "
-                    f"start, {best:.4f} in epoch {epoch}): keep the start, or try other settings"
-                )
-
-    def _improved(self, entry):
-        """Whether an epoch is better than the start: in what --monitor names or, by the bootstrap, on twins."""
-        if self._monitored(entry) < self._monitored(self.log["epochs"][0]):
-            return True  # without the bootstrap, which takes longer than a short epoch
-        found = self._against_start()
-        verdicts = [found[name]["verdict"] for name in ("auc", "eer")]
-        return "better" in verdicts and "worse" not in verdicts
-
-    def _against_start(self):
-        """The best epoch's differences to the start on the validation people, of twins and of everyone else."""
-        if self.start_metrics is None:
-            self.start_metrics = self.evaluator.metrics(self.evaluator.compare(self.val_embeddings["start"]))
-        best = self.evaluator.metrics(self.evaluator.compare(self.val_embeddings["best"]))
-        found = differences(*best, *self.start_metrics)
-        return {name: found[name] for name in ("auc", "eer", "general_auc", "fnmr_0.001") if name in found}
+            start, best = (self.evaluator.score(self.embeddings[f"val_{key}"]) for key in ("start", "best"))
+            log["against_start"] = compare(self.evaluator.estimate(best), self.evaluator.estimate(start))
+            self.say(f"On the validation people, against the start: {describe(log['against_start'])}.")
+        plot_curves(run.folder, log)
+        write_json(run.folder / "training_log.json", log)  # now that all is there, it says that the run is over
+        run.delete_superseded()
+        run.last.unlink(missing_ok=True)
 
 
 def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
-    epochs = [entry["epoch"] for entry in log["epochs"]]
+    epochs, name = [entry["epoch"] for entry in log["epochs"]], log["config"]["run_name"]
 
     def draw(axes, ylabel, curves, scale=1):
-        for (key, label), colour, style in zip(curves.items(), COLOURS, ("-", "--"), strict=False):
-            values = [math.nan if entry.get(key) is None else scale * entry[key] for entry in log["epochs"]]
-            axes.plot(epochs, values, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-            axes.axhline(values[0], color=colour, linewidth=0.8, linestyle=":")
-        axes.plot([], [], color="grey", linewidth=0.8, linestyle=":", label="before training")
-        if log["best_epoch"] is not None:
-            axes.axvline(log["best_epoch"], color="black", linewidth=0.8, linestyle="-.", label="best epoch")
+        for number, (key, label) in enumerate(curves.items(), 1):
+            values = [math.nan if entry[key] is None else scale * entry[key] for entry in log["epochs"]]
+            plot_line(axes, number, epochs, values, label=label, marker="o", markersize=3)
+            axes.axhline(values[0], color=COLOURS[number], linewidth=0.8, linestyle=":")
+        axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
 
-    figure, axes = new_figure(7.4)
-    losses = {"train_loss": "training", "val_loss": "validation"}
-    draw(axes, f"triplet loss ({log['config']['distance']} distance)", losses)
-    axes.set(title=log["config"]["run_name"], ylim=(0, 1.05 * axes.dataLim.ymax or None))
-    save_figure(figure, folder / "loss_curves.png", axes)
-
-    figure, panels = new_figure(7.4, 7.4, 3, 1)
-    draw(panels[0], "EER (%)", {"val_eer": "twins"}, 100)
-    draw(panels[1], "AUC", {"val_auc": "twins"})
-    draw(panels[2], "AUC", {"val_general_auc": "everyone else"})
-    panels[0].set_title(f"{log['config']['run_name']}: validation people")
-    save_figure(figure, folder / "validation_curves.png", *panels)
+    with plot_figure(folder / "loss_curves.png", 7.4) as axes:
+        losses = {"train_loss": "training", "val_loss": "validation"}
+        draw(axes, f"triplet loss ({log['config']['distance']} distance)", losses)
+        axes.set(title=name, ylim=(0, 1.05 * axes.dataLim.ymax or None))
+    with plot_figure(folder / "validation_curves.png", 7.4, 7.4, 3) as panels:
+        draw(panels[0], "EER (%)", {"val_eer": "twins"}, 100)
+        draw(panels[1], "AUC", {"val_auc": "twins"})
+        draw(panels[2], "AUC", {"val_general_auc": "everyone else"})
+        panels[0].set_title(f"{name}: validation people")
 
 
-# ---- command line -----------------------------------------------------------------------------------
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def train(args):
+    """Both stages."""
+    trainer = TwinTrainer(args)
+    if not args.skip_alignment:
+        trainer.align()
+    trainer.train()
 
 
 def main(argv=None):
     """Run both stages; returns the exit code (see align.run_script)."""
-
-    def work():
-        trainer = TwinTrainer(parse_args(argv))
-        if not trainer.args.skip_alignment:
-            trainer.align()
-        trainer.train()
-        trainer.ranks.leave()
-
-    return run_script("train_twins.py", work, "interrupted; what was done is saved, --resume goes on")
+    interrupted = "interrupted; what was done is saved, --resume goes on"
+    return run_script("train_twins.py", lambda: train(parse_args(argv)), interrupted)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM is an interruption too
-    sys.exit(main())
+    net.leave(main())

@@ -1,160 +1,114 @@
-"""Twin pairs to triplets: the JSON files, the family-wise split, the sampled triplets, the decoded crops.
+"""Twin pairs to triplets: the JSON files, the family-wise split, the decoded crops, the sampled triplets, the steps.
 
     dataset = TwinTripletDataset(id_to_images, pairs, percentage=10, seed=42)
-    anchor, positive, negative = dataset[0]     # network inputs, (3, 112, 112) float32 each
-    rows = dataset.triplets(np.arange(100))     # the same triplets as (100, 3) rows of dataset.load()
+    anchor, positive, negative = dataset[0]                 # network inputs, (3, 112, 112) float32 each
+    rows = dataset.triplets(np.arange(100))                 # the same triplets as (100, 3) rows of dataset.load()
+    steps = GroupedSteps(dataset, epoch=1, images_per_batch=96)     # steps[0]: (T, 3) rows again
 
-A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair; two
-twins with n and m images make n(n-1)m + m(m-1)n of them. None is ever listed: triplet number k of a pair is
-worked out from k by division, and the sampled share of a pair is the first part of a pseudo-random
-permutation of its numbers, itself worked out by arithmetic. A billion triplets cost no memory, the same seed
-gives the same triplets on any machine, and 10 % of a pair's triplets contain the 5 % of the same seed.
+A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair; two twins with n
+and m images make n(n-1)m + m(m-1)n of them. Triplet number k of a pair is worked out from k by division, so none is
+listed. The sampled share of a pair is the beginning of a random permutation of its numbers: 10 % of a pair's triplets
+contain the 5 % of the same seed.
 """
 
 import hashlib
+import json
 import os
-import warnings
+import reprlib
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from align import CROP_SIZE, InputError, read_pairs, replacing
-from net import to_input
+from net import CROP_SIZE, InputError, progress, replacing, to_input
 
-# ---- pseudo-random permutations ---------------------------------------------------------------------
+HAND_SIZE = 8  # images of a person that meet in a grouped step
 
-
-def hash_key(*words):
-    """A 64-bit key (uint64) from any words, the same on every machine."""
-    text = "\0".join(str(word) for word in words)
-    return np.uint64(int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
+# ---- JSON files -----------------------------------------------------------------------------------------------------
 
 
-def permute(position, size, key, inverse=False):
-    """Where a keyed pseudo-random permutation of range(size) sends each position; element-wise. Or `inverse`, back.
+def read_json(path, expected):
+    """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN.
 
-    position int64 in [0, size), size int64 >= 1, key uint64, broadcast against each other -> int64.
-    A Feistel network over a grid of about sqrt(size) by sqrt(size) cells; results that fall beyond `size`
-    are sent through again until they fall inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-    CT-RSA 2002). Memory is that of the arguments: nothing of length `size` is made.
+    `expected` describes the right content for the messages of InputError, raised for anything else.
     """
-    position, size, key = np.broadcast_arrays(*(np.asarray(x).astype(np.uint64) for x in (position, size, key)))
-    width = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
-    height = (size + width - np.uint64(1)) // width
-    result = position.copy()
-    todo = np.arange(result.size)
-    flat = result.reshape(-1)  # a view: `flat` and `result` are one array
-    size, key, width, height = (x.reshape(-1) for x in (size, key, width, height))
 
-    def turn(value, by, modulus):
-        by = by % modulus
-        return (value + (modulus - by if inverse else by)) % modulus
+    def unique(entries):
+        result = dict(entries)
+        if len(result) < len(entries):
+            twice = next(key for i, (key, _) in enumerate(entries) if key in dict(entries[:i]))
+            raise ValueError(f"key {twice!r} stands there twice; merge the two entries")
+        return result
 
-    while todo.size:
-        w, h, k, small = width[todo], height[todo], key[todo], size[todo] < 1024
-        row, column = flat[todo] // w, flat[todo] % w
-        # Six rounds mix a large grid; one of 3 x 2 cells needs sixteen until all orders are equally likely.
-        rounds = range(16 if small.any() else 6)
-        for i in reversed(rounds) if inverse else rounds:
-            if i % 2 == 0:
-                mixed = turn(column, _mix(row, k, i), w)
-                column = mixed if i < 6 else np.where(small, mixed, column)
-            else:
-                mixed = turn(row, _mix(column, k, i), h)
-                row = mixed if i < 6 else np.where(small, mixed, row)
-        flat[todo] = row * w + column
-        todo = todo[flat[todo] >= size[todo]]
-    return result.astype(np.int64)
+    def refuse(constant):
+        raise ValueError(f"{constant} is not a number in JSON")
 
-
-def _mix(value, key, number):
-    """The splitmix64 finaliser (Steele et al., OOPSLA 2014), shifted down so that a sum cannot overflow."""
-    z = value + key + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) >> np.uint64(1)
-
-
-# ---- pairs ------------------------------------------------------------------------------------------
-
-
-def check_pairs(pairs, id_to_images):
-    """The pairs to work with, and one-line warnings about what was left out.
-
-    pairs: [[ID, twin's ID], ...]. A pair listed again, in either order, is dropped with a counted warning;
-    a pair whose persons' images make no triplet (one image each, or a person without any) stays, since
-    only `count_triplets` can say so. Raises InputError for an empty list, an ID paired with itself and IDs
-    that `id_to_images` does not have: each is a slip that silently costs data or spoils labels.
-    """
-    if not pairs:
-        raise InputError("the list of twin pairs is empty: it needs at least one [ID, twin's ID]")
-    unique, repeated = {}, 0
-    for number, (a, b) in enumerate(pairs, 1):
-        if a == b:
-            raise InputError(f"pair {number}: ID {a!r} is paired with itself; correct or delete the entry")
-        for name in (a, b):
-            if name not in id_to_images:
-                raise InputError(f"pair {number}: ID {name!r} is not in the image list; add its images or delete it")
-        repeated += frozenset((a, b)) in unique
-        unique.setdefault(frozenset((a, b)), (a, b))
-    warnings = [f"{repeated} of {len(pairs)} pairs are listed more than once; each is used once"] if repeated else []
-    return list(unique.values()), warnings
-
-
-def read_checked_pairs(path, id_to_images):
-    """`check_pairs` of a pair file; its errors name the file."""
-    pairs = read_pairs(path)
     try:
-        return check_pairs(pairs, id_to_images)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected a JSON file, {expected}") from error
+    except ValueError as error:  # also what is not UTF-8
+        raise InputError(f"{path}: not valid JSON: {error}; expected {expected}") from error
 
 
-class TwinImages:
-    """The distinct images of the people of twin pairs, numbered: the rows of every matrix of embeddings.
+def write_json(path, content):
+    """Write `content` as JSON, atomically; NaN is refused (ValueError), since JSON has none."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    `ids`, the people in the order of the pairs; `paths`, all their images, person after person; `person` (N,),
-    the row in `ids` of each image; `first` and `count`, each person's first image and number of images; `pairs`
-    (P, 2), the pairs as rows of `ids`; `warnings`, lines for the user about repeated entries.
-    Raises InputError for what check_pairs refuses and for an image that is listed under two IDs.
+
+def resolve(folder, path):
+    """`path` as it is meant in a file that lies in `folder`."""
+    return os.path.normpath(os.path.join(folder, path))
+
+
+def read_id_to_images(path):
+    """{"ID": ["path", ...]} -> {ID: [path, ...]}, relative paths taken from the file's own folder."""
+    expected = '{"ID": ["path", ...], ...} with at least one ID'
+    content = read_json(path, expected)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: expected {expected}")
+    for name, images in content.items():
+        if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+            raise InputError(f"{path}: the images of ID {name!r} must be a list of paths")
+    folder = os.path.dirname(os.path.abspath(path))
+    return {name: [resolve(folder, image) for image in images] for name, images in content.items()}
+
+
+def read_pairs(path, id_to_images):
+    """[["ID", "twin's ID"], ...] -> ([(ID, ID), ...], [warning, ...]); each pair once, in whichever order it stands.
+
+    Raises InputError for an empty list, an ID paired with itself and IDs that `id_to_images` does not have: each is a
+    slip that silently costs data or spoils labels.
     """
-
-    def __init__(self, id_to_images, pairs):
-        pairs, self.warnings = check_pairs(pairs, id_to_images)
-        self.ids = list(dict.fromkeys(name for pair in pairs for name in pair))
-        images = [list(dict.fromkeys(id_to_images[name])) for name in self.ids]
-        repeated = sum(len(id_to_images[name]) for name in self.ids) - sum(len(person) for person in images)
-        if repeated:
-            self.warnings.append(f"{repeated} images are listed twice under one ID; each is used once")
-        self.paths = [path for person in images for path in person]
-        self.count = np.array([len(person) for person in images], np.int64)
-        self.first = np.cumsum(self.count) - self.count
-        self.person = np.repeat(np.arange(len(images)), self.count)
-        row = {name: i for i, name in enumerate(self.ids)}
-        self.pairs = np.array([(row[a], row[b]) for a, b in pairs], np.int64)
-        owner = {}
-        for path, person in zip(self.paths, self.person, strict=True):
-            other = owner.setdefault(os.path.abspath(path), person)
-            if other != person:
-                two = f"{self.ids[other]!r} and {self.ids[person]!r}"
-                raise InputError(f"{path}: listed under {two}; keep it under the one whose image it is")
+    expected = '[["ID", "twin\'s ID"], ...] with at least one pair'
+    content = read_json(path, expected)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path}: expected {expected}")
+    pairs = {}
+    for number, pair in enumerate(content, 1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise InputError(f"{path}: pair {number} is {reprlib.repr(pair)}; expected two IDs, both strings")
+        a, b = pair
+        if a == b:
+            raise InputError(f"{path}: pair {number}: ID {a!r} is paired with itself; correct or delete the entry")
+        for name in pair:
+            if name not in id_to_images:
+                raise InputError(f"{path}: pair {number}: ID {name!r} has no images listed; add them or delete it")
+        pairs.setdefault(frozenset(pair), (a, b))
+    repeated = len(content) - len(pairs)
+    warnings = [f"{repeated} of {len(content)} pairs are listed more than once; each is used once"] if repeated else []
+    return list(pairs.values()), warnings
 
 
-def count_triplets(n, m):
-    """Number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
-    return n * (n - 1) * m + m * (m - 1) * n
-
-
-def usable_pairs(pairs, id_to_images):
-    """The pairs whose images make at least one triplet."""
-    count = {name: len(set(id_to_images[name])) for pair in pairs for name in pair}
-    return [(a, b) for a, b in pairs if count_triplets(count[a], count[b])]
+# ---- people, families, split ----------------------------------------------------------------------------------------
 
 
 def find_families(pairs):
@@ -177,152 +131,132 @@ def find_families(pairs):
 def split_pairs(pairs, validation_split, seed, related=()):
     """Split pairs into (train_pairs, val_pairs) by whole families, so that no ID stands on both sides.
 
-    The number of validation pairs is the one nearest to `validation_split` * len(pairs) that whole families
-    can make (the lower on a tie), with at least one family on each side; which families is up to the seed.
-    With a single family, or a share of 0, val_pairs is empty. `related`: further pairs that bind people into
-    one family without being split themselves, for instance pairs with too few images.
-    Raises InputError unless 0 <= validation_split < 1.
+    Families, in the seed's order, go to validation as long as each brings its number of pairs nearer to
+    `validation_split` * len(pairs); at least one family stands on each side. With a single family, or a share of 0,
+    val_pairs is empty. `related`: further pairs that bind people into one family without being split themselves, for
+    instance pairs with too few images. Raises InputError unless 0 <= validation_split < 1.
     """
     if not 0 <= validation_split < 1:
         raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
     pairs = [tuple(pair) for pair in pairs]
-    families = find_families([*pairs, *related])
-    members = {}
+    family_of = find_families([*pairs, *related])
+    families = {}
     for pair in pairs:
-        members.setdefault(families[pair[0]], []).append(pair)
-    if validation_split == 0 or len(members) < 2:
+        families.setdefault(family_of[pair[0]], []).append(pair)
+    if validation_split == 0 or len(families) < 2:
         return pairs, []
-    groups = list(members.values())
-    order = permute(np.arange(len(groups)), len(groups), hash_key("split", seed))
-    groups = [groups[i] for i in order]
-    by_size = {}
-    for group in groups:
-        by_size.setdefault(len(group), []).append(group)
-
-    # Which totals can families make? A set of totals is an integer whose bit t says that t can be made;
-    # k families of one size go in as chunks of 1, 2, 4, ... of them.
-    steps, reachable = [], 1
-    for size, same in by_size.items():
-        left, chunk = len(same), 1
-        while left:
-            take = min(chunk, left)
-            steps.append((reachable, size, take))
-            reachable |= reachable << (size * take)
-            left, chunk = left - take, chunk * 2
-    target = validation_split * len(pairs)
-    total = min(
-        (t for t in range(1, len(pairs)) if reachable >> t & 1),
-        key=lambda t: (abs(t - target), t),
-    )
-    validation = set()
-    for before, size, take in reversed(steps):
-        if not before >> total & 1:  # this total could not be made without the chunk, so it is part of it
-            total -= size * take
-            for _ in range(take):
-                validation.update(by_size[size].pop())
-    return [p for p in pairs if p not in validation], [p for p in pairs if p in validation]
+    order = np.random.default_rng(seed).permutation(len(families))
+    families = [list(families.values())[i] for i in order]
+    missing, validation = validation_split * len(pairs), []
+    for family in families:
+        if abs(missing - len(family)) < abs(missing) and len(validation) < len(families) - 1:
+            validation.append(family)
+            missing -= len(family)
+    chosen = {pair for family in validation or [min(families, key=len)] for pair in family}
+    return [pair for pair in pairs if pair not in chosen], [pair for pair in pairs if pair in chosen]
 
 
-# A picture of any size is told from its header to be no crop; Pillow's remark on large ones would be a second line.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+class TwinImages:
+    """The images of the people of twin pairs, numbered: the rows of every matrix of embeddings.
 
-# ---- crops ------------------------------------------------------------------------------------------
+    `ids`, the people in the order of the pairs; `paths`, all their images, person after person; `person` (N,), the row
+    in `ids` of each image; `first` and `count`, each person's first image and number of images; `pairs` (P, 2), the
+    pairs as rows of `ids`; `family` (N,), the number of each image's family.
+    """
+
+    def __init__(self, id_to_images, pairs):
+        self.ids = list(dict.fromkeys(name for pair in pairs for name in pair))
+        images = [list(dict.fromkeys(id_to_images[name])) for name in self.ids]
+        self.paths = [path for person in images for path in person]
+        self.count = np.array([len(person) for person in images], np.int64)
+        self.first = np.cumsum(self.count) - self.count
+        self.person = np.repeat(np.arange(len(images)), self.count)
+        row = {name: i for i, name in enumerate(self.ids)}
+        self.pairs = np.array([(row[a], row[b]) for a, b in pairs], np.int64)
+        family = find_families(pairs)
+        self.family = np.array([family[name] for name in self.ids], np.int64)[self.person]
+
+
+# ---- crops ----------------------------------------------------------------------------------------------------------
 
 
 def read_crop(path):
     """(112, 112, 3) uint8 RGB array of an aligned crop. Raises InputError unless the file is just that."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such aligned crop; run the alignment stage again")
     try:
         with Image.open(path) as image:
             mode, size = image.mode, image.size
             if (mode, size) == ("RGB", (CROP_SIZE, CROP_SIZE)):
                 return np.array(image)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such aligned crop; run the alignment stage again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: unreadable crop ({error}); align it again with --realign") from error
     raise InputError(f"{path}: {size[0]}x{size[1]} {mode}, but a crop is 112x112 RGB; run the alignment stage on it")
 
 
-def load_crops(paths, cache=None):
-    """(N, 112, 112, 3) uint8 RGB tensor of all crops, each file read once, with a progress bar.
+class Crops(NamedTuple):
+    """Decoded crops: `pixels` (N, 112, 112, 3) uint8 RGB, `row` {path: row}, `sha256` [hash of each row, ...]."""
 
-    cache: the beginning of a file name. Then the tensor is a read-only memory map of `<cache>crops-<key>.npy`, which is
-    made if it is not there; the key is of all paths, sizes and times of change. It need not fit into memory, and
-    processes share it.
+    pixels: torch.Tensor
+    row: dict
+    sha256: list
+
+
+def load_crops(paths):
+    """The Crops of files, each read once, with a progress bar. Raises InputError for one that is no crop."""
+    row = {path: i for i, path in enumerate(dict.fromkeys(paths))}
+    pixels = np.empty((len(row), CROP_SIZE, CROP_SIZE, 3), np.uint8)
+
+    def read(path):
+        pixels[row[path]] = read_crop(path)
+        return hashlib.sha256(pixels[row[path]]).hexdigest()
+
+    pool = ThreadPoolExecutor()
+    try:
+        found = list(progress(pool.map(read, row), "reading crops", "crop", total=len(row)))
+        return Crops(torch.from_numpy(pixels), row, found)
+    finally:
+        pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
+
+
+def distinct_images(id_to_images, crops):
+    """({ID: [path, ...]} with each image once, [warning, ...]); an image is what its pixels are, not its path.
+
+    Raises InputError when two IDs share an image: it is at most one person's, and as the other's it teaches a
+    contradiction and flatters the figures.
     """
-    shape = (len(paths), CROP_SIZE, CROP_SIZE, 3)
-    if cache is None:
-        crops = np.empty(shape, np.uint8)
-        _read_crops(paths, crops)
-        return torch.from_numpy(crops)
-    facts = [(os.path.abspath(path), *_size_and_time(path)) for path in paths]
-    path = f"{cache}crops-{hashlib.sha256(repr(facts).encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.npy"
-    if not os.path.exists(path):
-        with new_array(path, np.uint8, shape) as crops:
-            _read_crops(paths, crops)
-    return map_array(path, np.uint8, shape)
+    owner, distinct, repeated, alone = {}, {}, 0, []
+    for name, paths in id_to_images.items():
+        distinct[name] = []
+        for path in paths:
+            first_name, first_path = owner.setdefault(crops.sha256[crops.row[path]], (name, path))
+            if first_name != name:
+                two = f"ID {name!r}: the same image as {first_path} of ID {first_name!r}"
+                raise InputError(f"{path}: listed under {two}; keep it under the one whose image it is")
+            if first_path == path and path not in distinct[name]:
+                distinct[name].append(path)
+        repeated += len(paths) - len(distinct[name])
+        if len(paths) > 2 and len(distinct[name]) == 1:
+            alone.append(name)
+    warnings = [f"{repeated} images are the same as another of their ID; each is used once"] if repeated else []
+    if alone:
+        warnings.append(f"{len(alone)} people have one and the same image under all paths, the first {alone[0]!r}")
+    return distinct, warnings
 
 
-def _size_and_time(path):
-    try:
-        info = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no such aligned crop; run the alignment stage again") from error
-    return info.st_size, info.st_mtime_ns
+def load_people(id_to_images, pairs):
+    """(Crops, {ID: [path, ...]} with each image once, [warning, ...]) of the people of pairs; see distinct_images."""
+    people = {name: id_to_images[name] for pair in pairs for name in pair}
+    crops = load_crops([path for paths in people.values() for path in paths])
+    return crops, *distinct_images(people, crops)
 
 
-def _read_crops(paths, crops):
-    """Fill `crops`; the threads write into it, so that no decoded crop waits in memory."""
-
-    def read(row):
-        crops[row] = read_crop(paths[row])
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = tqdm(total=len(paths), desc="reading crops", unit="crop", leave=False, disable=None)
-        try:
-            with bar:
-                for start in range(0, len(paths), 4096):  # nor a million tasks
-                    for _ in pool.map(read, range(start, min(start + 4096, len(paths)))):
-                        bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
-            raise
+# ---- triplets -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def new_array(path, dtype, shape):
-    """Yield a memory-mapped array to fill; it becomes the file `path` (.npy) when the block ends without error."""
-    with replacing(path) as temporary:
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS. Writing to a map on a full disk would kill the process
-            with open(temporary, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
-        yield array
-        array.flush()
-
-
-def map_array(path, dtype, shape):
-    """The array in a .npy file as a read-only memory-mapped tensor. Raises InputError unless it is of this kind."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it, it will be made again") from error
-    if array.dtype != dtype or array.shape != tuple(shape):
-        raise InputError(f"{path}: holds {array.dtype} {array.shape}; delete it, it will be made again")
-    with warnings.catch_warnings():  # that the tensor must not be written to: no one does
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(array)
-
-
-# ---- triplets ---------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    """Images that are embedded together because many triplets lie among them; see TwinTripletDataset.grouped_epoch."""
-
-    size: int  # number of images
-    pairs: list  # numbers of the pairs whose sampled triplets it holds
-    part: tuple | None = None  # of one pair: (anchor is in the second twin, part, part of the person, part of the twin)
+def count_triplets(n, m):
+    """Number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
+    return n * (n - 1) * m + m * (m - 1) * n
 
 
 class TwinTripletDataset(Dataset):
@@ -332,186 +266,155 @@ class TwinTripletDataset(Dataset):
     1..100, the share of each pair's triplets, `(percentage * maximum + 99) // 100` of them.
     `[i]` is (anchor, positive, negative), each a (3, 112, 112) float32 network input (see net.to_input).
 
-    Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages;
-    `n_skipped`, the number of the others; `n_possible`, all triplets at 100 %; `warnings`, lines for the user.
-
-    Raises InputError for what TwinImages refuses, for a percentage out of range, and when no pair makes a
-    triplet.
+    Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages; `n_skipped`, the number
+    of the others; `n_possible`, all triplets at 100 %.
+    Raises InputError for a percentage out of range, and when no pair makes a triplet.
     """
 
     def __init__(self, id_to_images, pairs, percentage=100, seed=42):
-        if type(percentage) is bool or not isinstance(percentage, int | np.integer) or not 1 <= percentage <= 100:
+        if type(percentage) is not int or not 1 <= percentage <= 100:
             raise InputError(f"percentage must be an integer from 1 to 100, not {percentage}")
-        images = TwinImages(id_to_images, pairs)
-        self.seed, self.warnings = seed, list(images.warnings)
-        maxima = [count_triplets(int(images.count[a]), int(images.count[b])) for a, b in images.pairs]
-        self.pairs = [(images.ids[a], images.ids[b]) for (a, b), n in zip(images.pairs, maxima, strict=True) if n]
-        self.n_skipped = len(images.pairs) - len(self.pairs)
+        count = {name: len(set(id_to_images[name])) for pair in pairs for name in pair}
+        self.pairs = [(a, b) for a, b in pairs if count_triplets(count[a], count[b])]
+        self.n_skipped = len(pairs) - len(self.pairs)
         if not self.pairs:
             raise InputError("no pair makes a triplet: one twin needs two images and the other at least one")
-        if self.n_skipped:
-            total = len(images.pairs)
-            self.warnings.append(f"{self.n_skipped} of {total} pairs have too few images for a triplet; skipped")
-            images = TwinImages(id_to_images, self.pairs)
-        self.images = images
-
-        # Per pair: both persons' first row and number of images, possible triplets, key; and where it ends.
-        maxima = [maximum for maximum in maxima if maximum]  # Python's integers, which do not overflow
-        self._first, self._count = images.first[images.pairs], images.count[images.pairs]
-        self._maximum = np.array(maxima, np.int64)
-        self._key = np.array([hash_key("triplets", seed, a, b) for a, b in self.pairs], np.uint64)
-        self._end = np.cumsum([(int(percentage) * maximum + 99) // 100 for maximum in maxima])
-        self.n_possible = sum(maxima)
-        self._blocks = None
-        self._crops, self._decoded = None, np.zeros(len(images.paths), bool)
+        self.images, self.percentage, self.seed = TwinImages(id_to_images, self.pairs), percentage, seed
+        # Per pair: both persons' first row and number of images, possible triplets; and where its sampled ones end.
+        self._first, self._count = self.images.first[self.images.pairs], self.images.count[self.images.pairs]
+        self._maximum = count_triplets(*self._count.T)
+        self._end = np.cumsum((percentage * self._maximum + 99) // 100)
+        self._begin = np.append(0, self._end[:-1])
+        self.n_possible = int(self._maximum.sum())
 
     def __len__(self):
         return int(self._end[-1])
+
+    @cached_property
+    def _sample(self):
+        """(len,) numbers of the sampled triplets among their pair's, pair after pair, ascending; drawn when used."""
+        parts = []
+        for (a, b), maximum, size in zip(self.pairs, self._maximum, self._end - self._begin, strict=True):
+            # By IDs, so that a pair's triplets do not depend on which other pairs there are.
+            generator = np.random.default_rng([self.seed, zlib.crc32(f"{a}\0{b}".encode())])
+            numbers = generator.permutation(maximum)[:size] if size < maximum else np.arange(maximum)
+            parts.append(np.sort(numbers).astype(np.min_scalar_type(maximum)))
+        return np.concatenate(parts)
 
     def triplets(self, numbers):
         """(K,) triplet numbers in [0, len) -> (K, 3) int64 rows of `images.paths` (and of `load()`)."""
         numbers = np.asarray(numbers, np.int64)
         pair = np.searchsorted(self._end, numbers, side="right")
-        position = numbers - np.where(pair > 0, self._end[pair - 1], 0)
-        k = permute(position, self._maximum[pair], self._key[pair])
-
+        k = numbers - self._begin[pair] if self.percentage == 100 else self._sample[numbers].astype(np.int64)
         (n, m), (first, other) = self._count[pair].T, self._first[pair].T
         swapped = k >= n * (n - 1) * m  # the second part of the numbers has its anchor in the second twin
         k = k - np.where(swapped, n * (n - 1) * m, 0)
         n, m = np.where(swapped, m, n), np.where(swapped, n, m)
         first, other = np.where(swapped, other, first), np.where(swapped, first, other)
-
         anchor, rest = np.divmod(k, (n - 1) * m)
         positive, negative = np.divmod(rest, m)
         positive = positive + (positive >= anchor)
         return np.stack([first + anchor, first + positive, other + negative], 1)
 
-    def epoch(self, epoch, batch_size, start=0):
-        """Yield the (B, 3) triplets of each step of an epoch, from step `start` on: every sampled triplet once.
+    def triplets_among(self, pair, hands):
+        """(K, 3) int64 rows of the sampled triplets of a pair among its two twins' images `hands`, numbered from 0."""
+        (n, m), (first, other), found = self._count[pair], self._first[pair], []
+        for swapped, (own, twins) in enumerate((hands, hands[::-1])):
+            anchor, positive, negative = (x.ravel() for x in np.meshgrid(own, own, twins, indexing="ij"))
+            kept = anchor != positive
+            if self.percentage < 100:  # the numbers, as `triplets` reads them, must be sampled ones
+                number = (anchor * (n - 1) + positive - (positive > anchor)) * m + negative + swapped * m * (m - 1) * n
+                sampled = self._sample[self._begin[pair] : self._end[pair]]
+                place = np.minimum(np.searchsorted(sampled, number), len(sampled) - 1)
+                kept &= sampled[place] == number
+            found.append(np.stack([first + anchor, first + positive, other + negative], 1)[kept])
+            (n, m), (first, other) = (m, n), (other, first)
+        return np.concatenate(found)
 
-        They are shuffled by seed and epoch alone; the last step may be smaller.
-        """
-        size, key = len(self), hash_key("epoch", self.seed, epoch)
-        window = max(1, 65536 // batch_size) * batch_size  # many steps worked out at once, few held
-        for begin in range(start * batch_size, size, window):
-            positions = np.arange(begin, min(begin + window, size))
-            rows = self.triplets(permute(positions, size, key))
-            yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-
-    def grouped_epoch(self, epoch, images_per_step):
-        """The steps of an epoch that embeds few images for many triplets: a list of lists of blocks.
-
-        A block is a group of images with all sampled triplets inside it (`block_triplets`): a family's, if it has no
-        more than `images_per_step` images, else a pair's, else a part of a pair. A step takes blocks in the order of
-        seed and epoch as long as its images are no more than that. So every sampled triplet is visited once.
-        Raises InputError for fewer than 3 images per step, which hold no triplet.
-        """
-        if self._blocks is None or self._blocks[0] != images_per_step:
-            if images_per_step < 3:
-                raise InputError(f"a step of {images_per_step} images holds no triplet; it needs at least 3")
-            self._blocks = images_per_step, self._cut_into_blocks(images_per_step)
-        blocks = self._blocks[1]
-        order = permute(np.arange(len(blocks)), len(blocks), hash_key("blocks", self.seed, epoch))
-        steps, room = [], 0
-        for block in (blocks[i] for i in order):
-            if block.size > room:
-                steps.append([])
-                room = images_per_step
-            steps[-1].append(block)
-            room -= block.size
-        return steps
-
-    def _cut_into_blocks(self, budget):
-        families = find_families(self.pairs)
-        members = {}
-        for pair, (name, _) in enumerate(self.pairs):
-            members.setdefault(families[name], []).append(pair)
-        blocks = []
-        for pairs in members.values():
-            people = np.unique(self.images.pairs[pairs])
-            size = int(self.images.count[people].sum())
-            blocks += [Block(size, pairs)] if size <= budget else [b for p in pairs for b in self._cut_pair(p, budget)]
-        return blocks
-
-    def _cut_pair(self, pair, budget):
-        """The blocks of one pair: itself, or if it is too large, every choice of up to three parts of its images.
-
-        Anchor and positive lie in two parts of a person or both in one, the negative in a part of the twin, so every
-        triplet lies in one of the choices.
-        """
-        counts = self._count[pair]
-        if counts.sum() <= budget:
-            return [Block(int(counts.sum()), [pair])]
-        # A third of the budget each, as even as possible: parts of one image more than that cost whole further steps.
-        parts = [np.array_split(np.arange(n), -(-n // (budget // 3))) for n in counts]
-        blocks = []
-        for swapped in (False, True):
-            own, other = (parts[1], parts[0]) if swapped else (parts[0], parts[1])
-            for i, one in enumerate(own):
-                for two in own[i + (len(one) == 1) :]:  # one image is not anchor and positive
-                    size = len(one) + (two is not one) * len(two)
-                    blocks += [Block(size + len(rest), [pair], (swapped, one, two, rest)) for rest in other]
-        return blocks
-
-    def block_triplets(self, block):
-        """(K, 3) int64 rows of `images.paths`: the sampled triplets of a block of `grouped_epoch`."""
-        if block.part is None:
-            begins = [self._end[pair - 1] if pair else 0 for pair in block.pairs]
-            ranges = [np.arange(begin, self._end[pair]) for begin, pair in zip(begins, block.pairs, strict=True)]
-            return self.triplets(np.concatenate(ranges))
-        (pair,), (swapped, one, two, rest) = block.pairs, block.part
-        (n, m), (first, other) = self._count[pair][:: -1 if swapped else 1], self._first[pair][:: -1 if swapped else 1]
-        choices = [(one, two)] if one is two else [(one, two), (two, one)]
-        grids = [np.stack(np.meshgrid(a, p, rest, indexing="ij"), -1).reshape(-1, 3) for a, p in choices]
-        anchor, positive, negative = np.concatenate([grid[grid[:, 0] != grid[:, 1]] for grid in grids]).T
-        # The number of each triplet among the pair's, as `triplets` reads it, and its place in the permutation: the
-        # sampled ones are those in the permutation's first part.
-        number = (anchor * (n - 1) + positive - (positive > anchor)) * m + negative + swapped * m * (m - 1) * n
-        place = permute(number, self._maximum[pair], self._key[pair], inverse=True)
-        sampled = place < self._end[pair] - (self._end[pair - 1] if pair else 0)
-        return np.stack([first + anchor, first + positive, other + negative], 1)[sampled]
-
-    def by_pair(self, chunk=1 << 17):
+    def by_pair(self, chunk=1 << 20):
         """Yield (rows, triplets) over all sampled triplets, pair by pair.
 
         rows (n + m,) are the pair's images; triplets (K, 3), K <= chunk, index into `rows`. So the loss over
         millions of triplets takes one small matrix of distances per pair.
         """
-        for pair, end in enumerate(self._end):
-            begin = self._end[pair - 1] if pair else 0
-            (first, other), (n, m) = self._first[pair], self._count[pair]
+        for pair, ((first, other), (n, m)) in enumerate(zip(self._first, self._count, strict=True)):
             rows = np.concatenate([np.arange(first, first + n), np.arange(other, other + m)])
-            for start in range(begin, end, chunk):
-                triplets = self.triplets(np.arange(start, min(start + chunk, end)))
+            for start in range(self._begin[pair], self._end[pair], chunk):
+                triplets = self.triplets(np.arange(start, min(start + chunk, self._end[pair])))
                 own = (triplets >= first) & (triplets < first + n)
                 yield rows, np.where(own, triplets - first, triplets - other + n)
 
-    def touched(self):
-        """(images, IDs): how many distinct ones stand in at least one sampled triplet."""
+    def count_touched_images(self):
+        """How many distinct images stand in at least one sampled triplet."""
         seen = np.zeros(len(self.images.paths), bool)
-        for pair, end in enumerate(self._end):
-            begin = self._end[pair - 1] if pair else 0
-            ranges = [slice(first, first + n) for first, n in zip(self._first[pair], self._count[pair], strict=True)]
-            for start in range(begin, end, 1024):  # in a random order: all images are soon seen
-                seen[self.triplets(np.arange(start, min(start + 1024, end)))] = True
-                if all(seen[own].all() for own in ranges):
-                    break
-        return int(seen.sum()), len(np.unique(self.images.person[seen]))
+        for rows, triplets in self.by_pair():
+            seen[rows[triplets]] = True
+        return int(seen.sum())
+
+    @cached_property
+    def _pixels(self):
+        return load_crops(self.images.paths).pixels
 
     def load(self):
         """Decode all crops, once; returns them as (N, 112, 112, 3) uint8 RGB tensor, rows as `images.paths`."""
-        if self._crops is None or not self._decoded.all():
-            self._crops = load_crops(self.images.paths)
-            self._decoded[:] = True
-        return self._crops
+        return self._pixels
 
     def __getitem__(self, i):
         if not -len(self) <= i < len(self):
             raise IndexError(f"triplet {i} of {len(self)}")
-        rows = self.triplets([i % len(self)])[0]
-        if self._crops is None:
-            self._crops = torch.empty((len(self.images.paths), CROP_SIZE, CROP_SIZE, 3), dtype=torch.uint8)
-        for row in rows[~self._decoded[rows]]:
-            self._crops[row] = torch.from_numpy(read_crop(self.images.paths[row]))
-            self._decoded[row] = True
-        return tuple(to_input(self._crops[torch.from_numpy(rows)]))
+        return tuple(to_input(self.load()[torch.from_numpy(self.triplets([i % len(self)])[0])]))
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+class ShuffledSteps:
+    """The steps of an epoch in which each sampled triplet comes once, in the order of seed and epoch, N a step.
+
+    `[i]`: (T, 3) int64 rows of the data set's images.
+    """
+
+    def __init__(self, dataset, epoch, batch_size):
+        self.dataset, self.batch_size, n = dataset, batch_size, len(dataset)
+        self.order = np.random.default_rng([dataset.seed, epoch]).permutation(np.arange(n, dtype=np.min_scalar_type(n)))
+
+    def __len__(self):
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, i):
+        return self.dataset.triplets(self.order[i * self.batch_size : (i + 1) * self.batch_size])
+
+
+class GroupedSteps:
+    """The steps of an epoch that embeds each image about once, with all sampled triplets among a step's images.
+
+    The images of each person of a pair are dealt at random into hands of at most HAND_SIZE; a hand of one twin and a
+    hand of the other are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes
+    blocks as long as its images are no more than `images_per_batch`, so several families. All is up to seed and epoch;
+    over the epochs all triplets come up. `[i]`: (T, 3) int64 rows of the data set's images.
+    """
+
+    def __init__(self, dataset, epoch, images_per_batch):
+        if images_per_batch < 2 * HAND_SIZE:
+            raise InputError(f"--images_per_batch must be at least {2 * HAND_SIZE}, a hand of each of two twins")
+        generator = np.random.default_rng([dataset.seed, epoch])
+        blocks = []
+        for pair, counts in enumerate(dataset.images.count[dataset.images.pairs]):
+            hands = [np.array_split(generator.permutation(n), -(-n // HAND_SIZE)) for n in counts]
+            blocks += [(pair, [h[i % len(h)] for h in hands]) for i in range(max(map(len, hands)))]
+        if dataset.percentage < 100:
+            blocks = [block for block in blocks if len(dataset.triplets_among(*block))]
+        self.dataset, self.steps, room = dataset, [], 0
+        for pair, hands in (blocks[i] for i in generator.permutation(len(blocks))):
+            size = sum(map(len, hands))
+            if size > room:
+                self.steps.append([])
+                room = images_per_batch
+            self.steps[-1].append((pair, hands))
+            room -= size
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __getitem__(self, i):
+        return np.concatenate([self.dataset.triplets_among(*block) for block in self.steps[i]])

@@ -1,7 +1,7 @@
 """Triplet margin loss on face embeddings, cosine or euclidean, and what a batch of triplets tells.
 
     criterion = TripletLoss(margin=0.3, distance="cosine")
-    loss = criterion(anchor, positive, negative)                  # three (B, 512) tensors
+    loss = criterion(anchor, positive, negative)                    # three (B, 512) tensors
     positive, negative = criterion.distances(embeddings, triplets)  # one (N, 512) matrix, (T, 3) indices
     loss = criterion.loss(positive, negative)
 
@@ -62,51 +62,35 @@ class TripletLoss(nn.Module):
         anchor, positive, negative = triplets.unbind(1)
         return matrix[anchor, positive], matrix[anchor, negative]
 
-    def loss(self, to_positive, to_negative, count=None):
-        """Distances (T,) from the anchor to positive and negative -> scalar loss: its sum / `count` (default T)."""
-        return F.relu(to_positive - to_negative + self.margin).sum() / (len(to_positive) if count is None else count)
+    def loss(self, to_positive, to_negative):
+        """Distances (T,) from the anchors to positives and negatives -> scalar triplet loss."""
+        return F.relu(to_positive - to_negative + self.margin).mean()
 
-    def across(self, to_positive, to_negative, count=None, all_positive=None, all_negative=None):
-        """The loss with each d(a, p) compared with every d(a, n) of the step, not only with its own anchor's -> scalar.
+    def quadruplet_loss(self, to_positive, to_negative):
+        """The loss with each d(a, p) compared with every d(a, n), not only with its own anchor's -> scalar.
 
         A triplet never compares the scores of different families, but one threshold has to serve them all. This is
-        the mean over triplets i of the mean over triplets j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, the second
-        term of the quadruplet loss (Chen et al., Beyond triplet loss, CVPR 2017) over all pairs of triplets. Distances
-        (T,) are sorted, so T log T work for T^2 comparisons. all_positive, all_negative: those of all processes, of
-        which these are a part; the sum of the processes' results, gradients too, is then the loss of all.
+        the mean over all pairs of triplets i, j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, the second term of the
+        quadruplet loss (Chen et al., Beyond triplet loss, CVPR 2017). Distances (T,) are sorted, so T log T work for
+        T^2 comparisons.
         """
-        all_positive = (to_positive if all_positive is None else all_positive).detach().sort().values
-        all_negative = (to_negative if all_negative is None else all_negative).detach().sort().values
-        below = torch.searchsorted(all_negative, to_positive.detach() + self.margin)
-        above = len(all_positive) - torch.searchsorted(all_positive, to_negative.detach() - self.margin, right=True)
+        positive, negative = to_positive.detach().sort().values, to_negative.detach().sort().values
+        below = torch.searchsorted(negative, to_positive.detach() + self.margin)
+        above = len(positive) - torch.searchsorted(positive, to_negative.detach() - self.margin, right=True)
         total = (below * (to_positive + self.margin)).sum() - (above * to_negative).sum()
-        return total / (len(all_positive) * (len(to_positive) if count is None else count))
+        return total / len(positive) ** 2
 
     def statistics(self, to_positive, to_negative):
-        """What the triplets of a batch say, from their distances (T,): a dict of 0-dim tensors, detached.
+        """What the triplets of a batch say, from their distances (T,): the means of STATISTICS, (5,) detached.
 
-        "loss"; "positive_distance" and "negative_distance", the means; "active_triplets", the share with
-        a loss above zero, which alone have a gradient; "violated_triplets", the share with
-        d(a, p) > d(a, n), where the twin looks more like the person than the person does.
-        They stay on the device, so reading them is the caller's decision.
+        The loss; both distances; "active_triplets", the share with a loss above zero, which alone have a gradient;
+        "violated_triplets", the share with d(a, p) > d(a, n), where the twin looks more like the person than the
+        person does. They stay on the device, so reading them is the caller's decision.
         """
         to_positive, to_negative = to_positive.detach(), to_negative.detach()
-        return {
-            "loss": self.loss(to_positive, to_negative),
-            "positive_distance": to_positive.mean(),
-            "negative_distance": to_negative.mean(),
-            "active_triplets": (to_positive - to_negative + self.margin > 0).float().mean(),
-            "violated_triplets": (to_positive > to_negative).float().mean(),
-        }
-
-    def over(self, dataset, embeddings):
-        """`statistics` over all sampled triplets of a TwinTripletDataset, as floats, from its embeddings (N, D)."""
-        sums = {}
-        for rows, triplets in dataset.by_pair():
-            rows, triplets = (torch.from_numpy(x).to(embeddings.device) for x in (rows, triplets))
-            for name, value in self.statistics(*self.distances(embeddings[rows], triplets)).items():
-                sums[name] = sums.get(name, 0.0) + value.double() * len(triplets)
-        return {name: float(value) / len(dataset) for name, value in sums.items()}
+        excess = to_positive - to_negative + self.margin
+        active, violated = (excess > 0).float(), (to_positive > to_negative).float()
+        return torch.stack([x.mean() for x in (F.relu(excess), to_positive, to_negative, active, violated)])
 
     def extra_repr(self):
         return f"margin={self.margin}, distance={self.distance!r}"

@@ -1,10 +1,10 @@
 """Photographs aligned per second, and where the time goes, on drawn 12-megapixel JPEGs. By hand, not in CI.
 
-    python -m tests.bench_alignment [photographs [part]]      # part: 1 or 2 (workers) or split; all without
+    python -m tests.bench_alignment [photographs [device]]
 
-Both networks run, with random weights; their answers are replaced by the known face, since a random detector finds
-thousands of faces and a random landmark network points nowhere. Each row of the first table aligns all photographs anew
-with the weights loaded; the second sums, in one process, what each step takes per photograph.
+Both networks run, with random weights; their answers are replaced by the known face, since a random landmark network
+points nowhere. The first table aligns all photographs anew with the weights loaded; the second is what each step takes
+per photograph, one after the other.
 """
 
 import os
@@ -22,40 +22,39 @@ import align
 from tests.synthetic import draw_person, draw_photo
 
 SIZE, FACE = (4288, 2848), 8  # the drawn photograph is this many times enlarged, its eyes about 400 pixels apart
-start_worker = align._start_worker
 
 
-class KnownFace(align.FaceAlignmentDetector):
-    """The detector at work, answering with the box and the landmarks of the one face of `photograph`."""
+class KnownFace(align.FaceDetector):
+    """The detector at work on one box, answering with the landmarks of the one face of every photograph."""
 
-    def boxes(self, images):
-        super().boxes(images)
-        return [np.array([[0.3, 0.2, 0.7, 0.8]]) * np.tile(image.shape[1::-1], 2) for image in images]
+    def __init__(self, device, points):
+        super().__init__(device)
+        self.points, find = points, self.network.face_detector.detect_from_image
 
-    def landmarks(self, images, boxes):
-        super().landmarks(images, boxes)
-        five = [align.move_points(known_points(), SIZE, image.shape[1::-1]) for image in images]
-        return np.array([points[[0] * 30 + [2] + [0] * 5 + [0] * 6 + [1] * 6 + [3] * 6 + [4] * 14] for points in five])
+        def find_and_forget(image):
+            find(image)
+            return [np.array([0.3, 0.2, 0.7, 0.8, 1]) * [*np.tile(image.shape[1::-1], 2), 1]]
 
+        self.network.face_detector.detect_from_image = find_and_forget
 
-def known_points():
-    """(5, 2) landmarks of the face in every photograph."""
-    _, points = draw_photo(draw_person(np.random.default_rng(0)), np.random.default_rng(1))
-    return (points + 0.5) * FACE - 0.5 + [(SIZE[0] - 320 * FACE) // 2, 0]
+    def __call__(self, image):
+        super().__call__(image)
+        return (self.points + 0.5) * image.shape[1] / SIZE[0] - 0.5, False
 
 
 def write_photographs(folder, n):
-    """Draw the photographs; returns their paths."""
-    photo, _ = draw_photo(draw_person(np.random.default_rng(0)), np.random.default_rng(1))
+    """Draw n equal photographs; returns ([path, ...], (5, 2) landmarks)."""
+    photo, points = draw_photo(draw_person(np.random.default_rng(0)), np.random.default_rng(1))
     large = cv2.resize(photo, (320 * FACE, 360 * FACE), interpolation=cv2.INTER_CUBIC)[: SIZE[1]]
     left = (SIZE[0] - large.shape[1]) // 2
     canvas = cv2.resize(photo, SIZE, interpolation=cv2.INTER_CUBIC)
     canvas[:, left : left + large.shape[1]] = large
     noise = np.random.default_rng(2).normal(0, 4, canvas.shape)
-    Image.fromarray((canvas + noise).clip(0, 255).astype(np.uint8)).save(folder / "0.jpg", quality=92)
-    for i in range(1, n):
-        (folder / f"{i}.jpg").write_bytes((folder / "0.jpg").read_bytes())
-    return [str(folder / f"{i}.jpg") for i in range(n)]
+    paths = [folder / f"{i}.jpg" for i in range(n)]
+    Image.fromarray((canvas + noise).clip(0, 255).astype(np.uint8)).save(paths[0], quality=92)
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+    return [str(path) for path in paths], (points + 0.5) * FACE - 0.5 + [left, 0]
 
 
 def write_weights(home):
@@ -75,70 +74,50 @@ def write_weights(home):
     torch.save(FAN(4).state_dict(), home / "hub" / "checkpoints" / "2DFAN4-11f355bf06.pth.tar")
 
 
-def start_known_face(threads):
-    """The initializer of a worker process with the stand-in; warmed up, since the package compiles at first use."""
-    align.FaceAlignmentDetector = KnownFace
-    start_worker(threads)
-    align._detector([np.zeros((64, 64, 3), np.uint8)])
+def rate(photographs, folder, points, detector, workers):
+    """Photographs per second, by the given landmarks or else the detector."""
+    landmarks = {} if detector else dict.fromkeys(photographs, points.tolist())
+    jobs = align.plan({"a": photographs}, folder, landmarks, folder)
+    began = time.perf_counter()
+    facts = align.align_images(jobs, detector, workers)
+    assert {entry["status"] for entry in facts} == {"aligned"}, facts[0]
+    return len(jobs) / (time.perf_counter() - began)
 
 
-def rate(photographs, folder, workers, landmarks):
-    """Photographs per second, from the difference of two runs, so that starting processes does not count."""
-    seconds = []
-    for sources in (photographs[:workers], photographs):
-        began = time.perf_counter()
-        given = dict.fromkeys(sources, known_points()) if landmarks else None
-        _, report = align.align_images({"a": sources}, folder, given, "cpu", workers, realign=True)
-        seconds.append(time.perf_counter() - began)
-        assert {entry["status"] for entry in report} == {"aligned"}, report[0]
-    return (len(photographs) - workers) / (seconds[1] - seconds[0])
+def time_split(photographs, folder, detector):
+    """{step: milliseconds per photograph}, one photograph after the other."""
+    spent = dict.fromkeys(("decode", "detect", "warp", "write"), 0.0)
+    for path in photographs:
+        times = [time.perf_counter()]
+        image = align.read_photo(path, align.DECODED_SIZE)
+        times.append(time.perf_counter())
+        points, _ = detector(image)
+        times.append(time.perf_counter())
+        crop = align.align_face(image, points)
+        times.append(time.perf_counter())
+        Image.fromarray(crop).save(folder / "crop.png")
+        times.append(time.perf_counter())
+        for step, seconds in zip(spent, np.diff(times), strict=True):
+            spent[step] += 1000 * seconds / len(photographs)
+    return spent
 
 
-def time_split(photographs, folder):
-    """{step: milliseconds per photograph} in this process, on one thread."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    detector, spent = KnownFace("cpu"), {}
-    detector([np.zeros((64, 64, 3), np.uint8)])
-
-    def timed(step, call):
-        def wrapped(*args):
-            began = time.perf_counter()
-            result = call(*args)
-            spent[step] = spent.get(step, 0) + time.perf_counter() - began
-            return result
-
-        return wrapped
-
-    kept = {name: getattr(align, name) for name in ("decode", "align_face", "write_crop")}
-    for name, step in zip(kept, ("decode", "warp", "write"), strict=True):
-        setattr(align, name, timed(step, kept[name]))
-    detector.boxes, detector.landmarks = timed("detect", detector.boxes), timed("landmarks", detector.landmarks)
-    for i, source in enumerate(photographs):
-        timed("all", align.align_jobs)([align.Job(source, Path(folder) / f"{i}.png", "a", None, "")], detector)
-    for name, function in kept.items():
-        setattr(align, name, function)
-    return {step: 1000 * seconds / len(photographs) for step, seconds in spent.items()}
-
-
-def main(n, parts):
+def main(n=12, device="cpu"):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         os.environ["TORCH_HOME"] = str(folder)
         write_weights(folder)
-        photographs = write_photographs(folder, n)
-        align.FaceAlignmentDetector, align._start_worker = KnownFace, start_known_face
-        print(f"{n} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores", flush=True)
-        for workers in (int(part) for part in parts if part != "split"):
-            for given, how in ((True, "--landmarks"), (False, "detection")):
-                speed = rate(photographs, folder / "crops", workers, given)
+        photographs, points = write_photographs(folder, int(n))
+        detector = KnownFace(device, points)
+        detector(np.zeros((64, 64, 3), np.uint8))  # the package compiles at first use
+        print(f"{n} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores, {device}", flush=True)
+        for workers in (1, 2, 6):
+            for used, how in ((None, "--landmarks"), (detector, "detection")):
+                speed = rate(photographs, folder / "crops", points, used, workers)
                 print(f"{workers} workers, {how}: {speed:.3f} photographs/s", flush=True)
-        if "split" in parts:
-            split = time_split(photographs, folder)
-            print("step        ms per photograph, one thread")
-            for step in ("decode", "detect", "landmarks", "warp", "write", "all"):
-                print(f"{step:<10} {split[step]:>8.1f}")
+        for step, milliseconds in time_split(photographs, folder, detector).items():
+            print(f"{step:<10} {milliseconds:>8.1f} ms per photograph")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 12, sys.argv[2:] or ["1", "2", "split"])
+    main(*sys.argv[1:])

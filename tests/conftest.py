@@ -60,3 +60,72 @@ def tiny_model():
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+# ---- runs of train_twins.py -----------------------------------------------------------------------------------------
+
+FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [1, 1]]  # the last makes no triplet
+
+
+def quick_features(self, x):
+    """Backbone.features of a picture an eighth as wide: every layer takes part, in a hundredth of the time."""
+    small = self.body(self.input_layer(torch.nn.functional.avg_pool2d(x, 8)))
+    return small.expand(-1, -1, 7, 7)
+
+
+class Experiment:
+    """Crops of twins, a tiny network to start from, and what runs of train_twins.py on them leave in `folder`."""
+
+    def __init__(self, folder, families=FAMILIES):
+        self.folder, self.start = folder, folder / "start.pth"
+        self.aligned, self.pairs = crop_writer(folder)(families)
+        self.images = {name: [folder / p for p in paths] for name, paths in json.loads(self.aligned.read_text()).items()}
+        torch.manual_seed(0)
+        model = net.build_model("ir_tiny")
+        crops = np.stack([np.array(Image.open(path)) for paths in self.images.values() for path in paths])
+        net.set_batchnorm_statistics(model, torch.from_numpy(crops), torch.device("cpu"))
+        net.save_checkpoint(self.start, model)
+
+    def flags(self, more="", name="run"):
+        """The flags of a short run of this name, as a list; `more` comes last and so decides."""
+        return (
+            f"--train_pairs {self.pairs} --skip_alignment --aligned_json {self.aligned} --arch ir_tiny --device cpu "
+            f"--pretrained {self.start} --output_dir {self.folder}/models --log_dir {self.folder}/logs "
+            f"--run_name {name} --epochs 2 --validation_split 0.3 --batch_size 24 --learning_rate 1e-3 "
+            f"--schedule constant --quadruplet_weight 0 --drift_weight 0 {more}"
+        ).split()
+
+    def log(self, name="run"):
+        """The content of a run's training_log.json, None if there is none."""
+        path = self.folder / "logs" / name / "training_log.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def state(self, name="run"):
+        """The content of a run's last.pth, from which --resume would go on."""
+        return torch.load(self.folder / "logs" / name / "last.pth", weights_only=True)
+
+    def weights(self, name="run"):
+        """The state dict of the one checkpoint that a run has left."""
+        (path,) = (self.folder / "models").glob(f"twin_tuned_irtiny_{name}_epoch*.pth")
+        return {key[6:]: value for key, value in torch.load(path, weights_only=True)["state_dict"].items()}
+
+    def files(self):
+        """{path: (bytes, time of change)} of all that runs have written."""
+        folders = (self.folder / "logs", self.folder / "models")
+        paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def without_timing(log):
+    """What of a training log is up to settings and data alone: not the clock, names, places, number of processes."""
+    config = {k: v for k, v in log["config"].items() if k not in ("run_name", "output_dir", "log_dir", "resume")}
+    config.pop("processes")
+    epochs = [{k: v for k, v in entry.items() if k != "timing"} for entry in log["epochs"]]
+    return {"config": config, "epochs": epochs, **{key: log[key] for key in ("best_epoch", "stopped", "against_start")}}
+
+
+def assert_equal_weights(weights, reference, tolerance=0.0):
+    """Two state dicts are equal: bit for bit, or but for a difference of `tolerance`."""
+    assert weights.keys() == reference.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, reference[key], atol=tolerance, rtol=tolerance, msg=key)

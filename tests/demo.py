@@ -19,10 +19,9 @@ import torch
 import align
 import evaluate_twins
 import train_twins
-from align import read_id_to_images
-from net import build_model, save_checkpoint
+from net import build_model, save_checkpoint, set_batchnorm_statistics
 from tests.synthetic import write_photos
-from triplet_dataset import load_crops
+from triplet_dataset import load_crops, read_id_to_images
 
 MARKER = "made by tests.demo"
 
@@ -62,14 +61,14 @@ def main(argv=None):
     torch.manual_seed(0)
     model = build_model("ir_18")
     crops = read_id_to_images(home / "id_to_train_aligned_images.json")
-    crops = load_crops([path for person in crops.values() for path in person[:2]])
-    train_twins.set_batchnorm_statistics(model, crops, torch.device("cpu"))
+    crops = load_crops([path for person in crops.values() for path in person[:2]]).pixels
+    set_batchnorm_statistics(model.eval(), crops, torch.device("cpu"))
     save_checkpoint(home / "untrained.pth", model)
 
     common = (
         f"--train_pairs {q}/train/pairs.json --skip_alignment --aligned_json {q}/id_to_train_aligned_images.json "
         f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs --device cpu "
-        "--keep 0 --schedule constant"  # random weights have nothing worth keeping
+        "--drift_weight 0 --schedule constant"  # random weights have nothing worth keeping
     )
     run(
         train_twins, f"{common} --freeze_backbone --train_percentage 50 --batch_size 32 --epochs 2 --learning_rate 1e-4"

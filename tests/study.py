@@ -1,82 +1,88 @@
-"""Does a recipe help on people who were not in the training set? By hand, not in CI.
+"""Which settings help people who were in no part of the training? By hand, not in CI.
 
     python -m tests.study --pairs train_twin_id_pairs.json --aligned_json id_to_train_aligned_images.json \\
-      --pretrained adaface_ir18_distilled.ckpt --arch ir_18 --output study \\
-      --recipe "frozen: --freeze_backbone --train_percentage 1 --epochs 5" \\
-      --recipe "full: --batching grouped --images_per_batch 64 --epochs 1"
+      --pretrained adaface_ir18_distilled.ckpt --arch ir_18 --output study --seeds 1 2 3 \\
+      --recipe "default: --freeze_backbone" --recipe "the plan: --freeze_backbone --learning_rate 1e-3 ..."
 
-The pairs are cut into family-disjoint folds. For each recipe (a name and flags of train_twins.py) a network is trained
-on all folds but one and tested on that one, so every pair is tested once, by a network that has seen neither of its
-people. The figures are means over the folds; the differences to the start are paired, their 95 % intervals a bootstrap
-over the families of all folds. With --test_pairs and --test_aligned_json a second row says the same of those people,
-tested with the networks of all folds. curves.png shows the epochs, as means over the folds. The README's tables on
-fine-tuning come from here. Results that are there are not made again, so that a recipe can be added later.
+The pairs are dealt into folds of whole families. Each recipe (a name and flags of train_twins.py) is trained on all
+folds but one, with every seed, and tested on that one, so every pair is tested by networks that have seen neither of
+its people. The figures are means over folds and seeds of the difference to the start; their 95 % intervals are a
+bootstrap over families, the same resamples for all. With --test_pairs and --test_aligned_json a second table says the
+same of those people. Runs that are there are not made again, so a recipe can be added later.
 """
 
 import argparse
 import re
-import time
 from pathlib import Path
 
 import numpy as np
 
 import train_twins
-from align import pick_device, read_id_to_images, read_json, read_pairs, write_json
-from evaluate_twins import COLOURS, TwinEvaluator, new_figure, save_figure
-from net import load_checkpoint
-from triplet_dataset import find_families, hash_key, permute
+from evaluate_twins import TwinEvaluator, embed, interval, line_style, new_figure, save_figure
+from net import load_checkpoint, pick_device
+from triplet_dataset import TwinImages, find_families, load_crops, read_id_to_images, read_pairs, write_json
 
 FIGURES = {"auc": ("twin AUC", 1), "eer": ("twin EER, points", 100), "general_auc": ("general AUC", 1)}
 FIGURES |= {"fnmr_0.001": ("FNMR at general FMR 0.1 %, points", 100)}
 
 
 def folds(pairs, n):
-    """n lists of pairs, whole families each, in an order of their own."""
+    """n lists of pairs, whole families each."""
     family = find_families(pairs)
-    count = max(family.values()) + 1
-    fold = permute(np.arange(count), count, hash_key("folds")) % n
+    fold = np.random.default_rng(0).permutation(max(family.values()) + 1) % n
     return [[pair for pair in pairs if fold[family[pair[0]]] == k] for k in range(n)]
 
 
-def row(name, results, start, minutes):
-    """A line of the table; results, start: (figures, bootstrap samples) of each fold."""
-    cells = []
-    for figure, (_, scale) in FIGURES.items():
-        change = np.mean([r[0][figure] - s[0][figure] for r, s in zip(results, start, strict=True)])
-        samples = np.mean([r[1][figure] - s[1][figure] for r, s in zip(results, start, strict=True)], 0)
-        low, high = np.nanpercentile(samples, (2.5, 97.5))
-        digits = 4 if scale == 1 else 2
-        cells.append(f"{scale * change:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]")
-    return f"| {name} | {' | '.join(cells)} | {minutes:.1f} |"
+def estimates(id_to_images, pairs, checkpoints, device, resamples):
+    """[(figures, samples) of each checkpoint] on the people of the pairs; checkpoints of one backbone run it once."""
+    images = TwinImages(id_to_images, pairs)
+    evaluator = TwinEvaluator(images, resamples=resamples)
+    crops = load_crops(images.paths).pixels
+    models = [load_checkpoint(checkpoint) for checkpoint in checkpoints]
+    frozen = [m.facts.get("config", {}).get("freeze_backbone", True) for m in models]
+    groups = [[m for m, f in zip(models, frozen, strict=True) if f]]
+    groups += [[m] for m, f in zip(models, frozen, strict=True) if not f]
+    found = {}
+    for group in filter(None, groups):
+        for model, embedding in zip(group, embed(group, crops, device, description="testing"), strict=True):
+            scores = evaluator.score(embedding)
+            found[id(model)] = evaluator.figures(scores), evaluator.resample(scores)
+    return [found[id(model)] for model in models]
 
 
-def scores(evaluators, checkpoints, name):
-    """(figures, bootstrap samples) of each evaluator's people with the checkpoint at its place."""
-    pairs = zip(evaluators, checkpoints, strict=True)
-    return [e.metrics(e.score(load_checkpoint(checkpoint), name)) for e, checkpoint in pairs]
+def print_table(title, recipes, results, starts):
+    """results {recipe: [(fold, figures, samples), ...]}; starts {fold: (figures, samples)}."""
+    print(
+        f"\n{title}; start: "
+        + ", ".join(
+            f"{label} {scale * np.mean([figures[name] for figures, _ in starts.values()]):.4f}"
+            for name, (label, scale) in FIGURES.items()
+        )
+    )
+    print(f"| recipe | {' | '.join(label for label, _ in FIGURES.values())} | steps | minutes |")
+    print("| --- " * (len(FIGURES) + 3) + "|")
+    for recipe in recipes:
+        cells = []
+        for name, (_, scale) in FIGURES.items():
+            changes = [scale * (figures[name] - starts[fold][0][name]) for fold, figures, _ in results[recipe]]
+            samples = np.mean([s[name] - starts[fold][1][name] for fold, _, s in results[recipe]], 0)
+            low, high = interval(scale * samples)
+            digits = 4 if scale == 1 else 2
+            cells.append(f"{np.mean(changes):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+        print(f"| {recipe} | {' | '.join(cells)} | {recipes[recipe]} |", flush=True)
 
 
 def plot_curves(path, logs):
-    """Losses, and changes of EER and AUC on the validation people; logs: {recipe: [content of training_log.json]}."""
-    figure, panels = new_figure(15.0, 3.8, 1, 3)
-    for (name, runs), colour in zip(logs.items(), COLOURS, strict=False):
+    """Change of the validation AUC against the epoch, means of the runs; logs {recipe: [training log, ...]}."""
+    figure, panels = new_figure(12.0, 3.8, 1, 2)
+    for number, (name, runs) in enumerate(logs.items(), 1):
         epochs = range(min(len(log["epochs"]) for log in runs))
-
-        def curve(key, runs=runs, epochs=epochs):
-            values = [[log["epochs"][epoch][key] for epoch in epochs] for log in runs]
-            return np.array(values, float).mean(0)  # None, without validation, becomes NaN: no line
-
-        style = {"color": colour, "marker": "o", "markersize": 3}
-        panels[0].plot(epochs, curve("train_loss"), **style)
-        panels[0].plot(epochs, curve("val_loss"), linestyle="--", **style)
-        for axes, key, scale in zip(panels[1:], ("val_eer", "val_auc"), (100, 1), strict=True):
-            axes.plot(epochs, scale * (curve(key) - curve(key)[0]), label=name, **style)
-    panels[0].set(ylim=(0, None), ylabel="triplet loss (solid: training, dashed: validation)")
-    panels[1].set_ylabel("change of the validation EER (points)")
-    panels[2].set_ylabel("change of the validation twin AUC")
-    for axes in panels:
-        axes.set_xlabel("epoch (0: before training)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes, key in zip(panels, ("val_auc", "val_general_auc"), strict=True):
+            values = np.array([[log["epochs"][epoch][key] for epoch in epochs] for log in runs], float)
+            change = (values - values[:, :1]).mean(0)
+            axes.plot(np.linspace(0, 1, len(epochs)), change, label=name, **line_style(number))
+    for axes, who in zip(panels, ("twins", "everyone else"), strict=True):
+        axes.set(xlabel="share of the run's epochs", ylabel=f"change of the validation AUC, {who}")
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
     save_figure(figure, path, panels[-1])
@@ -92,47 +98,50 @@ def main(argv=None):
     parser.add_argument("--recipe", action="append", default=[], metavar="'NAME: FLAGS'", help="of train_twins.py")
     parser.add_argument("--test_pairs", help="of further people, for a last look")
     parser.add_argument("--test_aligned_json", help="the list of their crops")
-    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=3, help="how many to deal the pairs into")
+    parser.add_argument("--use_folds", type=int, nargs="+", help="test on these alone, where time is short")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resamples", type=int, default=400)
     args = parser.parse_args(argv)
     output, device = Path(args.output), pick_device(args.device)
-    images, pairs = read_id_to_images(args.aligned_json), read_pairs(args.pairs)
+    images = read_id_to_images(args.aligned_json)
+    pairs, _ = read_pairs(args.pairs, images)
     parts = folds(pairs, args.folds)
-    evaluators = [TwinEvaluator(images, part, device, resamples=args.resamples) for part in parts]
-    looks = {"": evaluators}
-    if args.test_pairs:
-        further = read_id_to_images(args.test_aligned_json), read_pairs(args.test_pairs)
-        looks[" (further people)"] = [TwinEvaluator(*further, device, resamples=args.resamples)] * args.folds
-    starts = {look: scores(people, [args.pretrained] * args.folds, "start") for look, people in looks.items()}
-    for look, start in starts.items():
-        mean = {name: np.mean([figures[name] for figures, _ in start]) for name in FIGURES}
-        print(f"start{look}: " + ", ".join(f"{label} {s * mean[name]:.4f}" for name, (label, s) in FIGURES.items()))
-    print(f"| recipe | {' | '.join(label for label, _ in FIGURES.values())} | minutes |")
-    print("| --- " * (len(FIGURES) + 2) + "|")
-    logs = {}
+    used = args.use_folds or range(args.folds)
+    data, logs, recipes = {}, {}, {}
     for recipe in args.recipe:
         name, _, flags = recipe.partition(":")
-        name, checkpoints, minutes = name.strip(), [], 0.0
-        for number in range(args.folds):
-            run = f"{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-.')}_fold{number}"
-            kept = output / f"{run}.json"
-            if not kept.exists():
-                began = time.perf_counter()
-                write_json(output / f"pairs{number}.json", [p for k, q in enumerate(parts) if k != number for p in q])
-                common = ["--train_pairs", output / f"pairs{number}.json", "--aligned_json", args.aligned_json]
-                common += ["--skip_alignment", "--pretrained", args.pretrained, "--arch", args.arch, "--resume"]
+        for fold in used:
+            train_pairs = output / f"pairs{fold}.json"
+            write_json(train_pairs, [pair for k, part in enumerate(parts) if k != fold for pair in part])
+            for seed in args.seeds:
+                run = f"{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-.')}_fold{fold}_seed{seed}"
+                common = ["--train_pairs", train_pairs, "--aligned_json", args.aligned_json, "--skip_alignment"]
+                common += ["--pretrained", args.pretrained, "--arch", args.arch, "--resume", "--seed", seed]
                 common += ["--output_dir", output / "models", "--log_dir", output / "logs", "--run_name", run]
                 arguments = [str(flag) for flag in [*common, "--device", args.device, *flags.split()]]
-                log = train_twins.TwinTrainer(train_twins.parse_args(arguments)).train()
-                write_json(kept, [log["best_checkpoint"], (time.perf_counter() - began) / 60])
-            checkpoint, seconds = read_json(kept)
-            minutes += seconds
-            checkpoints.append(checkpoint)
-            logs.setdefault(name, []).append(read_json(output / "logs" / run / "training_log.json"))
-        for look, people in looks.items():
-            print(row(name + look, scores(people, checkpoints, name), starts[look], minutes), flush=True)
-    plot_curves(output / "curves.png", logs)
+                trainer = train_twins.TwinTrainer(train_twins.parse_args(arguments), data.get(fold))
+                logs.setdefault(name, []).append((fold, trainer.train()))
+                data[fold] = trainer.data or data.get(fold)
+        minutes = [sum(e["timing"]["seconds"] for e in log["epochs"]) / 60 for _, log in logs[name]]
+        steps = [sum(e.get("steps", 0) for e in log["epochs"]) for _, log in logs[name]]
+        recipes[name] = f"{np.mean(steps):.0f} | {np.mean(minutes):.1f}"
+    plot_curves(output / "curves.png", {name: [log for _, log in runs] for name, runs in logs.items()})
+
+    looks = {"Held-out folds": {fold: (images, parts[fold]) for fold in used}}
+    if args.test_pairs:
+        further = read_id_to_images(args.test_aligned_json)
+        looks["Further people"] = dict.fromkeys(used, (further, read_pairs(args.test_pairs, further)[0]))
+    for title, people in looks.items():
+        results, starts = {}, {}
+        for fold in used:
+            runs = [(name, log["best_checkpoint"]) for name in logs for f, log in logs[name] if f == fold]
+            checkpoints = [args.pretrained, *(checkpoint for _, checkpoint in runs)]
+            starts[fold], *found = estimates(*people[fold], checkpoints, device, args.resamples)
+            for (name, _), estimate in zip(runs, found, strict=True):
+                results.setdefault(name, []).append((fold, *estimate))
+        print_table(title, recipes, results, starts)
     return 0
 
 

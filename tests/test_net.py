@@ -1,15 +1,19 @@
+"""The networks equal upstream's; checkpoints of several kinds give the same weights, and nothing in them runs."""
+
+import io
 import json
 import os
+import pickle
+import subprocess
 import sys
 import types
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import align
 import net
 from tests.oracle import fill
 
@@ -18,55 +22,58 @@ KEYS = json.loads((ORACLE / "state_dict_keys.json").read_text())
 REFERENCE = np.load(ORACLE / "reference.npz")
 
 
+# ---- networks and their input ---------------------------------------------------------------------------------------
+
+
+def blank(arch):
+    """A network without numbers, which costs no time."""
+    with torch.device("meta"):
+        return net.build_model(arch).eval()
+
+
 @pytest.mark.parametrize("arch", KEYS)
 def test_state_dict_equals_upstreams_key_for_key(arch):
-    assert [[key, list(shape)] for key, shape in net._shapes(arch).items()] == KEYS[arch]
+    model = blank(arch)
+    assert [[key, list(value.shape)] for key, value in model.state_dict().items()] == KEYS[arch]
+    embedding, norm = model(torch.zeros(2, 3, 112, 112, device="meta"))
+    assert (embedding.shape, norm.shape) == ((2, 512), (2, 1))
 
 
 @pytest.mark.parametrize("arch", ["ir_18", "ir_34", "ir_50", "ir_101", "ir_se_50"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_outputs_equal_upstreams(arch, memory_format):
-    model = net.build_model(arch).eval()
-    model.load_state_dict(fill.fill(model.state_dict()))
-    x = fill.network_input().to(memory_format=memory_format)
-    with torch.no_grad():
-        embedding, norm = model.to(memory_format=memory_format)(x)
-    np.testing.assert_allclose(embedding, REFERENCE[f"{arch}_embedding"], atol=2e-6)
-    np.testing.assert_allclose(norm, REFERENCE[f"{arch}_norm"], rtol=1e-5)
+def test_outputs_equal_upstreams_in_either_memory_format(arch):
+    model = blank(arch)
+    model.load_state_dict(fill.fill(model.state_dict()), assign=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last)[arch != "ir_18" :]:
+        with torch.no_grad():
+            x = fill.network_input().to(memory_format=memory_format)
+            embedding, norm = model.to(memory_format=memory_format)(x)
+        np.testing.assert_allclose(embedding, REFERENCE[f"{arch}_embedding"], atol=2e-6)
+        np.testing.assert_allclose(norm, REFERENCE[f"{arch}_norm"], rtol=1e-5)
 
 
-def test_wide_bottleneck_network_runs():
-    model = net.build_model("ir_se_152").eval()
-    with torch.no_grad():
-        embedding, norm = model(torch.zeros(1, 3, 112, 112))
-    assert embedding.shape == (1, 512)
-    assert norm.shape == (1, 1)
+def test_an_unknown_architecture_is_answered_with_the_known_ones():
+    with pytest.raises(net.InputError, match=r"'resnet50'.*ir_18, ir_34, ir_50"):
+        net.build_model("resnet50")
 
 
-def test_conversion_equals_upstreams():
-    x = net.to_input(fill.photo())
+def test_conversion_equals_upstreams_and_its_formula():
+    crops = fill.photo()
+    x = net.to_input(crops)
+    assert x.dtype == torch.float32
     np.testing.assert_allclose(x[:, :, :4, :4], REFERENCE["photo_input_0_1"], atol=1e-6)
     np.testing.assert_allclose(x.double().sum((2, 3)), REFERENCE["photo_input_sum"], atol=1e-3)
-    np.testing.assert_array_equal(net.to_input(torch.from_numpy(fill.photo())), x)
+    formula = (crops[..., ::-1].astype(np.float64) - 127.5) / 127.5  # BGR
+    np.testing.assert_allclose(x, formula.transpose(0, 3, 1, 2), atol=1e-7)
+    np.testing.assert_array_equal(net.to_input(torch.from_numpy(crops)), x)
+    np.testing.assert_array_equal(crops, fill.photo())  # its argument is as it was
 
 
-def test_conversion_swaps_red_and_blue():
-    red = np.zeros((1, 112, 112, 3), np.uint8)
-    red[..., 0] = 255
-    assert net.to_input(red)[0, :, 0, 0].tolist() == [-1.0, -1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("crops", "error"),
-    [
-        (np.zeros((1, 112, 112, 3), np.float32), TypeError),
-        (np.zeros((1, 3, 112, 112), np.uint8), ValueError),
-        (np.zeros((112, 112, 3), np.uint8), ValueError),
-    ],
-)
-def test_conversion_refuses_what_is_not_a_batch_of_crops(crops, error):
-    with pytest.raises(error):
-        net.to_input(crops)
+@pytest.mark.parametrize("shape", [(1, 3, 112, 112), (112, 112, 3), (1, 112, 112, 1)])
+def test_conversion_refuses_what_is_not_a_batch_of_crops(shape):
+    with pytest.raises(ValueError, match="crops must be"):
+        net.to_input(np.zeros(shape, np.uint8))
+    with pytest.raises(TypeError, match="crops must be uint8 RGB"):
+        net.to_input(np.zeros((1, 112, 112, 3), np.float32))
 
 
 def test_embedding_is_float32_of_unit_length_under_autocast(tiny_model):
@@ -77,98 +84,85 @@ def test_embedding_is_float32_of_unit_length_under_autocast(tiny_model):
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))
 
 
-def test_halves_make_the_whole(tiny_model):
+def test_the_two_halves_make_the_whole(tiny_model):
     x = torch.randn(2, 3, 112, 112)
-    assert torch.equal(tiny_model.head(tiny_model.features(x))[0], tiny_model(x)[0])
+    assert all(map(torch.equal, tiny_model.head(tiny_model.features(x)), tiny_model(x)))
 
 
-def test_kaiming_normal_fan_out():
-    conv = net.build_model("ir_18").body[7].res_layer[4]
-    assert conv.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+# ---- checkpoints that are read --------------------------------------------------------------------------------------
 
 
 def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# ---- checkpoints
+def load(folder, content, **options):
+    torch.save(content, folder / "x.ckpt", **options)
+    return net.load_checkpoint(folder / "x.ckpt")
 
 
-def test_checkpoint_survives_saving_and_loading(tmp_path, tiny_model):
-    facts = {
-        "epoch": 3,
-        "config": {"margin": np.float64(0.3), "path": Path("a")},
-        "metrics": {"val_eer": np.float32(0.5)},
-    }
-    net.save_checkpoint(tmp_path / "x.pth", tiny_model, **facts)
+def test_a_checkpoint_survives_saving_and_loading(tmp_path, tiny_model):
+    facts = {"epoch": 3, "config": {"margin": 0.3, "ids": ["a", "b"]}, "metrics": {"val_eer": 0.25, "val_auc": None}}
+    net.save_checkpoint(tmp_path / "x.pth", tiny_model, **facts, sha256=["00"])
     loaded = net.load_checkpoint(tmp_path / "x.pth")
     assert same_weights(loaded, tiny_model)
-    assert not loaded.training
-    assert loaded.facts["config"] == {"margin": 0.3, "path": "a"}
-    assert loaded.facts["metrics"] == {"val_eer": 0.5}
-    assert loaded.arch == loaded.facts["arch"] == "ir_tiny"
+    assert (loaded.training, loaded.arch) == (False, "ir_tiny")
+    assert loaded.facts == {"arch": "ir_tiny", **facts, "sha256": ["00"]}
 
 
-def test_our_checkpoint_is_read_by_upstreams_own_loader(tmp_path, tiny_model):
+def test_ours_is_read_by_upstreams_own_lines(tmp_path, tiny_model):
     net.save_checkpoint(tmp_path / "x.pth", tiny_model, epoch=1)
+    model = net.build_model("ir_tiny")
     statedict = torch.load(tmp_path / "x.pth", weights_only=True)["state_dict"]
-    model_statedict = {key[6:]: val for key, val in statedict.items() if key.startswith("model.")}
-    fresh = net.build_model("ir_tiny")
-    fresh.load_state_dict(model_statedict)
-    assert same_weights(fresh, tiny_model)
+    model.load_state_dict({key[6:]: val for key, val in statedict.items() if key.startswith("model.")})
+    assert same_weights(model, tiny_model)
 
 
-@pytest.mark.parametrize("prefix", ["model.", "module.", "net.", "", "module.model."])
-@pytest.mark.parametrize("nested", [True, False])
-def test_prefixes_and_bare_state_dicts(tmp_path, tiny_model, prefix, nested):
-    state = {prefix + key: value for key, value in tiny_model.state_dict().items()}
-    state["head.kernel"] = torch.zeros(512, 10)
-    torch.save({"state_dict": state} if nested else state, tmp_path / "x.ckpt")
-    loaded = net.load_checkpoint(tmp_path / "x.ckpt")
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "backbone.", "", "module._orig_mod.model."])
+@pytest.mark.parametrize("entries", [(), ("state_dict",), ("training", "networks", "student")])
+def test_one_network_is_found_under_any_prefix_at_any_depth(tmp_path, tiny_model, prefix, entries):
+    content = {prefix + key: value for key, value in tiny_model.state_dict().items()}
+    content |= {"head.kernel": torch.zeros(512, 10), 5: torch.zeros(2)}
+    for entry in reversed(entries):
+        content = {entry: content, "epoch": 3, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}
+    loaded = load(tmp_path, content)
     assert same_weights(loaded, tiny_model)
     assert loaded.facts == {}
 
 
-def test_half_precision_weights_become_float32(tmp_path, tiny_model):
-    torch.save(
-        {k: v.half() if v.is_floating_point() else v for k, v in tiny_model.state_dict().items()}, tmp_path / "x"
-    )
-    assert {p.dtype for p in net.load_checkpoint(tmp_path / "x").parameters()} == {torch.float32}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_floats_parameters_and_the_old_format_become_float32(tmp_path, tiny_model, dtype, zipped):
+    state = OrderedDict((k, v.to(dtype) if v.is_floating_point() else v) for k, v in tiny_model.state_dict().items())
+    state["output_layer.3.weight"] = torch.nn.Parameter(state["output_layer.3.weight"])
+    model = load(tmp_path, {"state_dict": state}, _use_new_zipfile_serialization=zipped)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = tiny_model.output_layer[3].weight.to(dtype).float()
+    torch.testing.assert_close(model.output_layer[3].weight, expected)
 
 
 def test_missing_batch_counters_are_accepted(tmp_path, tiny_model):
-    torch.save({k: v for k, v in tiny_model.state_dict().items() if "num_batches" not in k}, tmp_path / "x")
-    assert torch.equal(
-        net.load_checkpoint(tmp_path / "x").body[0].res_layer[1].weight, tiny_model.body[0].res_layer[1].weight
-    )
+    state = {key: value for key, value in tiny_model.state_dict().items() if "num_batches_tracked" not in key}
+    assert torch.equal(load(tmp_path, state).output_layer[3].weight, tiny_model.output_layer[3].weight)
 
 
 @pytest.mark.parametrize("kind", ["object", "dict", "numpy"])
-def test_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model, monkeypatch, kind):
-    module = types.ModuleType("vanished_lightning.callbacks")
-
-    class ModelCheckpoint:
-        def __init__(self, path):
-            self.path = path
-
-    class Settings(dict):
-        pass
-
-    for cls in (ModelCheckpoint, Settings):
-        cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
-        setattr(module, cls.__name__, cls)
-    monkeypatch.setitem(sys.modules, "vanished_lightning", types.ModuleType("vanished_lightning"))
+def test_a_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model, monkeypatch, kind):
+    module = types.ModuleType("vanished_lightning")
+    for name, base in (("ModelCheckpoint", types.SimpleNamespace), ("Settings", dict)):
+        setattr(module, name, type(name, (base,), {"__module__": module.__name__}))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     content = {
         "epoch": 25,
         "state_dict": {f"model.{k}": v for k, v in tiny_model.state_dict().items()} | {"head.kernel": torch.zeros(3)},
-        "callbacks": {ModelCheckpoint: {"best_model_path": "x", "object": ModelCheckpoint("y")}},
-        "hyper_parameters": {"root": Path("/data")},
+        "callbacks": {module.ModelCheckpoint: {"best": "x", "object": module.ModelCheckpoint(path="x")}},
+        "hyper_parameters": {
+            "object": {"root": Path("/data")},
+            "dict": module.Settings(margin=0.4, nested=defaultdict(list, a=[1])),
+            "numpy": {"best": np.float64(0.5), "all": np.arange(3)},
+        }[kind],
     }
-    if kind == "dict":
-        content["hyper_parameters"] = Settings(margin=0.4, nested=defaultdict(list, a=[1]))
-    if kind == "numpy":
-        content["best"] = np.float64(0.5)
     torch.save(content, tmp_path / "upstream.ckpt")
     monkeypatch.undo()
     with pytest.raises(ModuleNotFoundError):
@@ -176,87 +170,123 @@ def test_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_model
     assert same_weights(net.load_checkpoint(tmp_path / "upstream.ckpt"), tiny_model)
 
 
-class Attack:
-    def __init__(self, function, argument):
-        self.call = function, (argument,)
+# ---- checkpoints that are refused -----------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickles as a call, which an unwary reader makes."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
         return self.call
 
 
-@pytest.mark.parametrize("function", [os.system, eval, exec])
-def test_code_in_a_checkpoint_is_not_run(tmp_path, tiny_model, function):
-    flag = tmp_path / "owned"
-    argument = f"touch {flag}" if function is os.system else f"open({str(flag)!r}, 'w')"
-    torch.save({"state_dict": tiny_model.state_dict(), "x": Attack(function, argument)}, tmp_path / "bad.ckpt")
+ATTACKS = {
+    "os.system": lambda flag: Call(os.system, f"touch {flag}"),
+    "eval": lambda flag: Call(eval, f"open({flag!r}, 'w')"),
+    "open": lambda flag: Call(open, flag, "w"),
+    "subprocess": lambda flag: Call(subprocess.check_call, ["touch", flag]),
+    "a pickle within": lambda flag: Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {flag}"), 2)),
+    "torch.save": lambda flag: Call(torch.save, {}, flag),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("form", ["zip", "old", "bare"])
+def test_nothing_from_a_checkpoint_runs(tmp_path, tiny_model, attack, form):
+    flag, path = tmp_path / "owned", tmp_path / "bad.ckpt"
+    content = {"state_dict": tiny_model.state_dict(), "x": ATTACKS[attack](str(flag))}
+    if form == "bare":
+        path.write_bytes(pickle.dumps(content["x"], 2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     try:
-        net.load_checkpoint(tmp_path / "bad.ckpt")
+        assert same_weights(net.load_checkpoint(path), tiny_model)
     except net.InputError as error:
-        assert "bad.ckpt: it asks to run" in str(error)  # noqa: PT017 (loading an inert eval is fine as well)
+        assert "bad.ckpt: " in str(error)  # noqa: PT017 (reading it past the inert call is as good)
     assert not flag.exists()
-    torch.load(tmp_path / "bad.ckpt", weights_only=False)
-    assert flag.exists()  # so the attack was a real one
+    if form == "zip":
+        torch.load(path, weights_only=False)
+        assert flag.exists()  # so the attack was a real one
 
 
-def test_wrong_architecture_names_keys_and_the_one_that_fits(tmp_path):
-    net.save_checkpoint(tmp_path / "x.pth", net.build_model("ir_18"))
-    with pytest.raises(net.InputError, match=r"not a whole ir_50 network \(missing body\.3.*its tensors fit ir_18"):
+def refused(folder, content, match, **options):
+    with pytest.raises(net.InputError, match=rf"x\.ckpt: .*{match}") as caught:
+        load(folder, content, **options)
+    assert str(caught.value).isprintable()  # one line, without codes that colour a terminal
+
+
+def test_several_networks_are_refused_by_name(tmp_path, tiny_model):
+    state = tiny_model.state_dict()
+    both = {f"{prefix}.{key}": value for prefix in ("student", "teacher") for key, value in state.items()}
+    refused(tmp_path, {"state_dict": both}, r"several networks.*state_dict/student\..*state_dict/teacher\.")
+    refused(tmp_path, {"net": state, "ema": state}, r"several networks.*net/.*ema/")
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, {"state_dict": {"encoder.weight": torch.zeros(1)}}, {}])
+def test_a_file_without_a_network_says_so(tmp_path, content):
+    refused(tmp_path, content, "no AdaFace network in it")
+    refused(tmp_path, [content], "holds list")
+
+
+def test_a_wrong_architecture_names_the_one_that_fits(tmp_path, tiny_model):
+    net.save_checkpoint(tmp_path / "x.pth", tiny_model)
+    with pytest.raises(net.InputError, match=r"x\.pth: .*fit ir_tiny, not ir_50; say --arch ir_tiny"):
         net.load_checkpoint(tmp_path / "x.pth", "ir_50")
 
 
-def test_missing_keys_are_named(tmp_path):
-    state = net.build_model("ir_18").state_dict()
+def test_half_a_network_names_what_is_missing(tmp_path, tiny_model):
+    state = tiny_model.state_dict()
     del state["body.3.res_layer.1.weight"]
-    torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(net.InputError, match=r"ir_18 network \(missing body\.3\.res_layer\.1\.weight\); the closest"):
-        net.load_checkpoint(tmp_path / "x.pth")
+    refused(tmp_path, state, r"not a whole ir_tiny network .*body\.3\.res_layer\.1\.weight")
+    refused(tmp_path, {key: value for key, value in state.items() if "body.2." not in key}, "3 residual units")
+    refused(tmp_path, state | {"body.3.res_layer.1.weight": torch.zeros(1)}, "not a whole ir_tiny")
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 not a zip", b"\x80\x02c__builtin__\neval\n."])
-def test_files_that_are_no_checkpoints(tmp_path, content):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_weights_that_no_training_leaves_are_refused(tmp_path, tiny_model, value):
+    tiny_model.output_layer[4].running_var[0] = value
+    refused(tmp_path, tiny_model.state_dict(), r"output_layer\.4\.running_var holds NaN, infinite or impossible")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 not a zip", b'{"a": 1}', "half", "half, old"])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, tiny_model, content):
+    if isinstance(content, str):
+        file = io.BytesIO()
+        torch.save(tiny_model.state_dict(), file, _use_new_zipfile_serialization=content == "half")
+        content = file.getvalue()[: len(file.getvalue()) // 2]
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(net.InputError, match=r"x\.pth: (not a readable PyTorch checkpoint|it asks to run)"):
+    with pytest.raises(net.InputError, match=r"x\.pth: not a readable checkpoint, download or copy it again"):
         net.load_checkpoint(tmp_path / "x.pth")
 
 
-def test_truncated_checkpoint(tmp_path, tiny_model):
-    net.save_checkpoint(tmp_path / "x.pth", tiny_model)
-    data = (tmp_path / "x.pth").read_bytes()
-    (tmp_path / "x.pth").write_bytes(data[: len(data) // 2])
-    with pytest.raises(net.InputError, match="not a readable"):
-        net.load_checkpoint(tmp_path / "x.pth")
+def test_a_pickle_protocol_that_pytorch_does_not_read_is_refused_with_its_reason(tmp_path, tiny_model):
+    refused(tmp_path, tiny_model.state_dict(), "Unsupported operand", pickle_protocol=4)
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [1], {"state_dict": {"encoder.weight": torch.zeros(1)}}])
-def test_checkpoints_of_other_networks(tmp_path, content):
-    torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(net.InputError, match=r"x\.pth: (no AdaFace network|holds list)"):
-        net.load_checkpoint(tmp_path / "x.pth")
-
-
-def test_nan_weights_are_refused(tmp_path, tiny_model):
-    tiny_model.body[0].res_layer[1].weight.data[0] = float("nan")
-    net.save_checkpoint(tmp_path / "x.pth", tiny_model)
-    with pytest.raises(net.InputError, match=r"body\.0\.res_layer\.1\.weight holds NaN"):
-        net.load_checkpoint(tmp_path / "x.pth")
-
-
-def test_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path, tiny_model):
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path, tiny_model):
     net.save_checkpoint(tmp_path / "x.pth", tiny_model)
     before = (tmp_path / "x.pth").read_bytes()
-    with pytest.raises(TypeError, match="plain types only"):
-        net.save_checkpoint(tmp_path / "x.pth", tiny_model, config={"a": object()})
-    with pytest.raises(RuntimeError), net.replacing(tmp_path / "x.pth") as temporary:
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        net.save_checkpoint(tmp_path / "x.pth", tiny_model, config={"a": lambda: None})
+    with pytest.raises(KeyboardInterrupt), net.replacing(tmp_path / "x.pth") as temporary:
         temporary.write_text("half")
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
     assert (tmp_path / "x.pth").read_bytes() == before
 
 
-def test_device_that_is_not_there():
-    with pytest.raises(net.InputError, match="--device cuda:99"):
-        align.pick_device("cuda:99")
-    assert align.pick_device("cpu").type == "cpu"
+# ---- device and processes -------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert net.pick_device("auto") == net.pick_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(net.InputError, match=f"--device {name}: .*use --device cpu or auto"):
+            net.pick_device(name)
 
 
 def test_a_cuda_device_is_named_with_its_number_and_without_tf32(monkeypatch):
@@ -266,7 +296,35 @@ def test_a_cuda_device_is_named_with_its_number_and_without_tf32(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     torch.backends.cudnn.allow_tf32 = True
-    assert align.pick_device("auto") == align.pick_device("cuda") == torch.device("cuda:0")
-    assert align.pick_device("cuda:1") == chosen[-1] == torch.device("cuda:1")
+    assert net.pick_device("auto") == net.pick_device("cuda") == torch.device("cuda:0")
+    assert net.pick_device("cuda:1") == chosen[-1] == torch.device("cuda:1")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_process_alone_has_everything_and_waits_for_nobody():
+    alone, part, total = net.Processes("cpu"), torch.randn(5, 2), torch.ones(2)
+    assert (alone.rank, alone.world, alone.device) == (0, 1, torch.device("cpu"))
+    assert list(range(5))[alone.share(5)] == list(range(5))
+    assert torch.equal(alone.gather(part, 5), part)
+    alone.sum_([total])
+    assert total.tolist() == [1, 1]
+    assert (alone.any(True), alone.any(0)) == (True, False)
+    assert alone.collect({"a": 1}) == [{"a": 1}]
+
+
+def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    for _ in net.progress(range(100), "reading crops", "crop"):
+        clock[0] += 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert 5 <= len(lines) <= 8
+    assert all(line.startswith("reading crops: ") for line in lines)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_leaving_ends_with_the_code(code):
+    with pytest.raises(SystemExit) as caught:
+        net.leave(code)
+    assert caught.value.code == code

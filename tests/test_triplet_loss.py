@@ -1,17 +1,23 @@
+"""The losses equal slow loops over the definitions, PyTorch's own losses and pytorch-metric-learning's."""
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_metric_learning import distances, losses
+from pytorch_metric_learning.reducers import MeanReducer
 
-from triplet_dataset import TwinTripletDataset
 from triplet_loss import TripletLoss
 
 KINDS = ["cosine", "euclidean"]
 
 
 def batch(n=16, size=512):
-    return [torch.randn(n, size, dtype=torch.float32, requires_grad=True) for _ in range(3)]
+    return [torch.randn(n, size, requires_grad=True) for _ in range(3)]
+
+
+def copies(tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def distance(a, b, kind):
@@ -23,90 +29,85 @@ def distance(a, b, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_equals_a_slow_loop(kind):
-    a, p, n = batch()
-    rows = [x.detach().numpy() for x in (a, p, n)]
-    expected = np.mean(
-        [max(0, distance(x, y, kind) - distance(x, z, kind) + 0.3) for x, y, z in zip(*rows, strict=True)]
-    )
-    assert TripletLoss(0.3, kind)(a, p, n).item() == pytest.approx(expected, abs=1e-6)
+    batches = batch()
+    rows = zip(*(x.detach().numpy() for x in batches), strict=True)
+    expected = [max(0, distance(a, p, kind) - distance(a, n, kind) + 0.3) for a, p, n in rows]
+    assert TripletLoss(0.3, kind)(*batches).item() == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_torchs(kind):
-    ours, theirs = batch(), None
-    theirs = [x.detach().clone().requires_grad_() for x in ours]
-    TripletLoss(0.2, kind)(*ours).backward()
+def test_loss_and_gradients_equal_pytorchs(kind):
+    ours = batch()
+    theirs = copies(ours)
     if kind == "cosine":
-        reference = torch.nn.TripletMarginWithDistanceLoss(
-            distance_function=lambda x, y: 1 - F.cosine_similarity(x, y), margin=0.2
-        )(*theirs)
+        cosine = {"distance_function": lambda x, y: 1 - F.cosine_similarity(x, y)}
+        reference = torch.nn.TripletMarginWithDistanceLoss(**cosine, margin=0.2)(*theirs)
     else:
-        reference = F.triplet_margin_loss(*(F.normalize(x) for x in theirs), margin=0.2, eps=0.0)
+        reference = torch.nn.TripletMarginLoss(margin=0.2, eps=0.0)(*(F.normalize(x) for x in theirs))
+    loss = TripletLoss(0.2, kind)(*ours)
+    torch.testing.assert_close(loss, reference)
+    loss.backward()
     reference.backward()
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x.grad, y.grad, atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [(9,), (4, 0, 5)])
-def test_across_equals_all_comparisons_also_in_parts(parts):
-    criterion = TripletLoss(0.3)
-    positive, negative = torch.rand(2, 9, dtype=torch.float64).requires_grad_().unbind(0)
-    leaf = [positive.detach().requires_grad_(), negative.detach().requires_grad_()]
-    expected = (leaf[0][:, None] - leaf[1][None, :] + 0.3).clamp_min(0).mean()
-    gradients = torch.autograd.grad(expected, leaf)
-    cut = [x.detach().clone().requires_grad_() for x in leaf]
-    pieces = zip(*(x.split(parts) for x in cut), strict=True)
-    loss = sum(criterion.across(p, n, 9, positive, negative) for p, n in pieces)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
-    for got, gradient in zip(torch.autograd.grad(loss, cut), gradients, strict=True):
-        torch.testing.assert_close(got, gradient)
-    if len(parts) == 1:
-        assert criterion.across(*leaf).item() == pytest.approx(expected.item(), abs=1e-12)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_index_form_equals_three_matrices_and_pytorch_metric_learning(kind):
-    criterion = TripletLoss(0.3, kind)
+    criterion, triplets = TripletLoss(0.3, kind), torch.randint(0, 12, (40, 3))
     embeddings = torch.randn(12, 512, requires_grad=True)
-    triplets = torch.randint(0, 12, (40, 3))
-    loss = criterion.loss(*criterion.distances(embeddings, triplets))
-    (gradient,) = torch.autograd.grad(loss, embeddings)
-
-    copy = embeddings.detach().clone().requires_grad_()
-    direct = criterion(*(copy[triplets[:, i]] for i in range(3)))
+    (copy,) = copies([embeddings])
+    loss, direct = criterion.loss(*criterion.distances(embeddings, triplets)), criterion(*copy[triplets.T])
     torch.testing.assert_close(loss, direct)
-    torch.testing.assert_close(gradient, torch.autograd.grad(direct, copy)[0], atol=1e-7, rtol=1e-4)
+    gradients = torch.autograd.grad(loss, embeddings)[0], torch.autograd.grad(direct, copy)[0]
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
 
     metric = distances.CosineSimilarity() if kind == "cosine" else distances.LpDistance()
-    from pytorch_metric_learning.reducers import MeanReducer
-
     library = losses.TripletMarginLoss(margin=0.3, distance=metric, reducer=MeanReducer())
     reference = library(embeddings.detach(), torch.arange(12), indices_tuple=tuple(triplets.unbind(1)))
     torch.testing.assert_close(loss.detach(), reference, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("values", ["random", "tied"])
+def test_quadruplet_loss_is_the_mean_over_all_comparisons(values):
+    ours = [torch.rand(9, dtype=torch.float64) for _ in range(2)]
+    if values == "tied":  # and no difference of two is the margin, where the derivative jumps
+        ours = [(8 * x).round() / 8 for x in ours]
+    ours, theirs = copies(ours), copies(ours)
+    loss = TripletLoss(0.3).quadruplet_loss(*ours)
+    reference = sum(F.relu(p - n + 0.3) for p in theirs[0] for n in theirs[1]) / 81
+    assert loss.item() == pytest.approx(reference.item(), abs=1e-12)
+    loss.backward()
+    reference.backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_quadruplet_loss_of_one_triplet_is_the_triplet_loss():
+    criterion, distances_ = TripletLoss(0.3), (torch.tensor([0.5]), torch.tensor([0.4]))
+    assert criterion.quadruplet_loss(*distances_).item() == pytest.approx(criterion.loss(*distances_).item())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_where_embeddings_coincide(kind):
-    a = torch.randn(4, 512)
-    p, n = a.clone(), a.clone()
-    for x in (a, p, n):
-        x.requires_grad_()
-    loss = TripletLoss(0.3, kind)(a, p, n)
+    criterion, ours = TripletLoss(0.3, kind), copies([torch.randn(4, 512)] * 3)
+    loss = criterion(*ours)
     loss.backward()
     assert loss.item() == pytest.approx(0.3, abs=1e-6)
-    assert all(torch.isfinite(x.grad).all() for x in (a, p, n))
     one = torch.ones(2, 512, requires_grad=True)
-    criterion = TripletLoss(0.3, kind)
-    criterion.loss(*criterion.distances(one, torch.tensor([[0, 1, 1], [0, 0, 1]]))).backward()
-    assert torch.isfinite(one.grad).all()
+    to_positive, to_negative = criterion.distances(one, torch.tensor([[0, 1, 1], [0, 0, 1]]))
+    (criterion.loss(to_positive, to_negative) + criterion.quadruplet_loss(to_positive, to_negative)).backward()
+    assert all(torch.isfinite(x.grad).all() for x in (*ours, one))
 
 
 def test_statistics_of_a_hand_made_batch():
     criterion = TripletLoss(margin=0.3)
-    to_positive = torch.tensor([0.1, 0.5, 0.4, 0.2])
+    to_positive = torch.tensor([0.1, 0.5, 0.4, 0.2], requires_grad=True)
     to_negative = torch.tensor([0.9, 0.3, 0.5, 0.2])  # easy, violated, active, active with a tie
-    got = {name: value.item() for name, value in criterion.statistics(to_positive, to_negative).items()}
-    assert got == pytest.approx(
+    values = criterion.statistics(to_positive, to_negative)
+    assert values.shape == (5,)
+    assert not values.requires_grad
+    assert dict(zip(criterion.STATISTICS, values.tolist(), strict=True)) == pytest.approx(
         {
             "loss": (0 + 0.5 + 0.2 + 0.3) / 4,
             "positive_distance": 0.3,
@@ -117,27 +118,23 @@ def test_statistics_of_a_hand_made_batch():
     )
 
 
-def test_loss_is_float32_under_autocast():
-    embeddings = F.normalize(torch.randn(6, 512))
-    triplets = torch.tensor([[0, 1, 2], [3, 4, 5]])
-    criterion = TripletLoss()
-    expected = criterion.distances(embeddings, triplets)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_float32_under_autocast(kind):
+    embeddings, triplets = torch.randn(6, 512), torch.tensor([[0, 1, 2], [3, 4, 5]])
+    criterion = TripletLoss(0.3, kind)
+
+    def both(values):
+        return *criterion.distances(values, triplets), criterion(*values[triplets.T])
+
+    expected = both(embeddings)
     with torch.autocast("cpu", torch.bfloat16):
-        got = criterion.distances(embeddings, triplets)
+        got = both(embeddings)
+        half = both(embeddings.bfloat16())
     assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+    assert {x.dtype for x in half} == {torch.float32}
 
 
-def test_statistics_over_a_dataset_equal_one_large_batch():
-    images = {name: [f"{name}{i}" for i in range(n)] for name, n in (("a", 4), ("b", 3), ("c", 1), ("d", 2))}
-    dataset = TwinTripletDataset(images, [("a", "b"), ("c", "d"), ("b", "d")], percentage=60)
-    embeddings = torch.randn(len(dataset.images.paths), 16)
-    criterion = TripletLoss(0.3, "euclidean")
-    triplets = torch.from_numpy(dataset.triplets(np.arange(len(dataset))))
-    expected = criterion.statistics(*criterion.distances(embeddings, triplets))
-    assert criterion.over(dataset, embeddings) == pytest.approx({k: v.item() for k, v in expected.items()}, abs=1e-6)
-
-
-@pytest.mark.parametrize("arguments", [{"margin": 0}, {"margin": float("nan")}, {"distance": "manhattan"}])
-def test_wrong_settings_are_refused(arguments):
+@pytest.mark.parametrize("settings", [{"margin": 0}, {"margin": float("nan")}, {"distance": "manhattan"}])
+def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must be"):
-        TripletLoss(**arguments)
+        TripletLoss(**settings)
