@@ -29,9 +29,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
-from tqdm import tqdm
 
-from net import CROP_SIZE, InputError, pick_device, replacing
+from net import CROP_SIZE, InputError, pick_device, progress, replacing
 from triplet_dataset import read_id_to_images, read_json, read_pairs, resolve, write_json
 
 with suppress(ImportError):  # optional: photographs in Apple's HEIC format
@@ -41,9 +40,8 @@ with suppress(ImportError):  # optional: photographs in Apple's HEIC format
 
 # Left eye, right eye (as seen in the picture), nose, mouth corners, in pixels of the crop: the template of
 # ArcFace (Deng et al., CVPR 2019; reference points of insightface), which AdaFace's crops follow.
-TEMPLATE = np.reshape(
-    [38.2946, 51.6963, 73.5318, 51.5014, 56.0252, 71.7366, 41.5493, 92.3655, 70.7299, 92.2041], (5, 2)
-)
+TEMPLATE = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+TEMPLATE = np.array(TEMPLATE)
 DECODED_SIZE = 1920  # long side in pixels to which a JPEG is decoded, at least
 WHITES = (1, 255, 1023, 4095, 16383, 65535)  # the largest value of 8 to 16 bits, and of floats
 DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees, at most
@@ -54,9 +52,8 @@ MIN_EYES = 10  # pixels between the eyes in the photograph
 WEIGHTS = "https://www.adrianbulat.com/downloads/python-fan/"  # of face-alignment
 SECOND_FACE = 0.5  # another face of this share of the main face's area could be the one that was meant
 
+
 # ---- geometry -------------------------------------------------------------------------------------------------------
-
-
 def five_points(landmarks):
     """5 or 68 landmarks (N, 2) -> (5, 2) float64: eye centres, nose tip, mouth corners, in the template's order.
 
@@ -112,8 +109,6 @@ def align_face(image, landmarks):
 
 
 # ---- photographs and landmarks --------------------------------------------------------------------------------------
-
-
 def read_photo(path, long_side=None):
     """(H, W, 3) uint8 RGB array of a photograph, upright by its EXIF orientation; raises OSError or ValueError.
 
@@ -231,23 +226,18 @@ SLIPS = {  # what most entries may have in common, and how it is put right
 def find_slip(faces):
     """What is wrong with most of `faces`, (5, 2) each, in words, or None."""
 
-    def common(test):
-        return 2 * sum(map(test, faces)) > len(faces)
-
     def upright(face):  # for a face that lies on its side, each of the slips looks like another one
         x, y = face[1] - face[0]
         return x > max(abs(y), 1) and residual(face) <= MAX_RESIDUAL
 
-    if common(lambda face: face.min() >= 0 and face.max() <= 1):
+    if 2 * sum(face.min() >= 0 and face.max() <= 1 for face in faces) > len(faces):
         return "coordinates from 0 to 1: multiply them by the photograph's width and height in pixels"
     for slip, correct in SLIPS.items():
-        if common(lambda face, correct=correct: not upright(face) and upright(correct(face))):
+        if 2 * sum(not upright(face) and upright(correct(face)) for face in faces) > len(faces):
             return slip
 
 
 # ---- the stage ------------------------------------------------------------------------------------------------------
-
-
 class Job(NamedTuple):
     """One photograph of one person, and where its crop goes."""
 
@@ -266,32 +256,35 @@ def align_photo(job, detector=None):
     "residual" (see `residual`), "eyes" (pixels between them at full size), "key". The crop, a PNG, carries the same.
     """
     facts = {"status": "aligned", "reason": "", "flag": "", "residual": None, "eyes": None, "key": job.key}
+
+    def left_out(status, reason):
+        return facts | {"status": status, "reason": reason}
+
     if job.key is None:
-        return facts | {"status": "unreadable", "reason": "no such file"}
+        return left_out("unreadable", "no such file")
     if job.landmarks is None and detector is None:
-        return facts | {"status": "no landmarks", "reason": "not in the landmark file"}
+        return left_out("no landmarks", "not in the landmark file")
     try:
         photo = read_photo(job.source, DECODED_SIZE)
         with Image.open(job.source) as full:
             scale = round(max(full.size) / max(photo.shape[:2]))
     except Exception as error:  # a damaged photograph can fail in any way; it must not end the run
-        return facts | {"status": "unreadable", "reason": getattr(error, "strerror", None) or str(error) or repr(error)}
+        return left_out("unreadable", getattr(error, "strerror", None) or str(error) or repr(error))
     points, several = detector(photo) if job.landmarks is None else (job.landmarks, False)
     if points is None or len(points) == 0:
-        return facts | {"status": "no face", "reason": "no face was found"}
+        return left_out("no face", "no face was found")
     points, size = five_points(points), np.array(photo.shape[1::-1])
     if job.landmarks:
         points = (points + 0.5) / scale - 0.5  # by pixel centres
     eyes, middle = float(np.hypot(*(points[1] - points[0]))), points.mean(0)
     facts["eyes"] = round(eyes * scale, 1)
     if (middle < 0).any() or (middle >= size).any() or eyes > size.max():
-        return facts | {"status": "poor fit", "reason": "the landmarks are outside the photograph"}
+        return left_out("poor fit", "the landmarks are outside the photograph")
     if facts["eyes"] < MIN_EYES:
-        return facts | {"status": "too small", "reason": f"{facts['eyes']} pixels between the eyes, under {MIN_EYES}"}
+        return left_out("too small", f"{facts['eyes']} pixels between the eyes, under {MIN_EYES}")
     facts["residual"] = round(residual(points), 2)
     if facts["residual"] > MAX_RESIDUAL:
-        reason = f"landmarks {facts['residual']} crop pixels from the template: a profile, or no face"
-        return facts | {"status": "poor fit", "reason": reason}
+        return left_out("poor fit", f"{facts['residual']} crop pixels from the template: a profile, or no face")
     crop = align_face(photo, points)
     kinds = "several faces", "nearly black", "nearly white", "nearly constant"
     seen = several, crop.mean() < 16, crop.mean() > 239, crop.std((0, 1)).max() < 4
@@ -355,16 +348,6 @@ def plan(id_to_images, folder, landmarks, home):
     return jobs
 
 
-def align_images(jobs, detector=None, max_workers=6, progress=True):
-    """[what align_photo returns of each job], by `max_workers` threads, since image libraries release Python's lock."""
-    pool = ThreadPoolExecutor(max_workers)
-    try:
-        results = pool.map(lambda job: align_photo(job, detector), jobs)
-        return list(tqdm(results, "aligning", len(jobs), unit="photo", disable=None if progress and jobs else True))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def contact_sheet(report, columns=10, limit=100):
     """A PIL picture of what to look at: photographs that were left out, then crops, the largest residual first."""
     worst = sorted(report, key=lambda entry: (entry["crop"] is not None, -(entry["residual"] or 0)))[:limit]
@@ -398,17 +381,18 @@ def write_report(mapping, report, folder):
         print(f"  {len(empty)} people have no crop, so their pairs will be skipped: {', '.join(empty[:5])}")
 
 
-def align_files(args, pairs, processes=None):
+def align_files(args, pairs_file=None, processes=None):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
-    args: the flags of `add_alignment_arguments`; pairs: [(ID, ID), ...] to align only those people, or None for all.
+    args: the flags of `add_alignment_arguments`; pairs_file: to align only those people, or None for all.
     Returns the mapping {ID: [crop path, ...]} that --aligned_json now holds (there relative to its folder). Raises
     InputError for wrong input and when not one photograph gave a crop; --aligned_json is left as it was then. The
     `processes` (net.Processes) share the work; the first of them writes.
     """
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     photos = read_flag("--id_to_images", read_id_to_images, args.id_to_images)
-    photos = photos if pairs is None else {name: photos[name] for pair in pairs for name in pair}
+    if pairs_file:
+        photos = {name: photos[name] for pair in read_pairs(pairs_file, photos)[0] for name in pair}
     home, folder = os.path.dirname(os.path.abspath(args.id_to_images)), args.aligned_folder
     landmarks = read_flag("--landmarks", read_landmarks, args.landmarks, home) if args.landmarks else {}
     jobs, earlier = plan(photos, folder, landmarks, home), {}
@@ -425,8 +409,13 @@ def align_files(args, pairs, processes=None):
         detector = FaceDetector(device)
         if rank == 0:
             print(f"detecting faces on {device}", flush=True)
-    results = align_images(todo, detector, args.max_workers, rank == 0)
-    found |= {job.target: facts for job, facts in zip(todo, results, strict=True)}
+    pool = ThreadPoolExecutor(args.max_workers)  # image libraries release Python's lock
+    try:
+        results = pool.map(lambda job: align_photo(job, detector), todo)
+        results = progress(results, "aligning", "photo", total=len(todo), disable=rank > 0 or not todo)
+        found |= {job.target: facts for job, facts in zip(todo, results, strict=True)}
+    finally:
+        pool.shutdown(cancel_futures=True)
     for part in processes.collect(found) if processes else ():
         found |= part
     mapping, report = {name: [] for name in photos}, []
@@ -440,9 +429,8 @@ def align_files(args, pairs, processes=None):
         reason = f"{report[0]['source']}: {report[0]['reason']}" if report else "no photographs are listed"
         raise InputError(f"{args.id_to_images}: not one photograph gave a crop; {reason}")
     if rank == 0:
-        home, relative = os.path.dirname(os.path.abspath(args.aligned_json)), {}
-        for name, crops in mapping.items():
-            relative[name] = [Path(os.path.relpath(crop, home)).as_posix() for crop in crops]
+        home = os.path.dirname(os.path.abspath(args.aligned_json))
+        relative = {n: [Path(os.path.relpath(crop, home)).as_posix() for crop in c] for n, c in mapping.items()}
         write_json(args.aligned_json, relative)
     if processes:
         processes.collect(None)  # now all may read it
@@ -450,10 +438,11 @@ def align_files(args, pairs, processes=None):
 
 
 # ---- command line, shared by the three scripts ----------------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser for `main(argv) -> exit code`: a wrong flag is an InputError of one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def error(self, message):
         raise InputError(f"{message}; --help lists all flags")
@@ -471,26 +460,20 @@ def between(kind, low, high):
     return parse
 
 
-def device_name(text):
-    """An argparse type: auto, cuda, cuda:N or cpu."""
-    with suppress(RuntimeError):
-        if text == "auto" or torch.device(text).type in ("cpu", "cuda"):
-            return text
-    raise argparse.ArgumentTypeError(f"must be auto, cuda, cuda:N or cpu, not {text!r}")
-
-
 def add_alignment_arguments(parser, kind="train", skip=True):
     """The flags that scripts share; `kind`, train or test, is in the default names; `skip`: --skip_alignment too."""
-    add, points = parser.add_argument, '{"path": [[x, y], ...] or null} with 5 or 68 points in pixels of the photograph'
-    add("--id_to_images", default="id_to_images.json", metavar="FILE", help='JSON {"ID": ["photograph", ...]}')
+    add = parser.add_argument
+    add("--id_to_images", default="id_to_images.json", metavar="FILE", help='JSON {"ID": ["photograph", ...], ...}')
     add("--aligned_folder", default=f"{kind}_aligned_images", metavar="DIR", help="where <ID>/<photograph>.png go")
-    add("--aligned_json", default=f"id_to_{kind}_aligned_images.json", metavar="FILE", help='JSON {"ID": ["crop"]}')
+    text = 'the list of the crops, JSON {"ID": ["crop", ...], ...}; alignment writes it'
+    add("--aligned_json", default=f"id_to_{kind}_aligned_images.json", metavar="FILE", help=text)
     if skip:
         add("--skip_alignment", action="store_true", help="take the crops that --aligned_json lists")
-    add("--landmarks", metavar="FILE", help=f"JSON {points}, upright and at full size; no detector is loaded then")
+    text = 'JSON {"path": [[x, y], ...] or null, ...}, 5 or 68 points in pixels of the upright photograph at full size'
+    add("--landmarks", metavar="FILE", help=f"{text}; no detector is loaded then")
     add("--realign", action="store_true", help="make every crop anew, also those already done")
-    add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads of alignment (default 6)")
-    add("--device", type=device_name, default="auto", help="auto (default: cuda if there is one), cuda, cuda:N or cpu")
+    add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads that align")
+    add("--device", default="auto", help="auto (cuda if there is one that this PyTorch serves), cuda, cuda:N or cpu")
 
 
 def read_flag(flag, read, *args):
@@ -543,13 +526,8 @@ def main(argv=None):
     """Run the stage; returns the exit code (see run_script)."""
 
     def work():
-        args, pairs, warnings = parse_args(argv), None, []
-        if args.pairs:
-            photos = read_flag("--id_to_images", read_id_to_images, args.id_to_images)
-            pairs, warnings = read_flag("--pairs", read_pairs, args.pairs, photos)
-        for warning in warnings:
-            print(f"warning: {warning}")
-        align_files(args, pairs)
+        args = parse_args(argv)
+        align_files(args, args.pairs)
 
     return run_script("align.py", work, "interrupted; the crops made so far are kept, run it again to go on")
 

@@ -21,9 +21,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from align import Parser, add_alignment_arguments, align_files, between, file_names, run_script
+from align import Parser, add_alignment_arguments, align_files, between, file_names, read_flag, run_script
 from net import InputError, backbone_sha256, embed, leave, load_checkpoint, pick_device, progress, replacing
-from triplet_dataset import TwinImages, load_people, read_id_to_images, read_pairs, write_json
+from triplet_dataset import People, TwinImages, read_id_to_images, read_pairs, write_json
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
@@ -33,8 +33,6 @@ MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or 
 
 
 # ---- pairs and metrics ----------------------------------------------------------------------------------------------
-
-
 class Pairs:
     """Image pairs of one kind by ascending score: `scores` (K,), and `code` (K,), the family or families of each."""
 
@@ -180,8 +178,6 @@ class TwinEvaluator:
 
 
 # ---- intervals and verdicts -----------------------------------------------------------------------------------------
-
-
 def interval(samples):
     """[low, high], the 95 % percentile interval of bootstrap samples (R,), or None without finite ones."""
     return [float(x) for x in np.nanpercentile(samples, (2.5, 97.5))] if np.isfinite(samples).any() else None
@@ -251,8 +247,6 @@ def chosen_by_validation(results):
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
 def write_csv(path, rows):
     """Write dicts with the same keys as a table, atomically."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -411,16 +405,14 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
 
     A crop stands in one of them at most, a family in two. `crops` (N, 112, 112, 3) as evaluator.images numbers them.
     """
-    images, threshold = evaluator.images, result.estimate.figures["eer_threshold"]
-    names = [literal("/".join(Path(p).parts[-2:])[-24:]) for p in images.paths]
-    mistakes, pairs = np.zeros((2, len(names)), np.int64)
+    threshold = result.estimate.figures["eer_threshold"]
+    names = [literal("/".join(Path(p).parts[-2:])[-24:]) for p in evaluator.images.paths]
     with plot_figure(path, 2.4 * columns, 8.8, 4, columns) as grid:
         kinds = (("twin", "twins taken for one person", -1), ("genuine", "one person refused", 1))
         for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
             rows, values = evaluator.rows[kind], result.scores[kind]
             wrong = np.flatnonzero(values >= threshold if sign < 0 else values < threshold)
-            np.add.at(mistakes, rows[wrong], 1)
-            np.add.at(pairs, rows, 1)
+            axes[0].set_title(f"{title}: {len(wrong)} of {len(values)} pairs\n", fontsize=7)
             seen, families, places = set(), [], iter(axes)
             for k in wrong[np.argsort(sign * values[wrong], kind="stable")]:
                 (a, b), family = rows[k], evaluator.family[rows[k][0]]
@@ -429,11 +421,9 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
                 seen |= {a, b}
                 families.append(family)
                 place.imshow(np.concatenate([crops[a], crops[b]], 1))
-                place.set_title(f"score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
-            axes[0].set_title(f"{title}: {len(wrong)} of {len(values)} pairs\n{axes[0].get_title()}", fontsize=7)
-        most = int(np.argmax(mistakes))
-        text = f"{literal(result.name)}, threshold {threshold:.3f}; {names[most]} is in {mistakes[most]} mistakes"
-        grid[0, 0].figure.suptitle(f"{text} of its {pairs[most]} pairs: look at it", fontsize=9)
+                place.set_title(f"{place.get_title()}score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
+        title = f"{literal(result.name)}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
+        grid[0, 0].figure.suptitle(title, fontsize=9)
         for place in grid.flat:
             place.set_axis_off()
 
@@ -463,8 +453,6 @@ def plot_data_percentage(path, results, checkpoints):
 
 
 # ---- terminal -------------------------------------------------------------------------------------------------------
-
-
 def comparison_table(results, content):
     """Text for the terminal: the figures, the differences to the baseline in words, and how not to use them."""
     columns = {"EER %": "eer", "AUC": "auc", "best acc %": "best_accuracy", "TAR@FAR1%": "tar_at_far_0.01"}
@@ -486,6 +474,8 @@ def comparison_table(results, content):
             lines.append(f"{result.name} against {results[0].name}: {describe(entry['figures'])}.")
             if "worse" in [entry["figures"][name]["verdict"] for name in ("general_auc", "fnmr_0.001")]:
                 lines.append("  It got WORSE at recognising people in general.")
+        if "against_start" in result.facts:
+            lines.append(f"  Its training said of its validation people: {describe(result.facts['against_start'])}.")
         if result.overlap:
             lines.append(
                 f"OVERLAP: {result.name} has seen {len(result.overlap)} of the test people; it looks too good."
@@ -498,8 +488,6 @@ def comparison_table(results, content):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     description = "Measure how well checkpoints tell the twins of a test set apart."
     parser = Parser(prog="evaluate_twins.py", description=description)
@@ -540,9 +528,10 @@ def find_overlap(facts, ids):
 def evaluate(args):
     """The whole evaluation of the command line; returns the list of Results, the baseline first."""
     device = pick_device(args.device)
-    listed = read_id_to_images(args.aligned_json if args.skip_alignment else args.id_to_images)
-    pairs, warnings = read_pairs(args.test_pairs, listed)
-    tested = list(dict.fromkeys(name for pair in pairs for name in pair))
+    flag = "--aligned_json" if args.skip_alignment else "--id_to_images"
+    listed = read_flag(flag, read_id_to_images, getattr(args, flag[2:]))
+    pairs, notes = read_flag("--test_pairs", read_pairs, args.test_pairs, listed)
+    tested = {name for pair in pairs for name in pair}
     facts, backbones = {}, {}
     for checkpoint in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
         model = load_checkpoint(checkpoint)
@@ -557,15 +546,14 @@ def evaluate(args):
         trained = model.facts.get("config", {}).get("aligned_folder")
         if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
             raise InputError(f"--aligned_folder {trained}: {checkpoint} was trained from there; name another")
-    mapping = listed if args.skip_alignment else align_files(args, pairs)
-    crops, mapping, more = load_people(mapping, pairs)
-    images = TwinImages(mapping, pairs)
+    people = People(listed if args.skip_alignment else align_files(args, args.test_pairs), pairs)
+    images = TwinImages(people.id_to_images, people.pairs)
     evaluator = TwinEvaluator(images, args.seed)
     if (images.count == 0).any():
-        more.append(f"{(images.count == 0).sum()} people have no crop; their pairs are not tested")
-    for warning in warnings + more:
+        notes.append(f"{(images.count == 0).sum()} people have no crop; their pairs are not tested")
+    for warning in notes + people.warnings:
         print(f"warning: {warning}")
-    pixels = crops.pixels[[crops.row[path] for path in images.paths]]
+    pixels = people.crops.pixels[people.rows(images.paths)]
     output, names, results = Path(args.output_dir), file_names(facts), {}
     for group in backbones.values():
         models = [load_checkpoint(checkpoint) for checkpoint in group]

@@ -71,8 +71,8 @@ class ResidualUnit(nn.Module):
             self.shortcut_layer = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
-        else:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
+        else:  # upstream's MaxPool2d(1, 1) gives the same bits, but copies and keeps an index of every element
+            self.shortcut_layer = nn.MaxPool2d(1, stride) if stride > 1 else nn.Identity()
 
         def conv(i, o, kernel, stride=1):
             return [nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o)]
@@ -172,8 +172,6 @@ def to_input(crops):
 
 
 # ---- embeddings -----------------------------------------------------------------------------------------------------
-
-
 def embed(models, crops, device, batch_size=None, description=None, flip=False):
     """One (N, 512) float32 tensor on `device` for each of `models`, of uint8 RGB crops (N, 112, 112, 3).
 
@@ -200,7 +198,7 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
                     embedding = nn.functional.normalize(embedding * norm + other * other_norm)
                 result[i : i + batch_size] = embedding
     for model, result in zip(models, embeddings, strict=True):
-        check_alive(result, f"the network of {getattr(model, 'path', model.arch)}")
+        check_alive(result, f"this {model.arch}")
     return list(embeddings.clone())  # no inference tensors, which training could not use
 
 
@@ -323,7 +321,7 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong is said in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or damaged file can fail in any way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint, download or copy it again ({reason})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint's dict")
@@ -350,8 +348,6 @@ def find_networks(content, entry=""):
 
 
 # ---- shared by all files: errors, atomic writing, device, processes -------------------------------------------------
-
-
 class InputError(ValueError):
     """A file, an entry or a setting that a user gave is wrong; the message is one line for that user."""
 
@@ -388,15 +384,30 @@ def pick_device(name="auto"):
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if available else "cpu"
-    device = torch.device(name)
+        reason = unserved(0) if available else "an Apple GPU" if torch.backends.mps.is_available() else None
+        if reason:
+            print(f"warning: not using {reason}: this runs on CUDA or the CPU")
+        name = "cuda" if available and not reason else "cpu"
+    if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(available))) or (name == "cuda" and not available):
+        raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N; PyTorch sees {available} CUDA devices")
+    device = torch.device("cuda:0" if name == "cuda" else name)  # with its number, as tensors say it
     if device.type == "cuda":
-        if (device.index or 0) >= available:
-            raise InputError(f"--device {name}: PyTorch sees {available} CUDA devices here; use --device cpu or auto")
-        device = torch.device("cuda", device.index or 0)  # with its number, as tensors say it
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def unserved(index):
+    """The name of a CUDA device for which this PyTorch has no code, and what it has; None if it serves it."""
+    major, minor = torch.cuda.get_device_capability(index)
+    served = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
+    for kind, *version in (match.groups() for match in served if match):
+        at = [int(part) for part in version]
+        if at <= [major, minor] and (kind == "compute" or at[0] == major):  # PTX serves all later, binaries one major
+            return None
+    return (
+        f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}; PyTorch has {', '.join(torch.cuda.get_arch_list())})"
+    )
 
 
 class Processes:
@@ -414,22 +425,18 @@ class Processes:
             # Alignment may keep one process hours behind another. NCCL cannot serve two processes on one GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if several else "gloo", timeout=timedelta(days=2))
 
-    def share(self, n, rank=None):
-        """The part of range(n) of this process, or of another `rank`, as a slice."""
-        rank = self.rank if rank is None else rank
-        return slice(n * rank // self.world, n * (rank + 1) // self.world)
+    def share(self, n):
+        """The part of range(n) of this process, as a slice."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def gather(self, part, n):
         """The whole (n, ...) tensor, of which each process has its share(n); gradients reach this process's own."""
         if self.world == 1:
             return part
-        padded = part.new_zeros((-(-n // self.world), *part.shape[1:]))
-        padded[: len(part)] = part.detach()
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        parts = [p[: len(range(n)[self.share(n, rank)])] for rank, p in enumerate(parts)]
-        parts[self.rank] = part
-        return torch.cat(parts)
+        whole, own = part.new_zeros((n, *part.shape[1:])), self.share(n)
+        whole[own] = part.detach()
+        dist.all_reduce(whole)
+        return torch.cat([whole[: own.start], part, whole[own.stop :]])
 
     def sum_(self, tensors):
         """Replace each tensor by its sum over the processes."""

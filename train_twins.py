@@ -30,14 +30,14 @@ import torch
 import torchvision
 
 import net
-from align import Parser, add_alignment_arguments, align_files, between, run_script
+from align import Parser, add_alignment_arguments, align_files, between, read_flag, run_script
 from evaluate_twins import COLOURS, TwinEvaluator, compare, describe, plot_figure, plot_line
 from net import InputError, Processes, progress, to_input
 from triplet_dataset import (
     GroupedSteps,
+    People,
     ShuffledSteps,
     TwinTripletDataset,
-    load_people,
     read_id_to_images,
     read_json,
     read_pairs,
@@ -48,10 +48,10 @@ from triplet_loss import DISTANCES, TripletLoss
 
 CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
 SAVE_MINUTES = 10  # between states to resume from
+STEPS = {"frozen": 400, "full": 200}  # of a default run: their number decides, whatever number of pairs there is
+
 
 # ---- settings -------------------------------------------------------------------------------------------------------
-
-
 def boolean(text):
     """An argparse type: True or False in any usual spelling."""
     word = text.strip().lower()
@@ -91,11 +91,12 @@ def parse_args(argv=None):
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
     add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
-    add("--epochs", type=count, default=20, help="epochs at most")
+    text = f"epochs at most, by default as many as make {STEPS['full']} steps, frozen {STEPS['frozen']}"
+    add("--epochs", type=count, help=text)
     text = "share of the loss that compares each distance to a positive with those to all twins of the step"
     add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help=f"{text}; 0: the triplet loss")
     text = "weight of the mean cosine distance of a step's embeddings to those before training"
-    add("--drift_weight", type=weight, default=3.0, help=text)
+    add("--drift_weight", type=weight, default=0.5, help=text)
     add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
     text = "the rate rises over the first tenth and falls to zero by the last epoch, or stays"
     add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
@@ -103,7 +104,9 @@ def parse_args(argv=None):
     text = "what the best epoch is best by on the validation twins"
     add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help=text)
     add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
-    text = "of training steps (auto: bf16 or fp16 on CUDA, fp32 on a CPU); all figures are fp32"
+    text = (
+        "of training steps (auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on a CPU); figures are fp32"
+    )
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
     add("--seed", type=seed, default=42, help="of the sampled triplets, their order and random weights")
     add("--split_seed", type=seed, default=42, help="of who is validated on")
@@ -134,8 +137,8 @@ class Run:
     """
 
     def __init__(self, args):
-        mode = "frozen" if args.freeze_backbone else "full"
-        self.args, self.name = args, args.run_name or f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
+        self.args, self.mode = args, "frozen" if args.freeze_backbone else "full"
+        self.name = args.run_name or f"{self.mode}_{args.train_percentage}pct_margin{args.margin:g}"
         self.folder = Path(args.log_dir) / self.name
         self.last, log_file = self.folder / "last.pth", self.folder / "training_log.json"
         self.log = {"config": {}, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
@@ -224,40 +227,27 @@ def postponed_interrupt():
 
 
 # ---- parts of training ----------------------------------------------------------------------------------------------
+def backbone_features(model, people, aligned_json, processes):
+    """Backbone.features (N, C, 7, 7) float32 of all crops of `people`, each passed once, kept in a file for later runs.
 
-
-class TrainingData:
-    """The training crops, decoded once, and what a frozen backbone makes of them; all runs of a call can share it.
-
-    `crops`: the Crops; `id_to_images` {ID: [path, ...]}, each image once; `pairs` [(ID, ID), ...].
+    The file lies beside aligned_json and may be deleted; its name tells the crops and the backbone.
     """
-
-    def __init__(self, args, processes):
-        self.aligned_json, self.processes = args.aligned_json, processes
-        mapping = read_id_to_images(args.aligned_json)
-        self.pairs, self.warnings = read_pairs(args.train_pairs, mapping)
-        self.crops, self.id_to_images, warnings = load_people(mapping, self.pairs)
-        self.warnings += warnings
-        self.sha256 = hashlib.sha256("".join(self.crops.sha256).encode()).hexdigest()
-
-    def features(self, model, device):
-        """Backbone.features (N, C, 7, 7) float32 of all crops, each passed once, kept in a file for later runs.
-
-        The file lies beside --aligned_json and may be deleted; its name tells the crops and the backbone.
-        """
-        key = hashlib.sha256(f"{self.sha256} {net.backbone_sha256(model)}".encode()).hexdigest()[:16]
-        path, pixels = Path(f"{self.aligned_json}.features-{key}.npy"), self.crops.pixels
-        if path.exists():
-            return torch.from_numpy(np.load(path))
-        own = pixels[self.processes.share(len(pixels))].split(net.chunk_size(device))
-        with torch.no_grad():
-            bar = progress(own, "backbone, once per image", "batch", disable=self.processes.rank > 0)
-            features = torch.cat([model.features(to_input(few.to(device))).contiguous().cpu() for few in bar])
-        features = self.processes.gather(features, len(pixels))
-        if self.processes.rank == 0:
+    key = hashlib.sha256(f"{people.crops.sha256} {net.backbone_sha256(model)}".encode()).hexdigest()[:16]
+    path, pixels = Path(f"{aligned_json}.features-{key}.npy"), people.crops.pixels
+    if path.exists():
+        return torch.from_numpy(np.load(path))
+    own = pixels[processes.share(len(pixels))].split(net.chunk_size(processes.device))
+    with torch.no_grad():
+        bar = progress(own, "backbone, once per image", "batch", disable=processes.rank > 0)
+        features = torch.cat([model.features(to_input(few.to(processes.device))).contiguous().cpu() for few in bar])
+    features = processes.gather(features, len(pixels))
+    if processes.rank == 0:
+        try:
             with net.replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, features.numpy())
-        return features
+        except OSError as error:  # a read-only folder, a full disk
+            print(f"warning: {path} cannot be kept for later runs ({error.strerror})")
+    return features
 
 
 def make_optimizer(model, learning_rate, weight_decay):
@@ -294,8 +284,6 @@ def mean_statistics(criterion, dataset, embeddings):
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
-
-
 class TwinTrainer:
     """Runs the two stages with the settings of `parse_args`.
 
@@ -303,13 +291,12 @@ class TwinTrainer:
         trainer.align()      # photographs -> crops and --aligned_json; skipped by --skip_alignment
         trainer.train()      # crops -> checkpoint, logs, curves; returns the content of training_log.json
 
-    `data`: the TrainingData of an earlier trainer with the same crops. Raises InputError for wrong input, before
-    anything of an earlier run is touched.
+    `people`: those of an earlier trainer with the same files. Raises InputError for wrong input, before anything of an
+    earlier run is touched.
     """
 
-    def __init__(self, args, data=None):
-        self.args, self.data = args, data
-        self.processes = data.processes if data else Processes(args.device)
+    def __init__(self, args, people=None):
+        self.args, self.people, self.processes = args, people, Processes(args.device)
         self.device, self.first = self.processes.device, self.processes.rank == 0
         self.run = Run(args)
         self.precision = self.choose_precision()
@@ -321,7 +308,13 @@ class TwinTrainer:
         if name == "auto" and self.run.state:
             name = self.run.log["config"]["used_precision"]
         if name == "auto":
-            return ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
+            found = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
+            bf16 = not self.args.freeze_backbone and (
+                found.get("avx512_bf16") or found.get("amx_bf16")
+            )  # no gain there
+            if cuda:
+                bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return "bf16" if bf16 else "fp16" if cuda else "fp32"
         if name == "fp16" and not cuda:
             raise InputError("fp16 steps need CUDA; on a CPU say --precision fp32 or bf16")
         return name
@@ -332,8 +325,7 @@ class TwinTrainer:
 
     def align(self):
         """Stage 1: align the photographs of all training pairs and write --aligned_json."""
-        pairs, _ = read_pairs(self.args.train_pairs, read_id_to_images(self.args.id_to_images))
-        align_files(self.args, pairs, self.processes)
+        align_files(self.args, self.args.train_pairs, self.processes)
 
     def train(self):
         """Stage 2: fine-tune and write everything; returns the content of training_log.json."""
@@ -358,21 +350,23 @@ class TwinTrainer:
 
     def load_data(self):
         """Crops, families, split and triplets."""
-        args, data = self.args, self.data or TrainingData(self.args, self.processes)
-        usable = TwinTripletDataset(data.id_to_images, data.pairs)  # without the pairs that make no triplet
-        train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=data.pairs)
-        self.train_set = TwinTripletDataset(data.id_to_images, train, args.train_percentage, args.seed)
-        self.val_set = TwinTripletDataset(data.id_to_images, val) if val else None
+        args = self.args
+        aligned = read_flag("--aligned_json", read_id_to_images, args.aligned_json)
+        pairs, notes = read_flag("--train_pairs", read_pairs, args.train_pairs, aligned)
+        people = self.people = self.people or People(aligned, pairs)
+        usable = TwinTripletDataset(people.id_to_images, people.pairs)  # without the pairs that make no triplet
+        train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=people.pairs)
+        self.train_set = TwinTripletDataset(people.id_to_images, train, args.train_percentage, args.seed)
+        self.val_set = TwinTripletDataset(people.id_to_images, val) if val else None
         self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
-        self.data, self.n_skipped = data, usable.n_skipped
-        self.train_rows = torch.tensor([data.crops.row[path] for path in self.train_set.images.paths])
+        self.train_rows, self.n_skipped = people.rows(self.train_set.images.paths), usable.n_skipped
+        args.epochs = args.epochs or math.ceil(STEPS[self.run.mode] / max(1, len(self.epoch_steps(1))))
         # A network that has died must not be saved: without validation, a few training images are looked at.
-        paths = self.val_set.images.paths if val else self.train_set.images.paths[:64]
-        self.val_rows = torch.tensor([data.crops.row[path] for path in paths])
-        for warning in data.warnings:
+        self.val_rows = people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
+        for warning in notes + people.warnings:
             self.say(f"warning: {warning}")
         if self.n_skipped:
-            self.say(f"warning: {self.n_skipped} of {len(data.pairs)} pairs have too few crops for a triplet; skipped")
+            self.say(f"warning: {self.n_skipped} of {len(people.pairs)} pairs have too few crops; skipped")
         if not val:
             self.say("warning: no validation: one family only, or --validation_split 0; the last epoch is kept")
 
@@ -382,7 +376,7 @@ class TwinTrainer:
         torch.manual_seed(args.seed)
         if args.pretrained == "none" and not state:
             self.model = net.build_model(args.arch).to(self.device)
-            net.set_batchnorm_statistics(self.model, self.data.crops.pixels[self.train_rows], self.device)
+            net.set_batchnorm_statistics(self.model, self.people.crops.pixels[self.train_rows], self.device)
         else:
             self.model = net.load_checkpoint(run.last if state else args.pretrained, args.arch)
         self.model.to(self.device, memory_format=torch.channels_last).eval()
@@ -399,7 +393,9 @@ class TwinTrainer:
             self.scaler.load_state_dict(state["scaler"])
             self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
             self.progress, run.state = state["progress"], None  # it holds weights and Adam's moments
-        images = self.data.features(self.model, self.device) if args.freeze_backbone else self.data.crops.pixels
+        images = self.people.crops.pixels
+        if args.freeze_backbone:
+            images = backbone_features(self.model, self.people, args.aligned_json, self.processes)
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             images = images.to(self.device) if images.nbytes < free / 2 else images.pin_memory()
@@ -418,7 +414,11 @@ class TwinTrainer:
         config |= {"n_train_triplets": len(train), "n_val_triplets": len(val) if val else 0}
         config |= {"n_train_images": len(train.images.paths), "n_touched_images": images}
         config |= {"train_ids": train.images.ids, "val_ids": val.images.ids if val else []}
-        config |= {"crops_sha256": self.data.sha256, "used_device": str(device), "processes": self.processes.world}
+        config |= {
+            "crops_sha256": hashlib.sha256(repr(self.people.crops.sha256).encode()).hexdigest(),
+            "used_device": str(device),
+            "processes": self.processes.world,
+        }
         cuda = device.type == "cuda"
         config["device_name"] = torch.cuda.get_device_name(device) if cuda else platform.processor()
         config["trainable_parameters"] = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -434,6 +434,12 @@ class TwinTrainer:
             parts.append(self.model.head(images)[0] if frozen else self.model(to_input(images))[0])
         return self.processes.gather(torch.cat(parts), len(rows))
 
+    def epoch_steps(self, epoch):
+        """The epoch's steps, as (T, 3) triplets each."""
+        if self.args.batch_size:
+            return ShuffledSteps(self.train_set, epoch, self.args.batch_size)
+        return GroupedSteps(self.train_set, epoch, self.args.images_per_batch)
+
     def measure_start(self):
         """Epoch 0, the network before training: the mean statistics of the training triplets."""
         self.began = time.perf_counter()
@@ -447,10 +453,7 @@ class TwinTrainer:
         When an interruption is asked for, or when it is time, the state is saved within the epoch.
         """
         args, self.began = self.args, time.perf_counter()
-        if args.batch_size:
-            steps = ShuffledSteps(self.train_set, epoch, args.batch_size)
-        else:
-            steps = GroupedSteps(self.train_set, epoch, args.images_per_batch)
+        steps = self.epoch_steps(epoch)
         within = self.progress["epoch"] == epoch  # after an interruption
         start, sums = (self.progress["step"], self.progress["sums"]) if within else (0, [0.0] * 5)
         sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
@@ -460,6 +463,14 @@ class TwinTrainer:
                 group["lr"] = args.learning_rate * factor
             sums += self.step(steps[i])  # no wait for the device here
             last = i + 1 == len(steps)
+            if epoch == 1 and i + 1 == min(5, len(steps)):
+                seconds = (time.perf_counter() - self.began) / (i + 1)
+                whole = seconds * len(steps) * args.epochs
+                hint = "; --freeze_backbone takes minutes" if whole > 7200 and not args.freeze_backbone else ""
+                self.say(
+                    f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {args.epochs} epochs: about "
+                    f"{whole / 60:.0f} minutes and the validation{hint}"
+                )
             stop = self.processes.any(self.interrupts) and not last
             save = stop or (self.processes.any(self.save_is_due()) and not last)
             if (i + 1) % CHECK_EVERY == 0 or last or save:
@@ -563,6 +574,9 @@ class TwinTrainer:
             start, best = (self.evaluator.score(self.embeddings[f"val_{key}"]) for key in ("start", "best"))
             log["against_start"] = compare(self.evaluator.estimate(best), self.evaluator.estimate(start))
             self.say(f"On the validation people, against the start: {describe(log['against_start'])}.")
+            content = net.read_checkpoint(log["best_checkpoint"])  # which carries the verdict too
+            with net.replacing(log["best_checkpoint"]) as temporary:
+                torch.save({**content, "against_start": log["against_start"]}, temporary)
         plot_curves(run.folder, log)
         write_json(run.folder / "training_log.json", log)  # now that all is there, it says that the run is over
         run.delete_superseded()
@@ -594,8 +608,6 @@ def plot_curves(folder, log):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-
-
 def train(args):
     """Both stages."""
     trainer = TwinTrainer(args)

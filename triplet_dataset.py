@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import reprlib
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -30,9 +31,8 @@ from net import CROP_SIZE, InputError, progress, replacing, to_input
 
 HAND_SIZE = 8  # images of a person that meet in a grouped step
 
+
 # ---- JSON files -----------------------------------------------------------------------------------------------------
-
-
 def read_json(path, expected):
     """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN.
 
@@ -65,8 +65,9 @@ def write_json(path, content):
 
 
 def resolve(folder, path):
-    """`path` as it is meant in a file that lies in `folder`."""
-    return os.path.normpath(os.path.join(folder, path))
+    """`path` as it is meant in a file that lies in `folder`; with the other separator if it exists only so."""
+    path, other = (os.path.normpath(os.path.join(folder, p)) for p in (path, path.replace("\\", "/")))
+    return other if "\\" in path and os.path.exists(other) and not os.path.exists(path) else path
 
 
 def read_id_to_images(path):
@@ -104,28 +105,19 @@ def read_pairs(path, id_to_images):
                 raise InputError(f"{path}: pair {number}: ID {name!r} has no images listed; add them or delete it")
         pairs.setdefault(frozenset(pair), (a, b))
     repeated = len(content) - len(pairs)
-    warnings = [f"{repeated} of {len(content)} pairs are listed more than once; each is used once"] if repeated else []
-    return list(pairs.values()), warnings
+    notes = [f"{repeated} of {len(content)} pairs are listed more than once; each is used once"] if repeated else []
+    return list(pairs.values()), notes
 
 
 # ---- people, families, split ----------------------------------------------------------------------------------------
-
-
 def find_families(pairs):
     """{ID: family number}, a family being a connected component of the pair graph; numbered as they appear."""
-    parent = {}
-
-    def root(name):
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
+    members = {}
     for a, b in pairs:
-        parent[root(b)] = root(a)
+        together = [*members.get(a, [a]), *(name for name in members.get(b, [b]) if name not in members.get(a, [a]))]
+        members |= dict.fromkeys(together, together)
     numbers = {}
-    return {name: numbers.setdefault(root(name), len(numbers)) for name in parent}
+    return {name: numbers.setdefault(members[name][0], len(numbers)) for pair in pairs for name in pair}
 
 
 def split_pairs(pairs, validation_split, seed, related=()):
@@ -178,20 +170,24 @@ class TwinImages:
 
 
 # ---- crops ----------------------------------------------------------------------------------------------------------
-
-
 def read_crop(path):
-    """(112, 112, 3) uint8 RGB array of an aligned crop. Raises InputError unless the file is just that."""
+    """(112, 112, 3) uint8 RGB array of an aligned crop, RGB, grey, palette or opaque RGBA in the file.
+
+    Raises InputError unless the file is just that.
+    """
     try:
         with Image.open(path) as image:
-            mode, size = image.mode, image.size
-            if (mode, size) == ("RGB", (CROP_SIZE, CROP_SIZE)):
-                return np.array(image)
+            kind = f"{image.width}x{image.height} {image.mode}"
+            if image.size == (CROP_SIZE, CROP_SIZE) and image.mode in ("RGB", "L", "P", "LA", "RGBA"):
+                if image.convert("RGBA").getextrema()[3][0] == 255:
+                    return np.array(image.convert("RGB"))
+                kind = "partly transparent"
     except FileNotFoundError:
-        raise InputError(f"{path}: no such aligned crop; run the alignment stage again") from None
+        windows = "; its path was written on Windows" if "\\" in path else "; run the alignment stage again"
+        raise InputError(f"{path}: no such aligned crop{windows}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: unreadable crop ({error}); align it again with --realign") from error
-    raise InputError(f"{path}: {size[0]}x{size[1]} {mode}, but a crop is 112x112 RGB; run the alignment stage on it")
+    raise InputError(f"{path}: {kind}, but a crop is 112x112 RGB; run the alignment stage on it")
 
 
 class Crops(NamedTuple):
@@ -213,7 +209,8 @@ def load_crops(paths):
 
     pool = ThreadPoolExecutor()
     try:
-        found = list(progress(pool.map(read, row), "reading crops", "crop", total=len(row)))
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # it is said below
+            found = list(progress(pool.map(read, row), "reading crops", "crop", total=len(row)))
         return Crops(torch.from_numpy(pixels), row, found)
     finally:
         pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
@@ -238,22 +235,31 @@ def distinct_images(id_to_images, crops):
         repeated += len(paths) - len(distinct[name])
         if len(paths) > 2 and len(distinct[name]) == 1:
             alone.append(name)
-    warnings = [f"{repeated} images are the same as another of their ID; each is used once"] if repeated else []
+    notes = [f"{repeated} images are the same as another of their ID; each is used once"] if repeated else []
     if alone:
-        warnings.append(f"{len(alone)} people have one and the same image under all paths, the first {alone[0]!r}")
-    return distinct, warnings
+        notes.append(f"{len(alone)} people have one and the same image under all paths, the first {alone[0]!r}")
+    return distinct, notes
 
 
-def load_people(id_to_images, pairs):
-    """(Crops, {ID: [path, ...]} with each image once, [warning, ...]) of the people of pairs; see distinct_images."""
-    people = {name: id_to_images[name] for pair in pairs for name in pair}
-    crops = load_crops([path for paths in people.values() for path in paths])
-    return crops, *distinct_images(people, crops)
+class People:
+    """The people of twin pairs and their crops, decoded once: what all training runs on them share.
+
+    `pairs` [(ID, ID), ...]; `id_to_images` {ID: [path of a crop, ...]}, each image once; `crops`, their Crops;
+    `warnings`, lines for the user. aligned: {ID: [path, ...]} of these people and perhaps others.
+    Raises InputError for what load_crops and distinct_images refuse.
+    """
+
+    def __init__(self, aligned, pairs):
+        aligned, self.pairs = {name: aligned[name] for pair in pairs for name in pair}, pairs
+        self.crops = load_crops([path for paths in aligned.values() for path in paths])
+        self.id_to_images, self.warnings = distinct_images(aligned, self.crops)
+
+    def rows(self, paths):
+        """(N,) int64 rows of `crops.pixels`."""
+        return torch.tensor([self.crops.row[path] for path in paths], dtype=torch.int64)
 
 
 # ---- triplets -------------------------------------------------------------------------------------------------------
-
-
 def count_triplets(n, m):
     """Number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
     return n * (n - 1) * m + m * (m - 1) * n
@@ -366,8 +372,6 @@ class TwinTripletDataset(Dataset):
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
-
-
 class ShuffledSteps:
     """The steps of an epoch in which each sampled triplet comes once, in the order of seed and epoch, N a step.
 

@@ -1,455 +1,267 @@
-"""Speed of training, evaluation, data set and start-up beside a naive loop. Run by hand, not in CI.
+"""Speed of training steps beside the loop people write by hand, and what a run costs by size. By hand, not in CI.
 
-    python -m tests.bench --shape small --arch ir_18 --device cpu     # a minute or two
-    python -m tests.bench --shape nd --arch ir_18 --device cpu        # ND-TWINS' counts, extrapolated from single steps
-    python -m tests.bench --part scale                                # or steps, startup: a part alone
-    python -m tests.bench --clock cpu --threads 1                     # on a busy machine: CPU time of one thread
+    python -m tests.bench --shape small --arch ir_18                  # minutes on two CPU cores
+    python -m tests.bench --shape nd --device cuda --peak 989         # ND-TWINS' counts; dense bf16 of an H100
+    python -m tests.bench --part precision --precision fp32 bf16      # full steps in turns
+    python -m tests.bench --part cost                                 # 160, 1,000 and 10,000 pairs; no crop is made
 
-`naive` is the loop people write today: a DataLoader with two workers that decodes three crops per triplet with PIL,
-three forward passes, fp32, the contiguous memory format, AdamW as it comes; with a frozen backbone every epoch still
-goes through the whole network, and evaluation embeds both images of every pair. Ours is what train_twins.py does,
-through the trainer itself. Both start from the same weights and see the same generated crops (coloured noise: only
-counts matter for speed). Variants take turns within each repeat, so that what else the machine does hits all alike.
-
-Figures are medians of the repeats after one warm-up. An epoch is the seconds per image times the images of its steps,
-not a run of a whole epoch; what stands per triplet is derived from it. An image counts each time it passes the network,
-or with a frozen backbone the embedding layer. The losses at the end are of one set of triplets, each variant's way.
+Ours are the trainer's own consecutive steps: `shuffled` of 16 triplets, `grouped` of 96 and 256 images. `naive`: a
+DataLoader with two workers that decode three PNGs per triplet, three forward passes, float32, AdamW as it comes; the
+backbone is passed also where it is frozen. All start from the same random weights, on crops of noise. Variants take
+turns of --steps steps after a warm-up; figures are medians. An image counts each time it passes the network, or of a
+frozen backbone the embedding layer. Host: the share of the time at which the last step was issued; near 100 % a card
+waits for the host (a CPU is its own). MFU: 3 times the FLOPs of a forward pass, against --peak. MiB: what a variant
+keeps and its steps add. An epoch is a step's time times its steps; of grouped steps it embeds each image about once and
+holds the triplets within its blocks, not all. The loss is that of the same 16 triplets, each way.
 """
 
 import argparse
-import gc
-import json
+import ctypes
 import math
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
+from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
+import net
 import train_twins
-from evaluate_twins import image_pairs
-from net import build_model, load_checkpoint, save_checkpoint
-from train_twins import Images, TrainedPart, TwinTrainer, set_batchnorm_statistics
-from triplet_dataset import TwinTripletDataset
+from triplet_dataset import Crops, People, ShuffledSteps
 
-# Pairs (three of them in one family of three), images, skew of the images per person.
-SHAPES = {"nd": (160, 5953, 1.56), "small": (24, 400, 1.56), "tiny": (6, 40, 1.0)}
-SCALES = ((160, 0, 10), (250, 40, 1), (500, 60, 1), (1000, 80, 1))  # pairs, images per person (0: nd), percentage
-MARGIN, BATCH, GROUP = 0.3, 16, 96
+SHAPES = {"nd": (160, 5953), "small": (24, 400), "tiny": (6, 40)}  # pairs, three of them one family; about the images
+SIZES = (160, 1000, 10000)  # pairs of the costs, each with as many images as a pair of ND-TWINS
+BATCH, MARGIN, TURNS = 16, 0.3, 3
+OURS = {"shuffled": f"--batch_size {BATCH}", "grouped 96": "", "grouped 256": "--images_per_batch 256"}
 
 
-# ---- data ---------------------------------------------------------------------------------------------
+def make_people(n_pairs, n_images, folder, pixels=True):
+    """People of generated crops that exist in memory alone, or with pixels=False not at all.
 
-
-def family_sizes(n_pairs, n_images, skew):
-    """Images per person of each family, [[n, n], ..., [n, n, n], ...].
-
-    All families are of two but one of three, which makes three pairs. The i-th of F families has images in proportion
-    to ((i + 1/2) / F) ** skew: with 160 pairs, 5,953 images and a skew of 1.56 some 86,000 same-person pairs, as
-    ND-TWINS. Twins are photographed together, so they have equally many.
+    The i-th of F families, one of them of three people, has images in proportion to ((i + 1/2) / F) ** 1.56: some
+    86,000 same-person pairs with 160 pairs and 5,953 images, as ND-TWINS.
     """
     members = [3] + [2] * (n_pairs - 3)
-    share = ((np.arange(len(members)) + 0.5) / len(members)) ** skew
-    share = np.roll(share, len(members) // 2)  # the family of three is one of the middle
-    counts = np.maximum(2, np.floor(share * n_images / (share @ members)).astype(int))
-    sizes = [[int(count)] * n for count, n in zip(counts, members, strict=True)]
-    for i in range(n_images - sum(map(sum, sizes))):
-        sizes[i % len(sizes)][i // len(sizes) % 2] += 1
-    return sizes
+    share = np.roll(((np.arange(len(members)) + 0.5) / len(members)) ** 1.56, len(members) // 2)
+    counts = np.maximum(2, np.round(share * n_images / (share @ members)).astype(int))
+    rng, people, images = np.random.default_rng(0), object.__new__(People), []
+    people.id_to_images, people.pairs, people.warnings = {}, [], []
+    for family, (count, n) in enumerate(zip(counts, members, strict=True)):
+        names = [f"{family:05d}{'abc'[i]}" for i in range(n)]
+        people.pairs += [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+        people.id_to_images |= {name: [f"{folder}/{name}-{i}.png" for i in range(count)] for name in names}
+        look = rng.uniform(60, 190, 3) + rng.normal(0, 30, (7, 7, 3))
+        for _ in names if pixels else ():
+            texture = np.kron(look + rng.normal(0, 2, (7, 7, 3)), np.ones((16, 16, 1))).astype(np.float32)
+            noisy = texture + 12 * rng.standard_normal((count, 112, 112, 3), np.float32)
+            images.append(np.clip(noisy, 0, 255).astype(np.uint8))
+    row = {path: i for i, path in enumerate(path for paths in people.id_to_images.values() for path in paths)}
+    people.crops = Crops(torch.from_numpy(np.concatenate(images)) if pixels else None, row, list(row))
+    return people
 
 
-def listing(sizes, folder):
-    """({ID: [paths]}, [[ID, twin's ID], ...]) of families of these sizes."""
-    images, pairs = {}, []
-    for f, family in enumerate(sizes):
-        names = [f"{f:04d}{'abc'[i]}" for i in range(len(family))]
-        pairs += [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
-        images |= {name: [f"{folder}/{name}/{i}.png" for i in range(n)] for name, n in zip(names, family, strict=True)}
-    return images, pairs
+def make_trainer(args, folder, people, flags):
+    """A TwinTrainer of these people, its data loaded."""
+    command = f"--skip_alignment --arch {args.arch} --device {args.device} --train_percentage {args.percentage} "
+    command += f"--aligned_json {folder}/crops.json --output_dir {folder} --log_dir {folder} --overwrite {flags}"
+    trainer = train_twins.TwinTrainer(train_twins.parse_args(command.split()), people)
+    trainer.say = lambda text: None
+    trainer.load_data()
+    return trainer
 
 
-def write_crops(images, seed=0):
-    """Coloured noise: a texture per family, a fainter one per person, noise per image; twins are hard to tell apart."""
-    rng, families = np.random.default_rng(seed), {}
-    for name, paths in tqdm(images.items(), "writing crops", leave=False, disable=None):
-        if name[:4] not in families:
-            families[name[:4]] = rng.normal(0, 30, (7, 7, 3)) + rng.uniform(60, 190, 3)
-        texture = np.kron(families[name[:4]] + rng.normal(0, 2, (7, 7, 3)), np.ones((16, 16, 1)))
-        Path(paths[0]).parent.mkdir(parents=True)
-        for path in paths:
-            crop = np.clip(texture + rng.normal(0, 12, (112, 112, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(crop).save(path, compress_level=1)
+def decode(triplets):
+    """[(path, path, path), ...] -> three (N, 3, 112, 112) network inputs, the naive way."""
+    pixels = np.stack([[np.array(Image.open(path).convert("RGB")) for path in triplet] for triplet in triplets])
+    return torch.from_numpy(pixels).flip(4).permute(1, 0, 4, 2, 3).float().div(255).sub(0.5).div(0.5).unbind()
 
 
-# ---- naive --------------------------------------------------------------------------------------------
+def naive(facts, args, folder, people, frozen, triplets, paths):
+    """The loop people write by hand, over `triplets` (K, 3); yields each step's numbers of triplets and images."""
+    for row in np.unique(triplets):
+        Image.fromarray(people.crops.pixels[people.crops.row[paths[row]]].numpy()).save(paths[row], compress_level=1)
+    device, model = net.pick_device(args.device), net.load_checkpoint(f"{folder}/start.pth")
+    for name, parameter in model.to(device).named_parameters():
+        parameter.requires_grad = not frozen or name.startswith("output_layer")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=1e-4)
+    triplets = [[paths[row] for row in triplet] for triplet in triplets]
+    for batch in DataLoader(triplets, BATCH, num_workers=2, collate_fn=decode):
+        anchor, positive, negative = (model(part.to(device))[0] for part in batch)
+        to_positive, to_negative = 1 - F.cosine_similarity(anchor, positive), 1 - F.cosine_similarity(anchor, negative)
+        loss = torch.clamp(to_positive - to_negative + MARGIN, min=0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not facts:
+            facts |= {"precision": "fp32", "loss": loss.item()}
+        yield BATCH, 3 * BATCH
 
 
-class NaiveItems(Dataset):
-    """Tuples of decoded crops: of triplets, or of pairs of images."""
+def ours(facts, args, folder, people, frozen, triplets, precision, flags):
+    """The trainer's own steps, epoch after epoch; yields each step's triplets."""
+    flags += f" --freeze_backbone {frozen} --precision {precision} --margin {MARGIN} --pretrained {folder}/start.pth"
+    trainer = make_trainer(args, folder, people, f"--validation_split 0 {flags}")
+    images, place = np.unique(triplets[:BATCH], return_inverse=True)
 
-    def __init__(self, paths, rows):
-        self.paths, self.rows = paths, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return tuple(self.decode(self.paths[row]) for row in self.rows[i])
-
-    @staticmethod
-    def decode(path):
-        rgb = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
-        return (rgb.flip(2).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
-
-
-def naive_loader(paths, rows, batch):
-    return DataLoader(NaiveItems(paths, rows), batch, num_workers=2)
-
-
-def naive_loss(anchor, positive, negative):
-    """Of three (B, 512) tensors; written out, not triplet_loss.py."""
-    to_positive = 1 - F.cosine_similarity(anchor, positive)
-    to_negative = 1 - F.cosine_similarity(anchor, negative)
-    return torch.clamp(to_positive - to_negative + MARGIN, min=0).mean()
-
-
-class Naive:
-    """The loop people write today; `step()` goes on to the next batch."""
-
-    def __init__(self, checkpoint, paths, triplets, frozen, device):
-        self.model = load_checkpoint(checkpoint).to(device).eval()
-        if frozen:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad = name.startswith("output_layer")
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4)
-        self.batches, self.device = iter(naive_loader(paths, triplets, BATCH)), device
-
-    def loss(self, batch):
-        return naive_loss(*(self.model(part.to(self.device))[0] for part in batch))
-
-    def step(self):
-        batch = next(self.batches)
-        self.optimizer.zero_grad()
-        self.loss(batch).backward()
-        self.optimizer.step()
-        return 3 * len(batch[0]), len(batch[0])
-
-
-# ---- ours ---------------------------------------------------------------------------------------------
-
-
-class Ours:
-    """The trainer's own steps, evenly chosen from its first epoch."""
-
-    def __init__(self, arguments, folder, batching, repeats):
-        command = f"--train_pairs {folder}/pairs.json --aligned_json {folder}/crops.json --skip_alignment --no_cache "
-        command += f"--pretrained {folder}/start.pth --validation_split 0 --margin {MARGIN} --run_name {batching} "
-        command += f"--output_dir {folder}/models --log_dir {folder}/logs --arch {arguments.arch} "
-        command += f"--device {arguments.device} --precision {arguments.precision} --batching {batching} "
-        command += f"--freeze_backbone {arguments.frozen} --train_percentage {arguments.percentage} "
-        command += f"--images_per_batch {GROUP} " if batching == "grouped" else f"--batch_size {BATCH} "
-        self.trainer = trainer = TwinTrainer(train_twins.parse_args(command.split()))
-        trainer._say = lambda text: None
-        trainer._prepare_data()
-        trainer._prepare_model()
-        trainer.rows = [np.arange(len(trainer.train_set.images.paths))]
-        self.n_steps = trainer._steps(1, 0)[0]
-        self.chosen = np.linspace(0, self.n_steps - 2, repeats + 1).round().astype(int)  # the last may be smaller
-        self.given = 0
-
-    def use(self, data):
-        """Crops, or features of a frozen backbone, of all images."""
-        trainer = self.trainer
-        part = TrainedPart(trainer.model, trainer.args.freeze_backbone)
-        trainer.images, trainer.trained = Images(data, part, trainer.device, trainer.ranks), part
-        # What `--keep` compares with; its values do not matter for the speed.
-        trainer.start_embeddings = F.normalize(torch.randn(len(trainer.rows[0]), 512, device=trainer.device))
-
-    def step(self):
-        number = self.chosen[min(self.given, len(self.chosen) - 1)]
-        self.given += 1
-        triplets, count = next(self.trainer._steps(1, int(number))[1])
-        rows, _ = self.trainer._step(triplets, count, 1e-4)
-        return len(rows), len(triplets)
-
-    def loss(self, images, triplets):
-        """Of triplets among these images, each image embedded once."""
-        place = torch.from_numpy(np.searchsorted(images, triplets)).to(self.trainer.device)
+    def features(model, people, *_):  # only `images` pass the network; the others get theirs again
+        which = torch.arange(len(people.crops.pixels)) % len(images)
+        which[images] = torch.arange(len(images))
         with torch.no_grad():
-            embeddings = self.trainer.trained(self.trainer.images.take(images))
-            return self.trainer.criterion.loss(*self.trainer.criterion.distances(embeddings, place)).item()
+            return model.features(net.to_input(people.crops.pixels[images].to(trainer.device))).cpu()[which]
 
-
-# ---- measuring ----------------------------------------------------------------------------------------
-
-
-def reset_peak():
-    """Let the peak of memory begin here (Linux); elsewhere it is that of the whole process."""
-    gc.collect()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak():
-    """Peak resident memory in MiB since `reset_peak`, else of the process (getrusage); a child's own, not inherited."""
-    try:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) / 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
-
-
-def take_turns(variants, repeats, device, clock):
-    """{name: (seconds, images, triplets, seconds per image, peak MiB)} of callables, medians after a warm-up."""
-    measured = {name: [] for name in variants}
-    for repeat in tqdm(range(repeats + 1), "repeats", leave=False, disable=None):
-        for name, step in variants.items():
-            reset_peak()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            began = clock()
-            counts = step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = clock() - began
-            memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak()
-            if repeat:
-                measured[name].append((seconds, *counts, seconds / counts[0], memory))
-    columns = {name: list(zip(*rows, strict=True)) for name, rows in measured.items()}
-    return {name: (*map(statistics.median, four), max(memory)) for name, (*four, memory) in columns.items()}
-
-
-def table(head, rows):
-    cells = [head, *([cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row] for row in rows)]
-    cells = [[cell.replace("e+0", "e") for cell in row] for row in cells]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    for row in cells:
-        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
-    print(flush=True)
-
-
-def compare_training(arguments, folder, frozen):
-    """Ours and naive on one mode: the table, and the losses on the same triplets."""
-    arguments.frozen, device = frozen, torch.device(arguments.device)
-    grouped = Ours(arguments, folder, "grouped", arguments.repeats)
-    shuffled = Ours(arguments, folder, "shuffled", arguments.repeats)
-    data_set = grouped.trainer.train_set
-    paths, crops = data_set.images.paths, data_set.load()
-    together, _ = next(grouped.trainer._steps(1, 0)[1])  # a grouped step's triplets, hence its images
-    images = np.unique(together)
-    some = together[np.random.default_rng(0).choice(len(together), min(BATCH, len(together)), replace=False)]
-    data, once = crops, None
-    if frozen:
-        # The features of the images whose losses are compared; the others' are repetitions of them.
-        began = arguments.clock()
-        known = train_twins.backbone_features(grouped.trainer.model, crops[images], device, grouped.trainer.ranks)
-        once = (arguments.clock() - began) / len(images) * len(paths)
-        data = known[torch.arange(len(paths)) % len(images)]
-        data[images] = known
-    for ours in (grouped, shuffled):
-        ours.use(data)
-    order = data_set.triplets(np.random.default_rng(0).choice(len(data_set), BATCH * (arguments.repeats + 1)))
-    naive = Naive(f"{folder}/start.pth", paths, order, frozen, device)
-
+    with mock.patch("train_twins.backbone_features", features):
+        trainer.build_model()
+    trainer.embeddings["start"] = torch.randn(len(trainer.train_rows), 512, device=trainer.device) / 512**0.5
     with torch.no_grad():
-        batch = next(iter(naive_loader(paths, some, BATCH)))
-        losses = naive.loss(batch).item(), shuffled.loss(np.unique(some), some), grouped.loss(images, some)
-
-    fast = arguments.fast if frozen else 1  # steps without backbone are short: several make one measurement
-
-    def several(step):
-        return lambda: tuple(np.sum([step() for _ in range(fast)], 0))
-
-    variants = {"naive": naive.step, "ours, shuffled": several(shuffled.step), "ours, grouped": several(grouped.step)}
-    for ours in (grouped, shuffled):
-        ours.chosen = np.linspace(0, ours.n_steps - 2, (arguments.repeats + 1) * fast).round().astype(int)
-    measured = take_turns(variants, arguments.repeats, device, arguments.clock)
-    n_steps = {"naive": math.ceil(len(data_set) / BATCH), "ours, shuffled": shuffled.n_steps}
-    blocks = [block for step in data_set.grouped_epoch(1, GROUP) for block in step]
-    n_visits = {"naive": 3 * len(data_set), "ours, grouped": sum(block.size for block in blocks)}
-    rows, base = [], None
-    for (name, (seconds, n_images, n_triplets, per_image, memory)), loss in zip(measured.items(), losses, strict=True):
-        part = 1 if name == "naive" else fast
-        steps = n_steps.get(name, grouped.n_steps)
-        visits = n_visits.get(name, steps * n_images / part)
-        epoch = per_image * visits
-        figures = per_image, epoch / len(data_set), epoch
-        base = base or figures
-        ratios = [f"{b / f:,.1f}x" for b, f in zip(base, figures, strict=True)]
-        row = [name, seconds / part * 1e3, n_images / part, f"{n_triplets / part:,.0f}", per_image * 1e3, f"{steps:,}"]
-        rows.append([*row, visits, epoch, *ratios, memory, f"{loss:.6f}"])
-    mode = "frozen backbone" if frozen else "full network"
-    print(f"training, {mode}: {len(data_set):,} triplets, which is {arguments.percentage} % of {data_set.n_possible:,}")
-    head = ["", "ms/step", "images", "triplets", "ms/image", "steps*", "images*", "s/epoch*"]
-    table([*head, "per image", "per triplet", "per epoch", "peak MiB", "loss of the same 16"], rows)
-    if once:
-        print(f"the backbone once per image, before the first epoch: {once:,.1f} s for {len(paths):,} images*\n")
+        place = torch.from_numpy(place.reshape(-1, 3)).to(trainer.device)
+        distances = trainer.criterion.distances(trainer.embed(trainer.train_rows[images]), place)
+    facts |= {"precision": trainer.precision, "loss": trainer.criterion.loss(*distances).item()}
+    facts["steps"] = len(trainer.epoch_steps(1))
+    for epoch in range(1, 10**9):
+        steps = trainer.epoch_steps(epoch)
+        for chosen in (steps[i] for i in range(len(steps))):
+            trainer.step(chosen)
+            yield chosen
 
 
-def compare_evaluation(arguments, folder):
-    device, batch = torch.device(arguments.device), 32
-    arguments.frozen = False
-    ours = Ours(arguments, folder, "shuffled", 1)
-    images = ours.trainer.train_set.images
-    ours.use(ours.trainer.train_set.load())
-    genuine, twin = image_pairs(images)
-    pairs = np.concatenate([genuine, twin])
-    model = load_checkpoint(f"{folder}/start.pth").to(device).eval()
-    chosen = pairs[np.random.default_rng(0).choice(len(pairs), batch * (arguments.repeats + 1))]
-    batches, given = iter(naive_loader(images.paths, chosen, batch)), iter(range(10**9))
-
-    def naive():
-        with torch.no_grad():
-            one, other = (model(part.to(device))[0] for part in next(batches))
-            F.cosine_similarity(one, other)
-        return 2 * len(one), len(one)
-
-    def embed():
-        start = next(given) * 2 * batch % max(1, len(images.paths) - 2 * batch)
-        rows = np.arange(start, min(start + 2 * batch, len(images.paths)))
-        ours.trainer.images.embed(rows)
-        return len(rows), 0
-
-    measured = take_turns({"naive": naive, "ours": embed}, arguments.repeats, device, arguments.clock)
-    per_image = {name: row[3] for name, row in measured.items()}
-    whole = {"naive": 2 * len(pairs), "ours": len(images.paths)}
-    rows = [
-        (name, per_image[name] * 1e3, f"{n:,}", per_image[name] * n, f"{per_image['naive'] / per_image[name]:,.1f}x",
-         f"{per_image['naive'] * whole['naive'] / (per_image[name] * n):,.1f}x", measured[name][4])
-        for name, n in whole.items()
-    ]  # fmt: skip
-    print(f"evaluation: embeddings for {len(genuine):,} same-person and {len(twin):,} twin pairs of images")
-    table(["", "ms/image", "images", "s in all*", "per image", "in all", "peak MiB"], rows)
+def memory(device, what="now"):
+    """MiB in use "now", or the "peak" since then: PyTorch's on CUDA, else the process's own (Linux)."""
+    if device.type == "cuda":
+        if what == "now":
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if what == "now":
+        ctypes.CDLL(None).malloc_trim(0)  # what has been freed does not count
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
-def compare_steps(arguments):
-    n_pairs, n_images, skew = SHAPES[arguments.shape]
-    with tempfile.TemporaryDirectory() as folder:
-        images, pairs = listing(family_sizes(n_pairs, n_images, skew), f"{folder}/crops")
-        write_crops(images)
-        Path(folder, "crops.json").write_text(json.dumps(images))
-        Path(folder, "pairs.json").write_text(json.dumps(pairs))
-        torch.manual_seed(0)
-        model = build_model(arguments.arch)
-        # Without its data's BatchNorm statistics an untrained network maps all images onto one.
-        first = [person[0] for person in images.values()][:32]
-        crops = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in first])
-        set_batchnorm_statistics(model, crops, torch.device("cpu"))
-        save_checkpoint(f"{folder}/start.pth", model)
-        same = sum(len(person) * (len(person) - 1) // 2 for person in images.values())
-        print(f"shape {arguments.shape}: {len(pairs)} pairs, {len(images)} IDs, {n_images:,} images, ", end="")
-        print(
-            f"{same:,} same-person pairs of images; {arguments.arch} on {arguments.device}, {arguments.precision}, ",
-            end="",
-        )
-        print(f"{torch.get_num_threads()} threads, {arguments.clock_name} time, {arguments.repeats} repeats")
-        print("* of a whole epoch, extrapolated from the seconds per image of the steps measured\n", flush=True)
-        if "full" in arguments.mode:
-            compare_training(arguments, folder, frozen=False)
-        if "frozen" in arguments.mode:
-            compare_training(arguments, folder, frozen=True)
-        if "evaluation" in arguments.mode:
-            compare_evaluation(arguments, folder)
+def clock(device):
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-# ---- scale and start-up -------------------------------------------------------------------------------
+def take_turns(variants, steps, device):
+    """{name: (seconds a step, its triplets and images, seconds an image, host share, MiB)} of {name: generator}."""
+    kept, turns = {}, {name: [] for name in variants}
+    for name, variant in variants.items():
+        before = memory(device)
+        for _ in range(steps):  # a warm-up
+            next(variant)
+        clock(device)
+        kept[name] = memory(device) - before
+    for name in TURNS * list(variants):
+        before, began = memory(device), clock(device)
+        done = [next(variants[name]) for _ in range(steps)]
+        issued = time.perf_counter() - began
+        seconds, mib = clock(device) - began, kept[name] + memory(device, "peak") - before
+        counts = [step if isinstance(step, tuple) else (len(step), len(np.unique(step))) for step in done]
+        triplets, images = np.sum(counts, 0)
+        turns[name].append((seconds / steps, triplets / steps, images / steps, seconds / images, issued / seconds, mib))
+    return {name: [*map(median, zip(*figures, strict=True))] for name, figures in turns.items()}
 
 
-def measure_scale(n_pairs, per_person, percentage):
-    """Print one size's figures as JSON; in a process of its own, so that the peak is its own."""
-    sizes = [[per_person] * 2] * n_pairs if per_person else family_sizes(*SHAPES["nd"])
-    images, pairs = listing(sizes, "/crops")
-    reset_peak()
-    before, began = peak(), time.process_time()
-    data_set = TwinTripletDataset(images, pairs, percentage, seed=42)
-    built = time.process_time()
-    memory = peak() - before
-    data_set.touched()
-    touched = time.process_time()
-    steps = data_set.grouped_epoch(1, GROUP)
-    data_set.block_triplets(steps[0][0])
-    grouped = time.process_time()
-    next(data_set.epoch(1, BATCH))
-    shuffled = time.process_time()
-    row = [f"{len(pairs):,}", f"{len(data_set.images.paths):,}", data_set.n_possible, len(data_set), built - began]
-    row += [memory, touched - built, grouped - touched, shuffled - grouped, peak() - before]
-    print(json.dumps(row))
+def print_table(rows):
+    """Dicts with the same keys, as Markdown."""
+    shown = [[x if isinstance(x, str) else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in r.values()] for r in rows]
+    for cells in ([], list(rows[0]), ["---"] * len(rows[0]), *shown):
+        print(f"| {' | '.join(cells)} |" if cells else "", flush=True)
 
 
-def compare_scale(repeats=3):
-    print("data set: median seconds of one thread's CPU time, and MiB beyond the lists of paths; no crop is read")
-    head = ["pairs", "images", "possible", "sampled", "build s", "build MiB", "touched s", "first grouped step s"]
-    rows = []
-    for size in SCALES:
-        command = [sys.executable, "-m", "tests.bench", "--one", *map(str, size)]
-        runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(repeats)]
-        columns = list(zip(*runs, strict=True))
-        rows.append([column[0] if isinstance(column[0], str) else statistics.median(column) for column in columns])
-    table([*head, "first shuffled step s", "peak MiB"], rows)
+def compare_steps(args, folder, modes, variants):
+    """A table per mode of {name: (flags or None for naive, precision)}; the ratios are to the first."""
+    device, people = net.pick_device(args.device), make_people(*SHAPES[args.shape], folder)
+    pixels = people.crops.pixels
+    torch.manual_seed(0)
+    model = net.build_model(args.arch)  # random weights need statistics, or all images fall together
+    net.set_batchnorm_statistics(model, pixels[:: max(1, len(pixels) // 32)], torch.device("cpu"))
+    net.save_checkpoint(f"{folder}/start.pth", model)
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        features = model.features(net.to_input(pixels[:1]))
+        with FlopCounterMode(display=False) as head:
+            model.head(features)
+    whole, head = whole.get_total_flops() / 1e12, head.get_total_flops() / 1e12
+    print(f"{args.arch} on {device}: {whole * 1e3:.2f} GFLOP forward; PyTorch {torch.__version__}")
+    data_set = make_trainer(args, folder, people, "--pretrained none --validation_split 0").train_set
+    count, paths = len(data_set), data_set.images.paths
+    print(
+        f"{len(people.pairs)} pairs, {len(paths):,} images, {count:,} of {data_set.n_possible:,} triplets", flush=True
+    )
+    order = data_set.triplets(np.random.default_rng(0).integers(count, size=BATCH * (1 + TURNS) * args.steps))
+    for mode in modes:
+        frozen, facts, made, rows, base = mode == "frozen", {name: {} for name in variants}, {}, [], None
+        for name, (flags, precision) in variants.items():
+            shared = (facts[name], args, folder, people, frozen, order)
+            made[name] = naive(*shared, paths) if flags is None else ours(*shared, precision, flags)
+        for name, (seconds, triplets, images, each, host, mib) in take_turns(made, args.steps, device).items():
+            by_hand = variants[name][0] is None
+            rate = ((whole + 2 * head if by_hand else 3 * head) if frozen else 3 * whole) / each
+            epoch = seconds * (math.ceil(count / BATCH) if by_hand else facts[name]["steps"])
+            row = {mode: name, "precision": facts[name]["precision"], "ms/step": 1e3 * seconds}
+            row |= {"triplets": triplets, "images": images, "images/s": 1 / each, "host %": 100 * host, "TFLOP/s": rate}
+            row |= {"MFU %": 100 * rate / args.peak if args.peak else "-", "MiB": mib, "s/epoch": epoch}
+            figures = {"per image": each, "per triplet": seconds / triplets, "per epoch": epoch}
+            base = base or figures
+            row |= {f"{key}, x": base[key] / value for key, value in figures.items()}
+            rows.append({**row, "loss": f"{facts[name]['loss']:.6f}"})
+        print_table(rows)
 
 
-def compare_startup(repeats=5):
-    scripts = ("align", "train_twins", "evaluate_twins")
-    commands = {"import torch": ["-c", "import torch"]}
-    commands |= {f"import {name}": ["-c", f"import {name}"] for name in scripts}
-    commands |= {f"{name}.py --help": [f"{name}.py", "--help"] for name in scripts}
-    seconds = {name: [] for name in commands}
-    for _ in range(repeats + 1):
-        for name, command in commands.items():
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    print("start-up, median of processes after the first", flush=True)
-    rows = [
-        (name, f"{value:.2f}", f"{value - medians['import torch']:+.2f}" if name.startswith("import") else "")
-        for name, value in medians.items()
-    ]
-    table(["", "seconds", "beyond import torch"], rows)
+def measure_cost(args, folder, n_pairs):
+    """A row of the table of costs."""
+    cpu, people = torch.device("cpu"), make_people(n_pairs, n_pairs * 5953 // 160, folder, pixels=False)
+    row = {"pairs": n_pairs, "images": len(people.crops.row)}
+
+    def measure(name, work):
+        before, began = memory(cpu), time.perf_counter()
+        result = work()
+        row[f"{name}, s"] = time.perf_counter() - began
+        row[f"{name}, MiB"] = memory(cpu, "peak") - before
+        return result
+
+    trainer = measure("data set", lambda: make_trainer(args, folder, people, "--pretrained none"))
+    row["triplets"] = len(trainer.train_set)
+    measure("touched images", trainer.train_set.count_touched_images)
+    measure("first grouped step", lambda: trainer.epoch_steps(1)[0])
+    measure("first shuffled step", lambda: ShuffledSteps(trainer.train_set, 1, BATCH)[0])
+    row["validation images"] = n = len(trainer.val_set.images.paths)
+    embeddings = F.normalize(torch.randn(n, 512))
+    measure("loss", lambda: train_twins.mean_statistics(trainer.criterion, trainer.val_set, embeddings))
+    measure("figures", lambda: trainer.evaluator.figures(trainer.evaluator.score(embeddings)))
+    return row
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts, modes = ("steps", "scale", "startup"), ("full", "frozen", "evaluation")
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--arch", default="ir_18")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="auto", help="of ours; naive is always fp32 (default auto)")
-    parser.add_argument("--percentage", type=int, default=10, help="of the triplets (default 10)")
-    parser.add_argument("--repeats", type=int, default=5, help="median of so many (default 5)")
-    parser.add_argument("--fast", type=int, default=8, help="frozen: steps of ours in each repeat (default 8)")
-    parser.add_argument("--part", choices=parts, nargs="+", default=parts)
-    parser.add_argument("--mode", choices=modes, nargs="+", default=modes, help="what of the steps (default all)")
-    text = "wall, or cpu: this process alone, without the loader's workers (default wall)"
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=text)
-    parser.add_argument("--threads", type=int, help="of PyTorch (default its own choice)")
-    arguments = parser.parse_args()
-    arguments.clock_name, clocks = arguments.clock, {"wall": time.perf_counter, "cpu": time.process_time}
-    arguments.clock = clocks[arguments.clock]
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if "steps" in arguments.part:
-        compare_steps(arguments)
-    if "scale" in arguments.part:
-        compare_scale()
-    if "startup" in arguments.part:
-        compare_startup()
+    add, modes = parser.add_argument, ("full", "frozen")
+    add("--part", choices=("steps", "precision", "cost"), default="steps")
+    add("--shape", choices=SHAPES, default="small")
+    add("--arch", default="ir_50")
+    add("--mode", choices=modes, nargs="+", default=modes)
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--precision", nargs="+", help="of ours (default auto), or those to compare (default fp32 bf16)")
+    add("--percentage", type=int, default=10, help="of the triplets (default 10)")
+    add("--steps", type=int, help="of a turn (default 30 on CUDA, 3 on a CPU)")
+    add("--peak", type=float, help="TFLOP/s of the device, for MFU; dense bf16: H100 SXM 989, A100 312, L4 121")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or (30 if net.pick_device(args.device).type == "cuda" else 3)
+    variants = {name: (flags, (args.precision or ["auto"])[0]) for name, flags in OURS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.part == "steps":
+            compare_steps(args, folder, args.mode, {"naive": (None, "fp32"), **variants})
+        elif args.part == "precision":
+            compare_steps(args, folder, ["full"], {name: ("", name) for name in args.precision or ("fp32", "bf16")})
+        else:
+            print_table([measure_cost(args, folder, n_pairs) for n_pairs in SIZES])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        measure_scale(*map(int, sys.argv[2:]))
-    else:
-        main()
+    main()

@@ -1,50 +1,56 @@
-"""How evaluation grows: general impostor scores and the bootstrap on synthetic embeddings. By hand, not in CI.
+"""What the bootstrap of one checkpoint costs, against the least it could: one cumulative sum per resample.
 
     python -m tests.bench_evaluation [images ...]
 
-Each size runs in a process of its own, so that its peak memory is its own. The embeddings are random unit vectors with
-a common part per family (two twins of equally many images); nothing is embedded or read.
+By hand, not in CI; times are CPU seconds. The embeddings are random unit vectors with a common part per family, two
+twins with some 9 images each; nothing is read or embedded. By default 1,285 images of 75 families, where the ratio of
+the bootstrap to the sums is to be at most 10.
 """
 
-import resource
-import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
 
-from evaluate_twins import Scores, TwinEvaluator, general_scores, image_pairs, scores_of
+from evaluate_twins import TwinEvaluator
 from triplet_dataset import TwinImages
 
+IMAGES, FAMILIES, RESAMPLES = 1285, 75, 1000
 
-def measure(n_images, per_person=10, resamples=1000):
-    """Print a line of the table for one size."""
-    n_families = n_images // (2 * per_person)
-    images = {f"{f}{t}": [f"/{f}{t}{i}" for i in range(per_person)] for f in range(n_families) for t in "ab"}
-    evaluator = object.__new__(TwinEvaluator)
-    evaluator.images = TwinImages(images, [(f"{f}a", f"{f}b") for f in range(n_families)])
-    evaluator.family = np.repeat(np.arange(n_families), 2 * per_person)
-    evaluator.genuine, evaluator.twin = image_pairs(evaluator.images)
-    evaluator.weights = np.random.default_rng(0).multinomial(n_families, np.full(n_families, 1 / n_families), resamples)
+
+def make_images(n_images):
+    """TwinImages of people with 5 to about 12 images; families in proportion, at least 6."""
+    n_families = max(6, round(n_images * FAMILIES / IMAGES))
+    people = 2 * n_families
+    counts = 5 + np.random.default_rng(0).multinomial(n_images - 5 * people, np.full(people, 1 / people))
+    images = {str(p): [f"/{p}/{i}" for i in range(n)] for p, n in enumerate(counts)}
+    return TwinImages(images, [(str(p), str(p + 1)) for p in range(0, people, 2)])
+
+
+def measure(n_images):
+    """Print a line of the table for one size: CPU seconds, and the bootstrap in cumulative sums."""
+    evaluator = TwinEvaluator(make_images(n_images), seed=0, resamples=RESAMPLES)
     torch.manual_seed(0)
-    embeddings = torch.randn(len(evaluator.family), 512) + torch.randn(n_families, 512)[evaluator.family]
-    embeddings = torch.nn.functional.normalize(embeddings)
-    began = time.perf_counter()
-    general = general_scores(embeddings, evaluator.family)
-    scored = time.perf_counter()
-    scores = Scores(scores_of(embeddings, evaluator.genuine), scores_of(embeddings, evaluator.twin), general)
-    evaluator.metrics(scores)
-    done = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    row = (len(evaluator.family), n_families, general.total, scored - began, done - scored, peak)
-    print("{:>8,} {:>9,} {:>15,} {:>14.1f} {:>20.1f} {:>9.2f}".format(*row), flush=True)
+    family = torch.from_numpy(evaluator.family)
+    common = torch.randn(evaluator.counts["families"], 512)
+    embeddings = torch.nn.functional.normalize(torch.randn(n_images, 512) + common[family])
+
+    began = time.process_time()
+    scores = evaluator.score(embeddings)
+    scored = time.process_time()
+    evaluator.estimate(scores)
+    resampled = time.process_time()
+    values, out = np.ones(len(scores["general"]), np.int64), np.empty(len(scores["general"]), np.int64)
+    for _ in range(RESAMPLES):
+        np.cumsum(values, out=out)
+    sums = time.process_time() - resampled
+
+    row = (n_images, evaluator.counts["families"], len(values), scored - began, resampled - scored, sums)
+    print("{:>8,} {:>9,} {:>14,} {:>11.2f} {:>14.2f} {:>9.2f}".format(*row), f"{(resampled - scored) / sums:>6.1f}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        measure(int(sys.argv[2]))
-    else:
-        print("  images  families   general pairs  all scores (s)  1,000 resamples (s)  peak GiB", flush=True)
-        for size in sys.argv[1:] or ("700", "5000", "20000", "50000"):
-            subprocess.run([sys.executable, "-m", "tests.bench_evaluation", "--one", size], check=True)
+    print("  images  families  general pairs  scores (s)  resamples (s)  sums (s)  ratio", flush=True)
+    for size in sys.argv[1:] or (IMAGES,):
+        measure(int(size))

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -65,6 +67,7 @@ def tiny_model():
 # ---- runs of train_twins.py -----------------------------------------------------------------------------------------
 
 FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [1, 1]]  # the last makes no triplet
+SHUFFLED, GROUPED = "--batch_size 8", "--images_per_batch 16 --train_percentage 60"  # of several steps an epoch
 
 
 def quick_features(self, x):
@@ -73,17 +76,26 @@ def quick_features(self, x):
     return small.expand(-1, -1, 7, 7)
 
 
+def sgd(model, learning_rate, weight_decay):
+    """In place of train_twins.make_optimizer: unlike Adam it makes no whole steps of rounding noise."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+
+
 class Experiment:
     """Crops of twins, a tiny network to start from, and what runs of train_twins.py on them leave in `folder`."""
 
     def __init__(self, folder, families=FAMILIES):
         self.folder, self.start = folder, folder / "start.pth"
         self.aligned, self.pairs = crop_writer(folder)(families)
-        self.images = {name: [folder / p for p in paths] for name, paths in json.loads(self.aligned.read_text()).items()}
+        self.images = {name: [folder / p for p in some] for name, some in json.loads(self.aligned.read_text()).items()}
+        rng, crops = np.random.default_rng(1), []
+        for path in [path for paths in self.images.values() for path in paths]:
+            light = np.kron(rng.normal(0, 45, (7, 7, 3)), np.ones((16, 16, 1)))  # so that people are easily confused
+            crops.append(np.clip(np.array(Image.open(path)) + light, 0, 255).astype(np.uint8))
+            Image.fromarray(crops[-1]).save(path)
         torch.manual_seed(0)
         model = net.build_model("ir_tiny")
-        crops = np.stack([np.array(Image.open(path)) for paths in self.images.values() for path in paths])
-        net.set_batchnorm_statistics(model, torch.from_numpy(crops), torch.device("cpu"))
+        net.set_batchnorm_statistics(model, torch.from_numpy(np.stack(crops)), torch.device("cpu"))
         net.save_checkpoint(self.start, model)
 
     def flags(self, more="", name="run"):
@@ -91,9 +103,12 @@ class Experiment:
         return (
             f"--train_pairs {self.pairs} --skip_alignment --aligned_json {self.aligned} --arch ir_tiny --device cpu "
             f"--pretrained {self.start} --output_dir {self.folder}/models --log_dir {self.folder}/logs "
-            f"--run_name {name} --epochs 2 --validation_split 0.3 --batch_size 24 --learning_rate 1e-3 "
+            f"--run_name {name} --epochs 2 --validation_split 0.3 --learning_rate 3e-4 --precision fp32 "
             f"--schedule constant --quadruplet_weight 0 --drift_weight 0 {more}"
         ).split()
+
+    def change_a_crop(self):
+        Image.new("RGB", (112, 112), (1, 2, 3)).save(self.images["train0a"][0])
 
     def log(self, name="run"):
         """The content of a run's training_log.json, None if there is none."""
@@ -121,7 +136,8 @@ def without_timing(log):
     config = {k: v for k, v in log["config"].items() if k not in ("run_name", "output_dir", "log_dir", "resume")}
     config.pop("processes")
     epochs = [{k: v for k, v in entry.items() if k != "timing"} for entry in log["epochs"]]
-    return {"config": config, "epochs": epochs, **{key: log[key] for key in ("best_epoch", "stopped", "against_start")}}
+    rest = {key: log.get(key) for key in ("best_epoch", "stopped", "against_start")}
+    return {"config": config, "epochs": epochs, **rest}
 
 
 def assert_equal_weights(weights, reference, tolerance=0.0):
@@ -129,3 +145,54 @@ def assert_equal_weights(weights, reference, tolerance=0.0):
     assert weights.keys() == reference.keys()
     for key, value in weights.items():
         torch.testing.assert_close(value, reference[key], atol=tolerance, rtol=tolerance, msg=key)
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr("net.Backbone.features", quick_features)
+    monkeypatch.setattr("train_twins.plot_curves", lambda *args: None)  # pictures take longer than the tiny network
+    return Experiment(tmp_path)
+
+
+@pytest.fixture
+def run(experiment):
+    """run("--epochs 2", ...) -> (exit code, content of training_log.json)."""
+    import train_twins
+
+    def start(flags="", name="run"):
+        return train_twins.main(experiment.flags(flags, name)), experiment.log(name)
+
+    return start
+
+
+@pytest.fixture
+def interrupt(run, monkeypatch):
+    """interrupt("--epochs 2", 3): a run that SIGINT meets in its third step, which ends with 130."""
+    import train_twins
+
+    def start(flags, after, name="run"):
+        factor, steps = train_twins.rate_factor, []
+
+        def counted(*args):
+            steps.append(args)
+            if len(steps) == after:
+                os.kill(os.getpid(), signal.SIGINT)
+            return factor(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_twins, "rate_factor", counted)
+            assert run(flags, name)[0] == 130
+        assert len(steps) == after
+
+    return start
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal() -> the one line on stderr, without the script's name."""
+
+    def read():
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("train_twins.py: ")
+
+    return read

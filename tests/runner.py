@@ -1,105 +1,91 @@
-"""Runs the scripts' mains in a process of its own, with the tests' tiny network, for tests of processes and of kills.
+"""Runs train_twins.main in processes of its own, with the tests' tiny network: for tests of kills and of processes.
 
-    python tests/runner.py '[["train_twins", ["--train_pairs", ...]], ...]'     # exits with the last code
+    codes = finish(launch(folder, [["--train_pairs", ...], ...], world=2))    # two processes, one run after another
+    torchrun --nproc_per_node=2 tests/runner.py '[["--train_pairs", ...], ...]'
 
-The environment says what else: RECORD=FOLDER trains with SGD and keeps there, as <run name>.<rank>.pt, the triplets and
-the gradients of the steps; LIMIT=BYTES is how much memory may be used beyond what PyTorch has taken, and crops are
-then made up instead of read; PAUSE=SECONDS slows each step down; PIDS=FOLDER gets <rank>.pid; BREAK=RANK fails alone.
+The environment says what else: SAVE_MINUTES replaces the script's; PAUSE=SECONDS slows each step down; RECORD=FOLDER
+trains with SGD and keeps there, as <rank>.pt, the gradients of all steps and the photographs that this process aligned.
 """
 
+import contextlib
 import json
+import multiprocessing.forkserver
 import os
-import resource
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
 import torch
+import tqdm
 
-import evaluate_twins
+import align
 import net
 import train_twins
-import triplet_dataset
-from tests import conftest  # noqa: F401  registers the tiny network
+from tests.conftest import quick_features, sgd
+
+ROOT = Path(__file__).parent.parent
 
 
-def record(folder):
-    """Train with SGD, which unlike Adam does not turn rounding noise into full steps, and keep what steps did."""
-    record.kept = {}
-    take_step, save_best = train_twins.TwinTrainer._step, train_twins.TwinTrainer._finish_epoch
+def record(kept):
+    """Fill {"steps": [(run, {parameter: gradient}), ...], "aligned": [path, ...]} from now on."""
+    step, align_photo = train_twins.TwinTrainer.step, align.align_photo
 
-    def step(self, triplets, count, rate):
-        result = take_step(self, triplets, count, rate)
-        grads = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
-        record.kept.setdefault(self.run_name, []).append((triplets.copy(), grads))
-        return result
+    def recorded(self, triplets):
+        statistics = step(self, triplets)
+        gradients = {key: p.grad.clone() for key, p in self.model.named_parameters() if p.requires_grad}
+        kept["steps"].append((self.run.name, gradients))
+        return statistics
 
-    def finish(self, entry):
-        save_best(self, entry)
-        torch.save(record.kept.get(self.run_name, []), f"{folder}/{self.run_name}.{self.ranks.rank}.pt")
-
-    def sgd(model, rate, decay):
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
-
-    train_twins.TwinTrainer._step, train_twins.TwinTrainer._finish_epoch = step, finish
-    train_twins.make_optimizer = sgd
+    train_twins.TwinTrainer.step, train_twins.make_optimizer = recorded, sgd
+    align.align_photo = lambda job, *rest: kept["aligned"].append(job.source) or align_photo(job, *rest)
 
 
-def limit_memory(size):
-    """Allow `size` bytes beyond what is taken now; crops are noise, so that no thousand files need to be made."""
-    triplet_dataset.read_crop = lambda path: np.random.default_rng(len(path)).integers(0, 256, (112, 112, 3), np.uint8)
-    triplet_dataset._size_and_time = lambda path: (0, 0)
-    p = torch.zeros(1, requires_grad=True)  # what PyTorch loads and starts when it first trains
-    p.sum().backward()
-    torch.optim.AdamW([p], fused=True).step()
-    (taken,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmData" in line)
-    resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(taken) + size,) * 2)
+def work(commands, environment=(), output=None):
+    """Run train_twins.main with each of the commands; returns the last exit code, or ends with it."""
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")) if output else ():
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    tqdm.tqdm.set_lock(threading.RLock())  # not one between processes, which those that are killed would leave behind
+    net.Backbone.features, train_twins.plot_curves = quick_features, lambda folder, log: None
+    train_twins.SAVE_MINUTES = float(os.environ.get("SAVE_MINUTES", train_twins.SAVE_MINUTES))
+    rate_factor, pause, kept = train_twins.rate_factor, float(os.environ.get("PAUSE", 0)), {"steps": [], "aligned": []}
+    train_twins.rate_factor = lambda *args: time.sleep(pause) or rate_factor(*args)
+    if "RECORD" in os.environ:
+        record(kept)
+    codes = [train_twins.main(flags) for flags in commands]  # which returns, also in one of several processes
+    if "RECORD" in os.environ:
+        torch.save(kept, f"{os.environ['RECORD']}/{os.environ.get('RANK', 0)}.pt")
+    if torch.distributed.is_initialized() and not codes[-1]:
+        torch.distributed.barrier()
+    return sys.exit(codes[-1]) if output else codes[-1]
 
 
-def features(self, x):
-    """Backbone.features of a picture an eighth as wide: every layer takes part, in a hundredth of the time."""
-    small = self.body(self.input_layer(torch.nn.functional.avg_pool2d(x, 8)))
-    return small.expand(-1, -1, 7, 7)
+def launch(folder, commands, world=1, **environment):
+    """Start `world` processes as torchrun does; their output goes to folder/<rank>.out and .err. Returns them."""
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported all: starts in no time
+    context.set_forkserver_preload(["tests.runner"])
+    with contextlib.chdir(ROOT), socket.create_server(("127.0.0.1", 0)) as server:
+        multiprocessing.forkserver.ensure_running()
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    folder.mkdir(exist_ok=True, parents=True)
+    ranks = [{**environment, "WORLD_SIZE": str(world), "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world)]
+    processes = [context.Process(target=work, args=(commands, own, f"{folder}/{own['RANK']}")) for own in ranks]
+    return [process.start() or process for process in processes]
 
 
-def slowly(function, seconds):
-    def slow(*args):
-        time.sleep(seconds)
-        return function(*args)
-
-    return slow
-
-
-def break_off(self):
-    raise train_twins.InputError("only rank 1 met this")
+def finish(processes, seconds=100):
+    """The exit codes of processes, which must end within so many seconds."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+        process.kill()  # what has ended does not mind
+    return [process.exitcode for process in processes]
 
 
 if __name__ == "__main__":
-    net.Backbone.features = features
-    for name in net.ARCHITECTURES.keys() - {"ir_tiny"}:  # a checkpoint is compared with each
-        del net.ARCHITECTURES[name]
-    train_twins.signal.signal(train_twins.signal.SIGTERM, train_twins.signal.default_int_handler)
-    leave, net.Ranks.leave = net.Ranks.leave, lambda self: self.collect(None)  # the same processes go on
-    torch.set_num_threads(1)
-    train_twins.plot_curves = lambda folder, log: None  # pictures take longer than the tiny network
-    for name in ("plot_roc_and_det", "plot_distributions", "plot_hardest", "plot_data_percentage"):
-        setattr(evaluate_twins, name, lambda *args: None)
-    if "RECORD" in os.environ:
-        record(os.environ["RECORD"])
-    rank = os.environ.get("RANK", "0")
-    if "PIDS" in os.environ:
-        Path(os.environ["PIDS"], f"{rank}.pid").write_text(str(os.getpid()))
-    if "PAUSE" in os.environ:
-        train_twins.rate_factor = slowly(train_twins.rate_factor, float(os.environ["PAUSE"]))
-    if os.environ.get("BREAK") == rank:
-        train_twins.TwinTrainer._write_start = break_off
-    if "LIMIT" in os.environ:
-        limit_memory(int(os.environ["LIMIT"]))
-    for script, argv in json.loads(sys.argv[1]):
-        code = {"train_twins": train_twins, "evaluate_twins": evaluate_twins}[script].main(argv)
-    if code == 0:
-        leave(net.Ranks())
-    sys.exit(code)
+    net.leave(work(json.loads(sys.argv[1])))

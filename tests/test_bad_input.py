@@ -7,11 +7,6 @@ nothing is written. What an ID or a file name says never leads outside the folde
 import io
 import json
 import os
-import struct
-import subprocess
-import sys
-import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +21,6 @@ import train_twins
 import triplet_dataset
 from tests.synthetic import write_photos
 
-ROOT = Path(__file__).parent.parent
 MAIN = {"align.py": align.main, "train_twins.py": train_twins.main, "evaluate_twins.py": evaluate_twins.main}
 
 
@@ -78,12 +72,12 @@ def run(flags):
 
 
 @pytest.fixture
-def refuses(tmp_path, run, capfd):
+def refuses(tmp_path, run, capfd, recwarn):
     """refuses("align.py", {"--pairs": path}, *words): the script refuses that in one line holding the words."""
 
     def check(script, changes, *words):
         assert run(script, changes) == 2
-        error = capfd.readouterr().err
+        error = "".join([*(f"{warning.message}\n" for warning in recwarn), capfd.readouterr().err])
         assert error.count("\n") == len(error.splitlines()) == 1, error
         assert error.startswith(f"{script}: ")
         assert [word for word in words if word not in error] == [], error
@@ -153,13 +147,6 @@ def test_landmarks_of_other_photographs_are_refused(tmp_path, refuses):
     refuses("align.py", {"--landmarks": tmp_path / "bad.json"}, "bad.json: ", "compare the paths")
 
 
-def test_byte_order_marks_are_fine(flags, run):
-    for flag in ("--test_pairs", "--aligned_json"):
-        path = flags["evaluate_twins.py"][flag]
-        path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert run("evaluate_twins.py") == 0
-
-
 anything = st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.lists(st.text(max_size=2), max_size=3)
 known = st.sampled_from("abc")
 cases = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -170,7 +157,7 @@ cases = settings(max_examples=150, derandomize=True, deadline=None, suppress_hea
 def test_any_image_list_is_read_as_it_is_meant_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "images.json"
     path.write_text(json.dumps(content))
-    right = isinstance(content, dict) and len(content) > 0
+    right = isinstance(content, dict) and content != {}
     right = right and all(isinstance(v, list) and all(isinstance(p, str) and p for p in v) for v in content.values())
     if right:
         read = triplet_dataset.read_id_to_images(path)
@@ -208,7 +195,6 @@ NUMBERS = {
         "--margin": ["0", "nan", "3", "x"],
         "--learning_rate": ["-1", "nan", "1e999"],
         "--validation_split": ["-0.1", "1", "nan"],
-        "--images_per_batch": ["0", "x"],
         "--freeze_backbone": ["maybe"],
         "--run_name": ["../x", "a/b", ".x", ""],
     },
@@ -230,47 +216,32 @@ def png(size=(112, 112), mode="RGB"):
     return file.getvalue()
 
 
-def huge_png():
-    """A PNG whose header promises 100 million pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 8, 2, 0, 0, 0)
-    return png()[:12] + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
-
-
 CROPS = {
     "missing": (None, "run the alignment stage again"),
     "empty": (b"", "--realign"),
-    "text": (b"no picture", "--realign"),
     "truncated": (png()[:-40], "--realign"),
     "wrong size": (png((112, 111)), "112x111 RGB, but a crop is 112x112 RGB"),
+    "a scan": (png((10_000, 10_000), "1"), "10000x10000 1, but a crop is 112x112 RGB"),
     "16 bits": (png(mode="I;16"), "112x112 I;16, but a crop is"),
 }
 
 
 @pytest.mark.parametrize("kind", CROPS)
-@pytest.mark.parametrize("script", ["train_twins.py", "evaluate_twins.py"])
-def test_a_wrong_crop_is_refused(tmp_path, refuses, script, kind):
+def test_a_wrong_crop_is_refused(tmp_path, refuses, kind):
     content, word = CROPS[kind]
     crop = next((tmp_path / "train_aligned").rglob("1.png"))
     crop.unlink()
     if content is not None:
         crop.write_bytes(content)
-    refuses(script, {}, f"{crop}: ", word)
+    for script in ("train_twins.py", "evaluate_twins.py"):
+        refuses(script, {}, f"{script}: {crop}: ", word)
 
 
-@pytest.mark.parametrize("script", ["train_twins.py", "evaluate_twins.py"])
-def test_one_crop_under_two_ids_names_both(tmp_path, refuses, script):
+def test_one_crop_under_two_ids_names_both(tmp_path, refuses):
     one, other = (next((tmp_path / "train_aligned" / name).iterdir()) for name in ("train0a", "train0b"))
     other.write_bytes(one.read_bytes())
-    refuses(script, {}, f"{one} of ID 'train0a'", f"{other}: ", "ID 'train0b'", "keep it under the one")
-
-
-def test_a_picture_of_any_size_is_refused_in_one_line(tmp_path):
-    (tmp_path / "x.png").write_bytes(huge_png())
-    program = "import sys, align, triplet_dataset as t; "
-    program += "sys.exit(align.run_script('train_twins.py', lambda: t.read_crop(sys.argv[1]), ''))"
-    command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    for script in ("train_twins.py", "evaluate_twins.py"):
+        refuses(script, {}, f"{script}: {other}: ", "ID 'train0b'", f"{one} of ID 'train0a'", "keep it under the one")
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -293,7 +264,6 @@ def saved(content):
 
 
 CHECKPOINTS = {  # from the tiny network's tensors to bytes, and what is said of them
-    "empty": (lambda state: b"", "not a readable checkpoint, download or copy it again"),
     "a web page": (lambda state: b"<!DOCTYPE html><html>", "not a readable checkpoint, download or copy it again"),
     "truncated": (lambda state: saved(state)[:-5000], "not a readable checkpoint, download or copy it again"),
     "another network": (lambda state: saved({"fc.weight": torch.zeros(2)}), "no AdaFace network in it"),
@@ -320,37 +290,35 @@ def test_a_missing_checkpoint_and_another_architecture_are_refused(tmp_path, ref
     refuses("train_twins.py", {"--arch": "resnet50", "--pretrained": "none"}, "resnet50", "ir_50")
 
 
-@pytest.mark.parametrize(
-    ("script", "flag"), [("train_twins.py", "--pretrained"), ("evaluate_twins.py", "--checkpoints")]
-)
-def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_model, refuses, script, flag):
+def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_model, refuses):
     attack = Call(os.system, f"touch {tmp_path / 'owned'}")
     (tmp_path / "bad.pth").write_bytes(saved({"state_dict": tiny_model.state_dict(), "x": attack}))
-    refuses(script, {flag: tmp_path / "bad.pth"}, "bad.pth: not a readable checkpoint")
+    refuses("train_twins.py", {"--pretrained": tmp_path / "bad.pth"}, "bad.pth: not a readable checkpoint")
+    refuses("evaluate_twins.py", {"--checkpoints": tmp_path / "bad.pth"}, "bad.pth: not a readable checkpoint")
     assert not (tmp_path / "owned").exists()
 
 
 # ---- hostile names --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../../x", "/x", "..", "a/b", "a\\b", "x\ny", "~", "con\0"])
-def test_no_id_leads_outside_the_folders(tmp_path, flags, run, photos, name):
-    images = json.loads((photos / "id_to_images.json").read_text())
-    first, second = ([str(photos / path) for path in paths] for paths in images.values())
-    (tmp_path / "images.json").write_text(json.dumps({name: first, "twin": second}))
-    (tmp_path / "pairs.json").write_text(json.dumps([[name, "twin"]]))
-    points = json.loads((photos / "landmarks.json").read_text())
-    (tmp_path / "landmarks.json").write_text(json.dumps({str(photos / path): p for path, p in points.items()}))
+def test_no_id_leads_outside_the_folders(tmp_path, flags, run):
+    names = ["../../x", "/x", "..", "a/b", "a\\b", "x\ny", "~", "con\0"]
+    inputs = tmp_path / "inputs"
+    write_photos(inputs, 4, 2, seed=6)
+    images = dict(zip(names, json.loads((inputs / "id_to_images.json").read_text()).values(), strict=True))
+    (inputs / "id_to_images.json").write_text(json.dumps(images))
+    (inputs / "pairs.json").write_text(json.dumps([names[i : i + 2] for i in (0, 2, 4, 6)]))
 
     def files():
-        return {path for folder in (tmp_path, photos) for path in folder.rglob("*") if path.is_file()}
+        return {path for path in tmp_path.rglob("*") if path.is_file()}
 
-    before, made = files(), flags["align.py"]["--aligned_json"]
-    changes = {"--id_to_images": "images.json", "--pairs": "pairs.json", "--landmarks": "landmarks.json"}
-    assert run("align.py", {flag: tmp_path / file for flag, file in changes.items()}) == 0
-    assert run("evaluate_twins.py", {"--test_pairs": tmp_path / "pairs.json", "--aligned_json": made}) == 0
-    assert run("train_twins.py", {"--train_pairs": tmp_path / "pairs.json", "--aligned_json": made}) == 0
-    assert len(triplet_dataset.read_id_to_images(made)[name]) == 2
-    new = files() - before
-    assert len(new) > 8
+    before, made, pairs = files(), flags["align.py"]["--aligned_json"], inputs / "pairs.json"
+    changes = {"--id_to_images": inputs / "id_to_images.json", "--landmarks": inputs / "landmarks.json"}
+    assert run("align.py", {**changes, "--pairs": pairs}) == 0
+    assert run("evaluate_twins.py", {"--test_pairs": pairs, "--aligned_json": made}) == 0
+    assert run("train_twins.py", {"--train_pairs": pairs, "--aligned_json": made}) == 0
+    aligned, new = triplet_dataset.read_id_to_images(made), files() - before
+    assert {name: len(crops) for name, crops in aligned.items()} == dict.fromkeys(names, 2)
+    assert len(new) > 16
     assert all((tmp_path / "out").resolve() in path.resolve().parents for path in new)
+    assert not os.path.exists("/x")

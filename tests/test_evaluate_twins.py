@@ -1,11 +1,11 @@
 import contextlib
 import csv
 import io
-import itertools
 import json
-import math
 import re
 from fractions import Fraction
+from itertools import combinations, product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,154 +21,117 @@ from tests.conftest import crop_writer
 from tests.synthetic import write_photos
 from triplet_dataset import TwinImages
 
-FAR, GENERAL = ("0.01", "0.001", "0.0001"), ("0.001", "0.0001")
 CPU = torch.device("cpu")
 
-# ---- metrics --------------------------------------------------------------------------------------------------------
 
-
-def rate(scores, accepted):
-    return Fraction(int(accepted(scores).sum()), len(scores))
-
-
-def brute_force(genuine, twin, general):
-    """The metrics by the words of DESIGN.md: every threshold tried, every pair compared, rates as fractions."""
+def brute_force(genuine, twin, general, scores=()):
+    """The metrics by the words of DESIGN.md: every threshold tried (also at `scores`), rates as fractions."""
     genuine, twin, general = map(np.asarray, (genuine, twin, general))
-    found = dict.fromkeys(ev.METRICS, math.nan)
+    found = dict.fromkeys(ev.METRICS, np.nan)
 
-    def auc(impostor):
-        wins = (genuine[:, None] > impostor).sum() + (genuine[:, None] == impostor).sum() / 2
-        return wins / (len(genuine) * len(impostor))
+    def accepted(values, t):
+        return Fraction(int((values >= t).sum()), len(values))
 
+    for name, impostor in (("auc", twin), ("general_auc", general)):
+        if len(genuine) and len(impostor):
+            found[name] = ((genuine[:, None] > impostor).mean() + (genuine[:, None] >= impostor).mean()) / 2
     if len(genuine) and len(twin):
         rows = []
-        for t in [*sorted({*genuine, *twin}), math.inf]:
-            fmr, fnmr = rate(twin, lambda s: s >= t), rate(genuine, lambda s: s < t)  # noqa: B023
-            right = (1 - fnmr) * len(genuine) + (1 - fmr) * len(twin)
-            rows.append((abs(fmr - fnmr), t, fmr, fnmr, right / (len(genuine) + len(twin))))
-        _, t, fmr, fnmr, right = min(rows)
-        found |= {"eer": (fmr + fnmr) / 2, "eer_threshold": t, "accuracy_at_eer": right, "auc": auc(twin)}
-        found["best_accuracy"] = max(row[4] for row in rows)
-        for far in FAR:
-            found[f"tar_at_far_{far}"] = max(1 - fnmr for _, _, fmr, fnmr, _ in rows if fmr <= Fraction(far))
-    if len(genuine) and len(general):
-        found["general_auc"] = auc(general)
-    for far in GENERAL if len(genuine) and len(twin) and len(general) else ():
-        above = np.nextafter(np.unique(general), np.inf)  # the general FMR changes there and nowhere else
-        t = next(t for t in above if rate(general, lambda s: s >= t) <= Fraction(far))  # noqa: B023
-        found[f"general_threshold_{far}"] = t
-        found[f"twin_fmr_{far}"] = rate(twin, lambda s: s >= t)  # noqa: B023
-        found[f"fnmr_{far}"] = rate(genuine, lambda s: s < t)  # noqa: B023
+        for t in [*sorted({*genuine, *twin, *scores}), np.inf]:
+            fmr, tar = accepted(twin, t), accepted(genuine, t)
+            right = (tar * len(genuine) + (1 - fmr) * len(twin)) / (len(genuine) + len(twin))
+            rows.append((abs(fmr - (1 - tar)), t, fmr, tar, right))
+        _, t, fmr, tar, right = min(rows)
+        found |= {"eer": (fmr + 1 - tar) / 2, "eer_threshold": t, "accuracy_at_eer": right}
+        found["best_accuracy"] = max(right for *_, right in rows)
+        for far in ("0.01", "0.001", "0.0001"):
+            found[f"tar_at_far_{far}"] = max(tar for _, _, fmr, tar, _ in rows if fmr <= Fraction(far))
+    for far in ("0.001", "0.0001") if len(genuine) and len(twin) and len(general) else ():
+        above = np.nextafter(np.unique(general), np.inf)  # the general FMR falls there and nowhere else
+        t = found[f"general_threshold_{far}"] = next(t for t in above if accepted(general, t) <= Fraction(far))
+        found |= {f"twin_fmr_{far}": accepted(twin, t), f"fnmr_{far}": 1 - accepted(genuine, t)}
     return {name: float(value) for name, value in found.items()}
 
 
 def metrics_of(genuine, twin, general=()):
-    """{name: float} of scores of which each counts once."""
+    """{name: float} of scores each of which counts once."""
     pairs = [ev.Pairs(np.asarray(s, float), np.zeros(len(s), int)) for s in (genuine, twin, general)]
     return {name: values[0] for name, values in ev.verification_metrics(*pairs, np.array([[1]])).items()}
 
 
-def assert_same(got, expected):
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert got[name] == pytest.approx(value, abs=1e-12, nan_ok=True), name
-
-
 CASES = {
-    "random": lambda r: (r.normal(0.5, 0.2, 60), r.normal(0.3, 0.2, 200), r.normal(0, 0.2, 1000)),
+    "random": lambda r: (r.normal(0.5, 0.2, 60), r.normal(0.3, 0.2, 1000), r.normal(0, 0.2, 999)),
     "many ties": lambda r: (r.integers(3, 9, 80) / 10, r.integers(0, 7, 100) / 10, r.integers(-5, 5, 2000) / 10),
     "all equal": lambda r: (np.full(5, 0.5), np.full(7, 0.5), np.full(9, 0.5)),
     "separated": lambda r: ([0.8, 0.9], [0.3, 0.2, 0.1], [0.0, -0.1]),
-    "inverted": lambda r: ([0.1, 0.2], [0.8, 0.9], [1.0]),
-    "one each": lambda r: ([0.4], [0.6], [0.5]),
-    "one genuine": lambda r: ([0.4], r.normal(0.3, 0.2, 1000), r.normal(0, 0.2, 999)),
-    "no general": lambda r: (r.normal(0, 1, 3), r.normal(0.2, 1, 99), []),
+    "one each, inverted": lambda r: ([0.4], [0.6], [0.5]),
+    "no general": lambda r: (r.normal(0, 1, 1), r.normal(0.2, 1, 99), []),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("seed", range(2))
-def test_metrics_equal_brute_force(case, seed):
-    scores = CASES[case](np.random.default_rng(seed))
-    assert_same(metrics_of(*scores), brute_force(*scores))
+def test_metrics_equal_brute_force(case):
+    scores = CASES[case](np.random.default_rng(0))
+    assert metrics_of(*scores) == pytest.approx(brute_force(*scores), abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("decimals", [15, 2])
 def test_metrics_equal_scikit_learns(decimals):
     rng = np.random.default_rng(1)
-    sizes = ((0.5, 3000), (0.2, 12000), (0.0, 20000))
-    genuine, twin, general = (rng.normal(mean, 0.2, n).round(decimals) for mean, n in sizes)
-    got = metrics_of(genuine, twin, general)
-    truth, scores = np.r_[np.ones(3000), np.zeros(12000)], np.r_[genuine, twin]
-    fpr, tpr, thresholds = roc_curve(truth, scores, drop_intermediate=False)
-    assert got["auc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
-    for far in FAR:
-        assert got[f"tar_at_far_{far}"] == pytest.approx(tpr[fpr <= float(far)].max(), abs=1e-9)
+    scores = [rng.normal(mean, 0.2, n).round(decimals) for mean, n in ((0.5, 3000), (0.2, 12000), (0.0, 20000))]
+    got, curves = metrics_of(*scores), {}
+    for name, impostor in (("auc", scores[1]), ("general_auc", scores[2])):
+        truth, both = np.r_[np.ones(3000), np.zeros(len(impostor))], np.r_[scores[0], impostor]
+        curves[name] = roc_curve(truth, both, drop_intermediate=False)
+        assert got[name] == pytest.approx(roc_auc_score(truth, both), abs=1e-9)
+    fpr, tpr, thresholds = curves["auc"]
+    assert got["tar_at_far_0.01"] == pytest.approx(tpr[fpr <= 0.01].max(), abs=1e-9)
     gap = np.abs(fpr - (1 - tpr))
     at = np.flatnonzero(gap <= gap.min() + 1e-12)[-1]  # scikit-learn's thresholds descend: the last is the lowest
-    assert got["eer"] == pytest.approx((fpr[at] + 1 - tpr[at]) / 2, abs=1e-9)
-    assert got["eer_threshold"] == thresholds[at]
-    truth, scores = np.r_[np.ones(3000), np.zeros(20000)], np.r_[genuine, general]
-    fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
-    assert got["general_auc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
-    for far in GENERAL:
-        assert got[f"fnmr_{far}"] == pytest.approx(1 - tpr[fpr <= float(far)].max(), abs=1e-9)
+    assert (got["eer"], got["eer_threshold"]) == pytest.approx(((fpr[at] + 1 - tpr[at]) / 2, thresholds[at]), abs=1e-9)
+    fpr, tpr, _ = curves["general_auc"]
+    for far in (0.001, 0.0001):
+        t = got[f"general_threshold_{far:g}"]  # the lowest with that rate
+        assert np.mean(scores[2] >= t) <= far < np.mean(scores[2] >= np.nextafter(t, -np.inf))
+        assert got[f"fnmr_{far:g}"] == pytest.approx(1 - tpr[fpr <= far].max(), abs=1e-9)
 
 
 def test_metrics_of_a_case_worked_out_by_hand():
     # thresholds 1 2 3 4 5 6: FMR 1 3/4 2/4 1/4 0 0; FNMR 0 0 1/3 1/3 1/3 2/3 -> |difference| least at 4 (1/12).
     got = metrics_of([2, 5, 6], [1, 2, 3, 4], [0, 2, 5])
-    assert got["eer_threshold"] == 4
-    assert got["eer"] == pytest.approx((1 / 4 + 1 / 3) / 2)
-    assert got["auc"] == pytest.approx((1.5 + 4 + 4) / 12)
-    assert got["best_accuracy"] == pytest.approx(6 / 7)
-    assert got["accuracy_at_eer"] == pytest.approx(5 / 7)
-    assert got["tar_at_far_0.01"] == pytest.approx(2 / 3)
-    assert got["general_auc"] == pytest.approx((1.5 + 2.5 + 3) / 9)
+    expected = {"eer_threshold": 4, "eer": (1 / 4 + 1 / 3) / 2, "auc": (1.5 + 4 + 4) / 12, "best_accuracy": 6 / 7}
+    expected |= {"accuracy_at_eer": 5 / 7, "tar_at_far_0.01": 2 / 3, "general_auc": (1.5 + 2.5 + 3) / 9}
+    expected |= {"twin_fmr_0.001": 0, "fnmr_0.001": 2 / 3}
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert got["general_threshold_0.001"] == np.nextafter(5, 6)  # none of the three may be accepted
-    assert (got["twin_fmr_0.001"], got["fnmr_0.001"]) == (0, pytest.approx(2 / 3))
-
-
-@pytest.mark.parametrize("decimals", [1, 12])
-def test_general_threshold_is_the_lowest_with_that_rate(decimals):
-    general = np.random.default_rng(0).normal(0, 1, 30_000).round(decimals)
-    got = metrics_of([1.0], [0.5], general)
-    for far in GENERAL:
-        t = got[f"general_threshold_{far}"]
-        assert np.mean(general >= t) <= float(far) < np.mean(general >= np.nextafter(t, -np.inf))
-
-
-# ---- image pairs ----------------------------------------------------------------------------------------------------
 
 
 def people(*families):
     """TwinImages of families given as images per person: people((3, 2), (2, 2, 2))."""
-    named = [{f"{f}{chr(97 + i)}": n for i, n in enumerate(sizes)} for f, sizes in enumerate(families)]
+    named = [{f"{f}{'abc'[i]}": n for i, n in enumerate(sizes)} for f, sizes in enumerate(families)]
     images = {name: [f"/{name}/{i}" for i in range(n)] for family in named for name, n in family.items()}
-    return TwinImages(images, [pair for family in named for pair in itertools.combinations(family, 2)])
+    return TwinImages(images, [pair for family in named for pair in combinations(family, 2)])
 
 
 def kind_of(images, i, j):
     """What the pair of images i and j is, by the people's names; None for siblings that are no pair."""
     a, b = (images.ids[images.person[k]] for k in (i, j))
-    twins = {frozenset((images.ids[x], images.ids[y])) for x, y in images.pairs}
+    twins = [{images.ids[x], images.ids[y]} for x, y in images.pairs]
     apart = images.family[i] != images.family[j]
     return "genuine" if a == b else "twin" if {a, b} in twins else "general" if apart else None
 
 
 def test_image_pairs_equal_brute_force():
-    names = {name: [f"/{name}/{i}" for i in range(n)] for name, n in zip("abcdefgh", (3, 2, 1, 0, 4, 2, 0, 0))}
+    sizes = {"a": 3, "b": 2, "c": 1, "d": 0, "e": 4, "f": 2, "g": 0, "h": 0}
     pairs = [("a", "b"), ("b", "c"), ("a", "c"), ("d", "e"), ("e", "f"), ("g", "h")]  # d and f are no pair
-    images = TwinImages(names, pairs)
-    evaluator = ev.TwinEvaluator(images)
-    expected = {"genuine": set(), "twin": set(), "general": set(), None: set()}
-    for i, j in itertools.combinations(range(len(images.paths)), 2):
-        expected[kind_of(images, i, j)].add((i, j))
+    images = TwinImages({name: [f"/{name}/{i}" for i in range(n)] for name, n in sizes.items()}, pairs)
+    evaluator, expected = ev.TwinEvaluator(images), {}
+    for i, j in combinations(range(len(images.paths)), 2):
+        expected.setdefault(kind_of(images, i, j), set()).add((i, j))
     for kind, rows in evaluator.rows.items():
         assert len(rows) == len(expected[kind]) == evaluator.counts[kind]
         assert {tuple(sorted(row)) for row in rows.tolist()} == expected[kind]
-    assert not evaluator.drawn
-    assert (evaluator.counts["images"], evaluator.counts["families"]) == (12, 2)  # the third has no image
+    assert (evaluator.counts["families"], evaluator.drawn) == (2, False)  # g and h have no image
 
 
 def test_of_too_many_general_pairs_an_even_share_is_drawn_by_the_seed(monkeypatch):
@@ -176,102 +139,61 @@ def test_of_too_many_general_pairs_an_even_share_is_drawn_by_the_seed(monkeypatc
     monkeypatch.setattr(ev, "GENERAL_PAIRS", 50_000)
     evaluator, again, other = (ev.TwinEvaluator(images, seed, 1) for seed in (1, 1, 2))
     rows = evaluator.rows["general"]
-    assert evaluator.drawn
-    assert len(rows) == 50_000
-    assert evaluator.counts["general"] == 2000 * 1996 // 2
+    assert (evaluator.drawn, len(rows), evaluator.counts["general"]) == (True, 50_000, 2000 * 1996 // 2)
     assert (images.family[rows[:, 0]] != images.family[rows[:, 1]]).all()
     met = np.bincount(rows.ravel(), minlength=2000)
     assert met.var() < 1.2 * met.mean()  # as of independent draws
-    np.testing.assert_array_equal(rows, again.rows["general"])
-    assert not np.array_equal(rows, other.rows["general"])
+    assert [np.array_equal(rows, one.rows["general"]) for one in (again, other)] == [True, False]
 
 
-def test_scores_are_cosines_of_the_rows():
-    evaluator = ev.TwinEvaluator(people((3, 2), (2, 2), (1, 4)))
-    embeddings = torch.nn.functional.normalize(torch.randn(14, 512))
-    for chunk in (5, 1 << 16):
-        for kind, scores in evaluator.score(embeddings, chunk).items():
-            expected = [float(embeddings[i].double() @ embeddings[j].double()) for i, j in evaluator.rows[kind]]
-            np.testing.assert_allclose(scores, expected, atol=1e-6)
+def test_rates_are_null_just_below_what_the_pairs_resolve():
+    """99 and 100 twin pairs, 999 and 1,000 general pairs; one family has no general pairs at all."""
+    twin, general = ["tar_at_far_0.01"], [f"{name}_0.001" for name in ("general_threshold", "twin_fmr", "fnmr")]
+    both = ((9, 11),), ((10, 10),), ((13, 14), (18, 19)), ((12, 13), (20, 20))
+    for names, families in ((twin, both[:2]), (general, both[2:])):
+        for known, sizes in enumerate(families):
+            evaluator = ev.TwinEvaluator(people(*sizes), resamples=1)
+            got = evaluator.figures({kind: np.linspace(0, 1, len(rows)) for kind, rows in evaluator.rows.items()})
+            assert {got[name] is not None for name in names} == {bool(known)}
+            assert got["tar_at_far_0.0001"] is got["twin_fmr_0.0001"] is None
+            assert (got["general_auc"] is not None) is (len(sizes) > 1)
 
 
-@pytest.mark.parametrize(("one", "other", "known"), [((9, 11), (1, 1), False), ((10, 10), (1, 1), True)])
-def test_a_rate_needs_as_many_twin_pairs_as_resolve_it(one, other, known):
-    evaluator = ev.TwinEvaluator(people(one, other[:1] + (0,)), resamples=1)  # 99 and 100 twin pairs
-    figures = evaluator.figures({kind: np.linspace(0, 1, len(rows)) for kind, rows in evaluator.rows.items()})
-    assert (figures["tar_at_far_0.01"] is not None) is known
-    assert figures["tar_at_far_0.001"] is None
-
-
-@pytest.mark.parametrize(("one", "other", "known"), [((13, 14), (18, 19), False), ((12, 13), (20, 20), True)])
-def test_a_rate_needs_as_many_general_pairs_as_resolve_it(one, other, known):
-    evaluator = ev.TwinEvaluator(people(one, other), resamples=1)  # 999 and 1,000 general pairs
-    figures = evaluator.figures({kind: np.linspace(0, 1, len(rows)) for kind, rows in evaluator.rows.items()})
-    for name in ("general_threshold", "twin_fmr", "fnmr"):
-        assert (figures[f"{name}_0.001"] is not None) is known
-        assert figures[f"{name}_0.0001"] is None
-    assert figures["general_auc"] is not None
-
-
-def test_one_family_has_no_general_figures():
-    evaluator = ev.TwinEvaluator(people((3, 3)))
-    figures = evaluator.figures(evaluator.score(torch.nn.functional.normalize(torch.randn(6, 512))))
-    assert {name for name, value in figures.items() if value is None} >= {"general_auc", "fnmr_0.001", "twin_fmr_0.001"}
-    assert None not in [figures[name] for name in ("eer", "auc", "best_accuracy")]
-
-
-# ---- the bootstrap --------------------------------------------------------------------------------------------------
-
-
-def random_case(families, seed, decimals, resamples=10):
-    """(evaluator, (N, N) symmetric scores of all images, the same by kind as TwinEvaluator.score gives them)."""
-    rng = np.random.default_rng(seed)
-    evaluator = ev.TwinEvaluator(people(*rng.integers(1, 4, (families, 2)), (3, 2, 2)), seed, resamples)
-    vectors = rng.normal(0, 1, (len(evaluator.family), 5)) + 2 * rng.normal(0, 1, (families + 1, 5))[evaluator.family]
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    matrix = (vectors @ vectors.T).round(decimals)
+def random_case(families, decimals):
+    """(evaluator, (N, N) scores of all images, the same by kind as TwinEvaluator.score gives them)."""
+    rng = np.random.default_rng(families)
+    evaluator = ev.TwinEvaluator(people(*rng.integers(1, 4, (families - 1, 2)), (3, 2, 2)), 0, 10)
+    matrix = rng.normal(0, 1, (len(evaluator.family), len(evaluator.family))).round(decimals)
+    matrix += matrix.T
     return evaluator, matrix, {kind: matrix[tuple(rows.T)] for kind, rows in evaluator.rows.items()}
 
 
 def copied(evaluator, matrix, weighting):
     """The metrics of a data set in which family f is there weighting[f] times, its copies being no strangers."""
-    images, scores = evaluator.images, {"genuine": [], "twin": [], "general": [], None: []}
-    copies = [(i, c) for i, f in enumerate(evaluator.family) for c in range(weighting[f])]
-    for (i, c), (j, d) in itertools.combinations(copies, 2):
-        kind = kind_of(images, i, j)
-        if kind == "general" or c == d:
+    scores = {"genuine": [], "twin": [], "general": []}
+    copies = [(i, copy) for i, f in enumerate(evaluator.family) for copy in range(weighting[f])]
+    for (i, copy), (j, other) in combinations(copies, 2):
+        kind = kind_of(evaluator.images, i, j)
+        if kind == "general" or copy == other:
             scores[kind].append(matrix[i, j])
-    del scores[None]
-    return brute_force(**scores)
+    return brute_force(**scores, scores=[matrix[i, j] for x in ("genuine", "twin") for i, j in evaluator.rows[x]])
 
 
 @pytest.mark.parametrize("decimals", [1, 15])
-@pytest.mark.parametrize("seed", range(2))
-def test_a_resample_equals_copying_the_families(seed, decimals):
-    evaluator, matrix, scores = random_case(5, seed, decimals)
-    samples = evaluator.estimate(scores).samples
-    assert (evaluator.weights.sum(1) == 6).all()
-    for r, weighting in enumerate(evaluator.weights):
-        assert_same({name: values[r] for name, values in samples.items()}, copied(evaluator, matrix, weighting))
-    once = metrics_of(**scores)
-    for name, value in evaluator.figures(scores).items():
-        assert value is None or value == once[name]
-
-
-@pytest.mark.parametrize("families", [1, 2])
-def test_a_weighting_without_pairs_of_a_kind_gives_no_number(families):
-    """One family alone has no general pairs, however often it counts; none at all has no pairs."""
-    evaluator, matrix, scores = random_case(families, 0, 15)
-    first, second = evaluator.family[evaluator.rows["general"]].T
-    pairs = [ev.Pairs(scores[kind], evaluator.family[evaluator.rows[kind][:, 0]]) for kind in ("genuine", "twin")]
-    pairs.append(ev.Pairs(scores["general"], first * (families + 1) + second))
-    weightings = np.array([*itertools.product(range(3), repeat=families + 1)])
-    got = ev.verification_metrics(*pairs, weightings)
+@pytest.mark.parametrize("families", [2, 3, 7])
+def test_a_resample_equals_copying_the_families_and_makes_no_number_up(families, decimals):
+    """One family has no general pairs, however often it counts: no threshold, nor rates at it (NaN there and here)."""
+    evaluator, matrix, scores = random_case(families, decimals)
+    codes = {kind: evaluator.family[rows[:, 0]] for kind, rows in evaluator.rows.items()}
+    codes["general"] = codes["general"] * families + evaluator.family[evaluator.rows["general"][:, 1]]
+    weightings = evaluator.weights if families > 3 else np.array([*product(range(3), repeat=families)])
+    got = ev.verification_metrics(*(ev.Pairs(scores[kind], code) for kind, code in codes.items()), weightings)
     for r, weighting in enumerate(weightings):
-        assert_same({name: values[r] for name, values in got.items()}, copied(evaluator, matrix, weighting))
-        alone = (weighting > 0).sum() < 2
-        for name in ("general_auc", *(f"{n}_{far}" for n in ("general_threshold", "twin_fmr", "fnmr") for far in GENERAL)):
-            assert np.isnan(got[name][r]) or not alone
+        expected = pytest.approx(copied(evaluator, matrix, weighting), abs=1e-12, nan_ok=True)
+        assert {name: values[r] for name, values in got.items()} == expected
+    assert (evaluator.weights.sum(1) == families).all()
+    if families > 3:
+        np.testing.assert_equal(evaluator.estimate(scores).samples, got)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -286,88 +208,46 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 0.87 < inside / 100 < 0.99
 
 
-def test_fewer_than_six_families_give_no_interval_and_no_verdict():
-    for families, known in ((4, False), (5, True)):  # and the one of three people
-        evaluator, _, scores = random_case(families, 0, 15)
-        start = evaluator.estimate(scores)
-        other = evaluator.estimate({kind: np.sqrt(1 + values) for kind, values in scores.items()})
-        entry = ev.compare(other, start)["auc"]
-        assert entry["value"] is not None
-        assert (entry["interval"] is not None) is (entry["difference_interval"] is not None) is known
-        assert entry["verdict"] == ("not distinguishable" if known else "too few families to say")
-
-
-def estimate(noise=None, **figures):
-    """An Estimate whose resamples are the figure plus `noise`."""
-    noise = np.linspace(-0.1, 0.1, 41) if noise is None else noise
-    samples = {name: np.full(41, np.nan) if value is None else value + noise for name, value in figures.items()}
+def estimate(noise=1, **figures):
+    """An Estimate whose resamples scatter by 0.1 about the figure, all in step unless `noise` is -1."""
+    samples = {name: (np.nan if x is None else x) + noise * np.linspace(-0.1, 0.1, 41) for name, x in figures.items()}
     return ev.Estimate(figures, samples)
 
 
 def test_differences_are_paired_and_know_which_way_is_better():
-    higher = ("auc", "general_auc", "best_accuracy", "accuracy_at_eer", "tar_at_far_0.01")
-    lower = ("eer", "twin_fmr_0.001", "fnmr_0.0001")
-    thresholds = ("eer_threshold", "general_threshold_0.001")
-    names = (*higher, *lower, *thresholds)
-    start = estimate(**dict.fromkeys(names, 0.5))
+    higher = dict.fromkeys(("auc", "general_auc", "best_accuracy", "accuracy_at_eer", "tar_at_far_0.01"), 0.5)
+    lower = dict.fromkeys(("eer", "twin_fmr_0.001", "fnmr_0.0001"), 0.5)
+    start = estimate(**higher, **lower, eer_threshold=0.5)
     for step, verdicts in ((0.01, ("better", "worse")), (-0.01, ("worse", "better")), (0, ["not distinguishable"] * 2)):
-        got = ev.compare(estimate(**dict.fromkeys(names, 0.5 + step)), start)  # noise in common cancels
-        for name in names:
-            verdict = None if name in thresholds else verdicts[name in lower]
-            assert got[name]["verdict"] == verdict
-            assert got[name]["difference"] == pytest.approx(step)
-            assert got[name]["difference_interval"] == pytest.approx([step, step])
-    unrelated = estimate(np.linspace(0.1, -0.1, 41), **dict.fromkeys(names, 0.51))
-    assert ev.compare(unrelated, start)["auc"]["verdict"] == "not distinguishable"
+        got = ev.compare(estimate(**{name: value + step for name, value in start.figures.items()}), start)
+        for name, entry in got.items():  # the noise in common has cancelled
+            assert entry["verdict"] == (None if "threshold" in name else verdicts[name in lower])
+            assert [entry["difference"], *entry["difference_interval"]] == pytest.approx([step] * 3)
+    assert ev.compare(estimate(-1, auc=0.51), start)["auc"]["verdict"] == "not distinguishable"  # noise of its own
     assert ev.compare(start)["auc"] == {"value": 0.5, "interval": pytest.approx([0.405, 0.595])}
 
 
-def test_a_figure_that_does_not_exist_is_not_measured():
-    for value, start in ((None, 0.5), (0.5, None), (None, None)):
-        entry = ev.compare(estimate(eer=value), estimate(eer=start))["eer"]
-        assert entry["verdict"] == "not measured"
-        assert entry["difference"] is entry["difference_interval"] is None
-    assert ev.interval(np.full(9, np.nan)) is None
+def test_fewer_than_six_families_and_figures_that_do_not_exist_give_no_interval_and_no_verdict():
+    for families, verdict in ((5, "too few families to say"), (6, "not distinguishable")):
+        evaluator, _, scores = random_case(families, 15)
+        cubes = evaluator.estimate({kind: values**3 for kind, values in scores.items()})
+        entry = ev.compare(cubes, evaluator.estimate(scores))["auc"]
+        assert (entry["difference"], entry["verdict"]) == (0, verdict)  # AUC depends on the order alone
+        assert {entry["interval"] is None, entry["difference_interval"] is None} == {families < 6}
+    entry = ev.compare(estimate(auc=None), estimate(auc=0.5))["auc"]
+    assert list(entry.values()) == [None, None, None, None, "not measured"]
 
 
 def test_a_comparison_in_words():
     start, other = estimate(auc=0.8, general_auc=0.9), estimate(auc=0.81, general_auc=0.895)
-    assert ev.describe(ev.compare(other, start)) == (
-        "better on twins (AUC +0.0100 [+0.0100, +0.0100]), worse on everyone else (AUC -0.0050 [-0.0050, -0.0050])"
-    )
-    few = [e._replace(samples=None, figures=e.figures | {"general_auc": None}) for e in (other, start)]
-    expected = "too few families to say on twins (AUC +0.0100), not measured on everyone else"
-    assert ev.describe(ev.compare(*few)) == expected
+    words = "better on twins (AUC +0.0100 [+0.0100, +0.0100]), worse on everyone else (AUC -0.0050 [-0.0050, -0.0050])"
+    assert ev.describe(ev.compare(other, start)) == words
+    few = [ev.Estimate({"auc": value, "general_auc": None}, None) for value in (0.81, 0.8)]
+    words = "too few families to say on twins (AUC +0.0100), not measured on everyone else"
+    assert ev.describe(ev.compare(*few)) == words
 
 
-# ---- embeddings -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def crops():
-    return torch.randint(0, 256, (7, 112, 112, 3), dtype=torch.uint8)
-
-
-def test_embeddings_do_not_depend_on_the_batch_and_are_full_float32(tiny_model, crops):
-    small, whole = (net.embed([tiny_model], crops, CPU, size)[0] for size in (2, 7))
-    torch.testing.assert_close(small, whole, atol=1e-5, rtol=0)
-    assert whole.dtype == torch.float32
-    with torch.no_grad():
-        exact = tiny_model.double().features(net.to_input(crops).double())
-        exact = torch.nn.functional.normalize(tiny_model.output_layer(exact))
-    torch.testing.assert_close(whole.double(), exact, atol=1e-5, rtol=0)  # half precision is off by 1e-3
-
-
-def test_flip_is_upstreams_fusion(tiny_model, crops):
-    x = net.to_input(crops)
-    with torch.no_grad():
-        (e, n), (f, m) = tiny_model(x), tiny_model(torch.flip(x, dims=[3]))
-    fused = (torch.stack([e, f]) * torch.stack([n, m])).sum(0)
-    expected = fused / torch.norm(fused, 2, 1, keepdim=True)
-    torch.testing.assert_close(net.embed([tiny_model], crops, CPU, flip=True)[0], expected, atol=1e-6, rtol=0)
-
-
-def variant(model, seed=1):
+def variant(model, seed):
     """A copy of a network with another embedding layer."""
     other = net.build_model("ir_tiny").eval()
     other.load_state_dict(model.state_dict())
@@ -376,59 +256,225 @@ def variant(model, seed=1):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_networks_of_one_backbone_run_it_once_per_image(tiny_model, crops, flip):
-    models, seen = [tiny_model, variant(tiny_model)], [0, 0]
-    alone = [net.embed([model], crops, CPU, 3, flip=flip)[0] for model in models]
+def test_embeddings_are_upstreams_whatever_the_batch_and_a_common_backbone_runs_once(tiny_model, flip):
+    """`flip`: upstream adds the embeddings of both mirror images, each times its norm. Here in double precision."""
+    crops = torch.randint(0, 256, (5, 112, 112, 3), dtype=torch.uint8)
+    models, x, seen = [tiny_model, variant(tiny_model, 1)], net.to_input(crops).double(), []
+    got = [net.embed(models, crops, CPU, 5, flip=flip), [net.embed([m], crops, CPU, 3, flip=flip)[0] for m in models]]
+    for model in models:
+        model.body.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    net.embed(models, crops, CPU, 3, flip=flip)
+    assert sum(seen) == len(crops) * (1 + flip)
     for number, model in enumerate(models):
-
-        def count(module, inputs, output, number=number):
-            seen[number] += len(output)
-
-        model.body.register_forward_hook(count)
-    together = net.embed(models, crops, CPU, 3, flip=flip)
-    assert seen == [len(crops) * (1 + flip), 0]
-    assert not torch.allclose(*together, atol=1e-3)
-    for a, b in zip(alone, together, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        with torch.no_grad():
+            sides = [model.double().output_layer(model.features(side)) for side in ((x, x.flip(3)) if flip else (x,))]
+        expected = torch.nn.functional.normalize(sum(sides))
+        for embeddings in got:
+            assert embeddings[number].dtype == torch.float32  # and no half precision on the way, which is off by 1e-3
+            torch.testing.assert_close(embeddings[number].double(), expected, atol=1e-5, rtol=0)
 
 
-DEAD = {"overflow": (1e38, None, "norm"), "zeros": (0, 0.0, "norm"), "all equal": (0, 0.3, "fallen together")}
-
-
-@pytest.mark.parametrize("kind", DEAD)
-def test_dead_networks_are_refused(tiny_model, crops, kind):
-    scale, mean, reason = DEAD[kind]
-    tiny_model.output_layer[3].weight.data *= scale
-    if mean is not None:
+def test_dead_networks_are_refused(tiny_model):
+    alive, crops = variant(tiny_model, 1), torch.randint(0, 256, (3, 112, 112, 3), dtype=torch.uint8)
+    weight = tiny_model.output_layer[3].weight.data.clone()
+    for scale, mean, reason in ((1e38, 0.3, "the norm"), (0, 0, "the norm"), (0, 0.3, "all embeddings have fallen")):
+        tiny_model.output_layer[3].weight.data = scale * weight  # overflow, zeros, all equal
         tiny_model.output_layer[4].running_mean.fill_(mean)
-    with pytest.raises(net.InputError, match=reason):
-        net.embed([variant(net.build_model("ir_tiny").eval()), tiny_model], crops, CPU)
+        with pytest.raises(net.InputError, match=f"ir_tiny is dead: {reason}"):
+            net.embed([alive, tiny_model], crops, CPU)
 
 
-# ---- a whole evaluation ---------------------------------------------------------------------------------------------
-
-FAMILIES = [[4, 4], [3, 3, 2], [4, 3], [4, 4], [4, 3], [3, 4], [5, 4], [3, 0]]
-PICTURES = ("roc_curve.png", "det_curve.png", "score_distributions.png", "hardest_pairs.png")
-NAMES = ["start", "a+1", "b", "leak", "a+2"]
+FILES = ("start.ckpt", "models/a.pth", "models/b.pth", "models/leak.pth", "other/a.pth")
+SEEN = ["test0a", "test1c"]  # test people that leak.pth was trained on
 
 
-def write_checkpoints(folder, model):
-    """start.ckpt as upstream writes it; in models/ three that training wrote; other/a.pth of the same stem as one."""
-    torch.save({"state_dict": {f"model.{key}": value for key, value in model.state_dict().items()}}, folder / "start.ckpt")
-    for number, (name, share) in enumerate((("models/a", 10), ("models/b", 100), ("models/leak", 50), ("other/a", 10))):
-        config = {"train_ids": ["x"], "val_ids": ["y", "z"], "train_percentage": share, "margin": 0.3}
-        config |= {"freeze_backbone": True, "n_touched_images": 9 * share}
-        if name == "models/leak":
-            config |= {"train_ids": ["test0a", "x"], "val_ids": ["z", "y", "test1c"]}
-        facts = {"config": config, "metrics": {"val_auc": 0.9 - 0.1 * number}}
-        net.save_checkpoint(folder / f"{name}.pth", variant(model, number), **facts)
+def tuned(**config):
+    """What training writes beside the weights, as far as evaluation reads it."""
+    ids = {"train_ids": ["x"], "val_ids": ["y", "z"]}
+    return {**ids, "train_percentage": 10, "freeze_backbone": True, "margin": 0.3, "n_touched_images": 90, **config}
 
 
-def run(folder, flags, *checkpoints, data="test"):
-    """(exit code, stdout, stderr) of an evaluation of the crops of `data` with a checkpoint in `folder`."""
-    command = ["--test_pairs", f"{folder}/{data}_pairs.json", "--skip_alignment", "--aligned_json", f"{folder}/{data}.json"]
-    command += ["--output_dir", f"{folder}/out", "--device", "cpu", *flags.split()]
-    command += ["--checkpoints", *(str(folder / name) for name in checkpoints)]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = ev.main(command)
-    return code, out.getvalue(), err.getvalue()
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """One evaluation of upstream's start and four tuned networks: two share a stem, one has seen test people."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    aligned, _ = crop_writer(folder)([[4, 4], [3, 3, 2], [4, 3], [4, 4], [4, 3], [3, 4], [5, 4], [3, 0]], "test")
+    images, again = json.loads(aligned.read_text()), "test_aligned/again.png"
+    (folder / again).write_bytes((folder / images["test0a"][0]).read_bytes())
+    aligned.write_text(json.dumps(images | {"test0a": [*images["test0a"], again]}))
+    torch.manual_seed(0)
+    start = net.build_model("ir_tiny").eval()
+    torch.save({"state_dict": {f"model.{key}": x for key, x in start.state_dict().items()}}, folder / "start.ckpt")
+    for number, name in enumerate(FILES[1:]):
+        config = tuned(train_percentage=10 * number + 10, train_ids=SEEN if "leak" in name else ["x"])
+        facts = {"config": config, "metrics": {"val_auc": (0.7, 0.9, 0.8, None)[number]}}
+        net.save_checkpoint(folder / name, variant(start, number), **facts)
+    (folder / "models" / "notes.txt").write_text("no checkpoint")
+    figures, savefig = {}, Figure.savefig
+
+    def keep(figure, path, **options):
+        figures[path.parent.name, path.name.split(".", 2)[2]] = figure  # the temporary name is .<process>.<name>
+        savefig(figure, path, **options)
+
+    flags = f"--test_pairs {folder}/test_pairs.json --skip_alignment --aligned_json {aligned} --output_dir {folder}/out"
+    flags += f" --device cpu --allow_overlap --baseline {folder}/start.ckpt --checkpoints {folder}/models"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(Figure, "savefig", keep)
+        assert ev.main([*flags.split(), f"{folder}/other/a.pth"]) == 0
+    out, content = folder / "out", json.loads((folder / "out" / "comparison.json").read_text())
+    checkpoints = content.pop("checkpoints")
+    metrics = {entry["name"]: json.loads((out / entry["name"] / "metrics.json").read_text()) for entry in checkpoints}
+    files = (out / "b" / "pair_scores.csv", out / "comparison.csv")
+    pairs, table = ([*csv.DictReader(file.read_text().splitlines())] for file in files)
+    return SimpleNamespace(**locals())
+
+
+def test_files_agree_with_an_independent_evaluation(evaluated):
+    images, metrics = evaluated.images, evaluated.metrics["b"]
+    got = {name: entry["value"] for name, entry in metrics["figures"].items()}
+    family = {path: name[:5] for name, paths in images.items() for path in paths}
+    crops = np.stack([np.array(Image.open(evaluated.folder / path)) for path in family]).astype(np.float32)
+    bgr = torch.from_numpy(((crops[..., ::-1] - 127.5) / 127.5).transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        embedding = net.load_checkpoint(evaluated.folder / "models" / "b.pth")(bgr)[0].double().numpy()
+    embedding = dict(zip(family, embedding, strict=True))
+    assert list(evaluated.pairs[0]) == ["path_1", "path_2", "id_1", "id_2", "kind", "score", "accepted_at_eer"]
+    found = {"genuine": [], "twin": []}
+    for row in evaluated.pairs:
+        score, first, second = float(row["score"]), row["path_1"], row["path_2"]
+        assert {first, second} <= {*images[row["id_1"]], *images[row["id_2"]]}
+        assert row["kind"] == ("genuine" if row["id_1"] == row["id_2"] else "twin")
+        assert score == pytest.approx(embedding[first] @ embedding[second], abs=2e-6)
+        assert row["accepted_at_eer"] == str(int(score >= got["eer_threshold"]))
+        found[row["kind"]].append(score)
+    general = [embedding[a] @ embedding[b] for a, b in combinations(family, 2) if family[a] != family[b]]
+    counts = {kind: len(scores) for kind, scores in found.items()} | {"general": len(general), "families": 8}
+    assert metrics["counts"] == counts | {"images": 57} == counts | {"images": 57, "genuine": 77, "twin": 109}
+    assert metrics["general_pairs_drawn"] is metrics["flip"] is False
+    assert sum(value is None for value in got.values()) == 5  # rates that so few pairs do not resolve
+    for name, value in brute_force(**found, general=general).items():
+        assert got[name] is None or got[name] == pytest.approx(value, abs=1e-4), name
+    for name, impostor in (("auc", found["twin"]), ("general_auc", general)):
+        truth = [1] * len(found["genuine"]) + [0] * len(impostor)
+        assert got[name] == pytest.approx(roc_auc_score(truth, found["genuine"] + impostor), abs=1e-4)
+        assert sorted([got[name], *metrics["figures"][name]["interval"]])[1] == got[name]
+
+
+def test_the_comparison_stands_in_json_csv_and_terminal_the_baseline_first(evaluated):
+    start, said, table = evaluated.checkpoints[0], evaluated.said.getvalue(), evaluated.table
+    rows = {(row["name"], row["figure"]): row for row in table}
+    assert len(table) == len(rows) == 5 * len(ev.METRICS)  # no two names alike
+    assert evaluated.content["baseline"] == start["name"] == "start"
+    for checkpoint, file in zip(evaluated.checkpoints, FILES, strict=True):
+        name, figures = checkpoint["name"], checkpoint["figures"]
+        alone = evaluated.metrics[name]
+        assert alone["checkpoint"] == checkpoint["checkpoint"] == str(evaluated.folder / file)
+        assert alone["overlap"] == checkpoint["overlap"] == (SEEN if "leak" in file else [])
+        for figure, entry in figures.items():
+            assert {"value": entry["value"], "interval": entry["interval"]} == alone["figures"][figure]
+            expected = {"overlap": len(checkpoint["overlap"]), "verdict": entry.get("verdict")}
+            for key, bounds in (("value", "interval"), ("difference", "difference_interval")):
+                low, high = entry.get(bounds) or (None, None)
+                expected |= {key: entry.get(key), f"{key}_low": low, f"{key}_high": high}
+            expected = {key: "" if x is None else str(x) for key, x in expected.items()}
+            assert expected.items() <= rows[name, figure].items()
+            if checkpoint is not start and entry["value"] is not None:
+                assert entry["difference"] == entry["value"] - start["figures"][figure]["value"]
+                assert "threshold" in figure or (low <= 0 <= high) is (entry["verdict"] == "not distinguishable")
+        assert checkpoint is start or f"{name} against start: {ev.describe(figures)}." in said
+    assert "57 images of 17 people in 8 families, on cpu:" in said
+    assert "warning: 1 images are the same as another of their ID; each is used once" in said
+    assert "warning: 1 people have no crop; their pairs are not tested" in said
+    assert "OVERLAP: leak has seen 2 of the test people" in said
+    assert f"Validation would have chosen: {evaluated.content['chosen_by_validation']}" in said
+
+
+def test_pictures_are_there_and_labelled_and_the_hardest_pairs_are_mistakes_the_worst_first(evaluated):
+    each = ("roc_curve.png", "det_curve.png", "score_distributions.png", "hardest_pairs.png")
+    common = {("out", "comparison.png"), ("out", "data_percentage.png")}
+    assert set(evaluated.figures) == {*product(evaluated.metrics, each), *common}
+    for (folder, name), figure in evaluated.figures.items():
+        with Image.open(evaluated.out / ("" if folder == "out" else folder) / name) as picture:
+            assert 0.002 < (np.asarray(picture.convert("L")) < 200).mean() < 0.9, name
+        for axes in figure.axes if name != "hardest_pairs.png" else ():
+            labels = [label.get_text() for label in axes.get_yticklabels()]
+            assert all([axes.get_title(), axes.get_xlabel(), axes.get_ylabel() or all(labels)])
+    titles = [axes.get_title() for axes in evaluated.figures["b", "hardest_pairs.png"].axes]
+    for kind, accepted, part in (("twin", "1", titles[:8]), ("genuine", "0", titles[8:])):
+        pairs = [row for row in evaluated.pairs if row["kind"] == kind]
+        scores = [float(row["score"]) for row in pairs if row["accepted_at_eer"] == accepted]
+        assert f": {len(scores)} of {len(pairs)} pairs" in part[0]
+        shown = [float(text) for text in re.findall(r"score (-?[\d.]+)", "\n".join(part))]
+        assert shown == sorted(shown, reverse=kind == "twin")
+        assert shown[0] == round(max(scores) if kind == "twin" else min(scores), 3)
+        crops = [crop for title in part if title for crop in title.splitlines()[-1].split(" | ")]
+        assert len(set(crops)) == len(crops) == 2 * len(shown)
+
+
+def result(name, facts=None, **figures):
+    """A Result with these figures and none of the others."""
+    return ev.Result(name, f"{name}.pth", facts or {}, None, estimate(**dict.fromkeys(ev.METRICS) | figures), [])
+
+
+def table_of(*results):
+    """The lines of the terminal's table, the first result being the baseline."""
+    checkpoints = [{"figures": ev.compare(r.estimate, results[0].estimate)} for r in results]
+    content = {"checkpoints": checkpoints, "chosen_by_validation": ev.chosen_by_validation(results)}
+    return ev.comparison_table(results, content).splitlines()
+
+
+def test_table_marks_the_best_says_what_got_worse_and_what_validation_chose_of_those_that_share_its_people():
+    first = result("first", eer=0.1, auc=0.8, best_accuracy=0.5, general_auc=0.9)
+    lines = table_of(first, result("second", eer=0.2, auc=0.9, best_accuracy=0.5, general_auc=0.8))
+    assert lines[1].split() == ["first", "10.00*", "0.8000", "50.00*", "-", "-", "-", "0.9000*"]
+    assert lines[2].split() == ["second", "20.00", "0.9000*", "50.00*", "-", "-", "-", "0.8000"]
+    assert sum("got WORSE at recognising people in general" in line for line in lines) == 1
+    assert "WORSE" not in "".join(table_of(first, result("second", general_auc=0.95)))
+    assert "*" not in "".join(table_of(first))
+    assert "choosing by it would be selection on the test set" in lines[-2]
+    validated = (("a", 0.8, "xy"), ("b", 0.9, "yx"), ("c", 1.0, "z"))
+    a, b, c = (result(n, {"metrics": {"val_auc": x}, "config": tuned(val_ids=ids)}) for n, x, ids in validated)
+    assert ev.chosen_by_validation([first, b, a]) == "b"
+    assert ev.chosen_by_validation([first, a, b, c]) is ev.chosen_by_validation([first, a]) is None
+    assert table_of(a, c)[-1] == "No common validation to choose by."
+
+
+WRONG = {
+    "no photographs listed": ("--checkpoints a.pth", "--id_to_images id_to_images.json: "),
+    "no crops listed": ("--skip_alignment --checkpoints a.pth", "--aligned_json id_to_test_aligned_images.json: "),
+    "no checkpoint in the folder": ("{test} --checkpoints empty", "empty: no .pth or .ckpt file in this folder"),
+    "no pairs": ("{test} --checkpoints a.pth --test_pairs none.json", "--test_pairs none.json: expected"),
+    "no genuine pair": ("{test} --checkpoints a.pth --aligned_json one.json", "no person has two images"),
+    "leak": ("{test} --checkpoints leak.pth", "trained or validated on 2 of the 4 test people: test0a, test1b;"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(write_crops, tiny_model, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    write_crops([[2, 2], [2, 2]], "test")
+    Path("none.json").write_text("[]")
+    Path("one.json").write_text(json.dumps({x: y[:1] for x, y in json.loads(Path("test.json").read_text()).items()}))
+    Path("empty").mkdir()
+    net.save_checkpoint("a.pth", tiny_model)
+    net.save_checkpoint("leak.pth", tiny_model, config=tuned(train_ids=["test1b"], val_ids=["test0a"]))
+    test, (flags, message) = "--skip_alignment --aligned_json test.json --test_pairs test_pairs.json", WRONG[case]
+    assert ev.main(flags.format(test=test).split()) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "crop/s" not in line]  # the progress bar's
+    assert re.match(f"evaluate_twins.py: .*{re.escape(message)}", line)
+    assert not Path("evaluation_results").exists()
+
+
+def test_photographs_to_metrics_but_never_among_the_training_crops(tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ev, "GENERAL_PAIRS", 20)
+    write_photos(".", 3, 2, seed=1)
+    net.save_checkpoint("a.pth", tiny_model, config=tuned(aligned_folder="train"))
+    command = "--checkpoints a.pth --test_pairs pairs.json --landmarks landmarks.json --device cpu --flip"
+    assert ev.main(f"{command} --aligned_folder x/../train".split()) == 2
+    assert "was trained from there; name another" in capsys.readouterr().err
+    assert not Path("train").exists()
+    assert ev.main(f"{command} --aligned_folder crops".split()) == 0
+    metrics = json.loads(Path("evaluation_results/a/metrics.json").read_text())
+    assert metrics["counts"] == {"images": 12, "genuine": 6, "twin": 12, "general": 48, "families": 3}
+    assert metrics["flip"] is metrics["general_pairs_drawn"] is True

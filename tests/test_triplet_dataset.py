@@ -90,13 +90,13 @@ def test_smaller_percentages_are_contained_in_larger_ones():
 
 
 def test_the_seed_decides_the_sample_and_other_pairs_do_not():
-    images, pairs = people([6, 6, 9, 4]), couples(2)
+    images, pairs = people([6] * 4), couples(2)
     one, same, other = (listed(td.TwinTripletDataset(images, pairs, 10, seed)) for seed in (1, 1, 2))
-    assert one == same
-    assert set(one) != set(other)
-    alone = [set(listed(td.TwinTripletDataset(images, [pair], 10, 1))) for pair in pairs]
-    backwards = set(listed(td.TwinTripletDataset(images, pairs[::-1], 10, 1)))
-    assert set(one) == backwards == alone[0] | alone[1]
+    assert one == same != other
+    alone = [td.TwinTripletDataset(images, [pair], 10, 1) for pair in pairs]
+    backwards = td.TwinTripletDataset(images, pairs[::-1], 10, 1)
+    assert set(one) == set(listed(backwards)) == {*listed(alone[0]), *listed(alone[1])}
+    assert alone[0].triplets(range(36)).tolist() != alone[1].triplets(range(36)).tolist()  # nor are they the same
 
 
 def test_a_person_with_one_image_serves_as_negative_only():
@@ -114,18 +114,15 @@ def test_wrong_percentages_are_refused(percentage):
         td.TwinTripletDataset(people([2, 2]), couples(1), percentage)
 
 
-def test_one_percent_of_a_billion_triplets_is_drawn_in_seconds():
+def test_a_data_set_of_a_billion_triplets_is_built_in_seconds():
     images = people([80] * 2000)
     tracemalloc.start()
     began = time.process_time()
     dataset = td.TwinTripletDataset(images, couples(1000), 1)
-    rows = dataset.triplets(np.arange(0, len(dataset), 1000))  # what needs the sample
     seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert dataset.n_possible == 1000 * 2 * 80 * 79 * 80
-    anchor, positive, negative = dataset.images.person[rows].T
-    assert (anchor == positive).all()
-    assert (anchor ^ 1 == negative).all()
+    assert len(dataset) == 1000 * ((2 * 80 * 79 * 80 + 99) // 100)
     assert peak < 500e6
     assert seconds < 5
 
@@ -195,7 +192,6 @@ def test_grouped_steps_take_all_sampled_triplets_among_the_images_of_their_block
         for pair, twins in blocks_of(dataset, step):
             expected |= brute_force(dict(zip(pair, twins, strict=True)), [pair]) & sampled
         assert sorted(listed(dataset, steps[number])) == sorted(expected)
-        assert sum(len(hand) for _, hands in step for hand in hands) <= 40
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -210,6 +206,7 @@ def test_the_images_of_a_person_are_dealt_into_hands_and_the_smaller_twin_lends_
         for name, dealt in zip(pair, both, strict=True):
             assert sorted(itertools.chain(*set(dealt))) == sorted(people(sizes)[name])  # each image in one hand
             assert max(map(len, dealt)) <= td.HAND_SIZE == 8
+            assert np.ptp(list(Counter(dealt).values())) <= 1
         assert len(both[0]) == len(both[1]) == max(len(set(dealt)) for dealt in both)
 
 
@@ -242,8 +239,8 @@ def test_grouped_epochs_are_up_to_seed_and_epoch():
 
 
 def test_a_step_with_room_for_no_block_is_refused_in_one_line():
-    dataset = td.TwinTripletDataset(people([20] * 2), couples(1))
-    assert len(td.GroupedSteps(dataset, 1, 16)) == 3
+    dataset = td.TwinTripletDataset(people([8] * 20), couples(10))
+    assert [len(td.GroupedSteps(dataset, 1, room)) for room in (16, 31, 32, 47, 48)] == [10, 10, 5, 5, 4]
     with pytest.raises(InputError, match=r"^--images_per_batch must be at least 16.*$"):
         td.GroupedSteps(dataset, 1, 15)
 
