@@ -473,6 +473,9 @@ def add_alignment_arguments(parser, kind="train", skip=True):
     add("--landmarks", metavar="FILE", help=f"{text}; no detector is loaded then")
     add("--realign", action="store_true", help="make every crop anew, also those already done")
     add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads that align")
+    if skip:
+        text = "of the networks of CVLface (keys net.*) without a yaml beside the file; AdaFace's own take BGR"
+        add("--channels", choices=("RGB", "BGR"), help=text)
     add("--device", default="auto", help="auto (cuda if there is one that this PyTorch serves), cuda, cuda:N or cpu")
 
 

@@ -10,6 +10,7 @@ ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` vali
 """
 
 import csv
+import glob
 import os
 import signal
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
 LOWER_IS_BETTER = ("eer", "twin_fmr", "fnmr")
 GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")  # of the checkpoints in a folder
 MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
 
 
@@ -39,12 +41,13 @@ class Pairs:
     def __init__(self, scores, code):
         order = np.argsort(scores, kind="stable")
         self.scores, self.code = scores[order], code[order]
+        self.below = np.zeros(len(code) + 1, np.int64)
 
     def weigh(self, table):
-        """(K + 1,) int64: what the k lowest pairs weigh together, a pair of code c weighing table[c]."""
-        below = np.zeros(len(self.code) + 1, np.int64)
-        np.cumsum(table[self.code], out=below[1:])
-        return below
+        """(K + 1,) int64, until the next call: what the k lowest pairs weigh, a pair of code c weighing table[c]."""
+        np.take(table, self.code, out=self.below[1:], mode="clip")
+        np.cumsum(self.below[1:], out=self.below[1:])
+        return self.below
 
 
 def verification_metrics(genuine, twin, general, weightings):
@@ -88,7 +91,7 @@ def verification_metrics(genuine, twin, general, weightings):
         if n and n_general:
             row["general_auc"] = (each * sum(general_below[side] for side in general_sides)).sum() / (2 * n * n_general)
         for rate in GENERAL_MATCH_RATES if n and n_twin and n_general else ():
-            allowed = np.floor(rate * n_general + 1e-9)
+            allowed = int(rate * n_general + 1e-9)  # a float would make searchsorted convert all sums
             highest_rejected = np.searchsorted(general_below, n_general - allowed) - 1
             t = row[f"general_threshold_{rate:g}"] = np.nextafter(general.scores[highest_rejected], np.inf)
             row[f"twin_fmr_{rate:g}"] = 1 - twin_below[np.searchsorted(twin.scores, t)] / n_twin
@@ -153,7 +156,7 @@ class TwinEvaluator:
     def _metrics(self, scores, weightings):
         first, second = (self.family[self.rows["general"][:, side]] for side in (0, 1))
         genuine, twin = (Pairs(scores[kind], self.family[self.rows[kind][:, 0]]) for kind in ("genuine", "twin"))
-        general = Pairs(scores["general"], (first * self.counts["families"] + second).astype(np.int32))
+        general = Pairs(scores["general"], first * self.counts["families"] + second)
         return verification_metrics(genuine, twin, general, weightings)
 
     def figures(self, scores):
@@ -323,9 +326,14 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
         figure.savefig(temporary, format="png")
 
 
+def colour(number):
+    """Black for the baseline, number 0; the others take turns."""
+    return COLOURS[number and 1 + (number - 1) % (len(COLOURS) - 1)]
+
+
 def plot_line(axes, number, x, y, **options):
     """A line in the colour and style of its number."""
-    style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
+    style = {"color": colour(number), "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
     axes.plot(x, y, **{**style, **options})
 
 
@@ -406,8 +414,8 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
     A crop stands in one of them at most, a family in two. `crops` (N, 112, 112, 3) as evaluator.images numbers them.
     """
     threshold = result.estimate.figures["eer_threshold"]
-    names = [literal("/".join(Path(p).parts[-2:])[-24:]) for p in evaluator.images.paths]
-    with plot_figure(path, 2.4 * columns, 8.8, 4, columns) as grid:
+    names = [literal("/".join(Path(p).parts[-2:])[-17:]) for p in evaluator.images.paths]
+    with plot_figure(path, 2.4 * columns, 7.0, 4, columns) as grid:
         kinds = (("twin", "twins taken for one person", -1), ("genuine", "one person refused", 1))
         for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
             rows, values = evaluator.rows[kind], result.scores[kind]
@@ -444,11 +452,11 @@ def plot_data_percentage(path, results, checkpoints):
             share, change, low, high = np.array(sorted(points)).T
             share = share * 1.04 ** (number - 1)  # beside each other
             plot_line(axes, number, share, change, marker="o", label=setting)
-            axes.vlines(share, low, high, color=COLOURS[number % len(COLOURS)], linewidth=1)
+            axes.vlines(share, low, high, color=colour(number), linewidth=1)
         axes.axhline(0, color="black", linewidth=0.8, label=f"{literal(results[0].name)} (baseline)")
         axes.set(xscale="log", xlim=(0.8, 160), xlabel="share of the training triplets, and distinct images in it")
         axes.set(title="How much data is enough", ylabel="change of the EER against twins (points, 95 %)")
-        axes.set_xticks(list(images), images.values())
+        axes.set_xticks(list(images), images.values(), fontsize=7)
         axes.set_xticks([], minor=True)
 
 
@@ -510,12 +518,12 @@ def list_checkpoints(names, baseline):
     files = [baseline] if baseline else []
     for name in names:
         if Path(name).is_dir():
-            found = sorted(str(p) for p in Path(name).iterdir() if p.suffix in (".pth", ".ckpt") and p.name[0] != ".")
-            if not found:
-                raise InputError(f"{name}: no .pth or .ckpt file in this folder")
-            files += found
+            found = sorted(str(p) for p in Path(name).iterdir() if p.suffix in SUFFIXES and p.name[0] != ".")
         else:
-            files.append(name)
+            found = sorted(glob.glob(name)) if "*" in name else [name]  # some shells leave that to the program
+        if not found:
+            raise InputError(f"{name}: no file ending in {', '.join(SUFFIXES)} there")
+        files += found
     return list({os.path.abspath(file): file for file in reversed(files)}.values())[::-1]
 
 
@@ -534,7 +542,7 @@ def evaluate(args):
     tested = {name for pair in pairs for name in pair}
     facts, backbones = {}, {}
     for checkpoint in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
-        model = load_checkpoint(checkpoint)
+        model = load_checkpoint(checkpoint, channels=args.channels)
         facts[checkpoint] = model.facts
         backbones.setdefault(backbone_sha256(model), []).append(checkpoint)
         overlap = find_overlap(model.facts, tested)
@@ -547,6 +555,10 @@ def evaluate(args):
         if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
             raise InputError(f"--aligned_folder {trained}: {checkpoint} was trained from there; name another")
     people = People(listed if args.skip_alignment else align_files(args, args.test_pairs), pairs)
+    for checkpoint in facts:
+        seen = len({*facts[checkpoint].get("crop_sha256", [])} & {*people.crops.sha256})
+        if seen and not args.allow_overlap:
+            raise InputError(f"{checkpoint}: {seen} test images are among those it was trained on; see --allow_overlap")
     images = TwinImages(people.id_to_images, people.pairs)
     evaluator = TwinEvaluator(images, args.seed)
     if (images.count == 0).any():
@@ -556,7 +568,7 @@ def evaluate(args):
     pixels = people.crops.pixels[people.rows(images.paths)]
     output, names, results = Path(args.output_dir), file_names(facts), {}
     for group in backbones.values():
-        models = [load_checkpoint(checkpoint) for checkpoint in group]
+        models = [load_checkpoint(checkpoint, channels=args.channels) for checkpoint in group]
         embeddings = embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
         for checkpoint, embedding in zip(group, embeddings, strict=True):
             name, scores = names[checkpoint], evaluator.score(embedding)

@@ -13,10 +13,12 @@ both ways unchanged.
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from datetime import timedelta
@@ -248,6 +250,11 @@ def set_batchnorm_statistics(model, crops, device, batch_size=32):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 NETWORK_KEY = re.compile(r"(?:^|\.)((?:input_layer|body|output_layer)\..+)")
+OTHER_FILES = {  # how files begin that are no checkpoints, what they are, and the way out
+    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch that with `git lfs pull`",
+    b"<": "a web page, not the file: download the file itself",
+    b"\x08": "an ONNX model: take the PyTorch checkpoint that it was made from",
+}
 
 
 def save_checkpoint(path, model, **facts):
@@ -263,12 +270,13 @@ def save_checkpoint(path, model, **facts):
         torch.save(content, temporary)
 
 
-def load_checkpoint(path, arch=None):
-    """Read a network from a checkpoint; returns it on the CPU, float32, in eval mode.
+def load_checkpoint(path, arch=None, channels=None):
+    """Read a network from a checkpoint; returns it on the CPU, float32, in eval mode, for BGR.
 
     Reads AdaFace's Lightning `.ckpt` (with `head.*` tensors and pickled objects beside the network), our `.pth`, and
     state dicts at any depth and under any prefix, if they hold exactly one network. `facts` of the returned network
-    holds "epoch", "config", "metrics" and the other entries that `save_checkpoint` wrote; {} for other files.
+    holds "epoch", "config", "metrics" and the other entries that `save_checkpoint` wrote; {} for other files. Networks
+    of CVLface (keys `net.*`) take RGB or BGR: `channels` says which, or a yaml beside the file (`color_space: 'RGB'`).
 
     Nothing from the file is run: see `read_checkpoint`. Raises InputError when the file is not a checkpoint, when
     it holds no whole network of AdaFace's kind or several, another than `arch`, or weights that are not finite.
@@ -276,11 +284,19 @@ def load_checkpoint(path, arch=None):
     content = read_checkpoint(path)
     networks = find_networks(content)
     if len(networks) != 1:
-        reason = f"several networks in it ({', '.join(networks)}); save the one you want alone"
-        raise InputError(
-            f"{path}: {reason if networks else 'no AdaFace network in it (keys like input_layer.0.weight)'}"
-        )
-    (state,) = networks.values()
+        none = "no AdaFace network in it (keys like input_layer.0.weight); of a pickled module save its state_dict()"
+        several = f"several networks in it ({', '.join(networks)}): save the one that is meant in a file of its own"
+        raise InputError(f"{path}: {several if networks else none}")
+    ((name, state),) = networks.items()
+    if re.search(r"(^|[./])net\.$", name):
+        yamls = " ".join(p.read_text() for p in sorted(Path(path).parent.glob("*.yaml")))
+        channels = channels or "/".join({*re.findall(r"color_space:\W*(RGB|BGR)", yamls)})
+        if channels not in ("RGB", "BGR"):
+            raise InputError(
+                f"{path}: a network of CVLface: put its model.yaml beside it, or say --channels RGB or BGR"
+            )
+        if channels == "RGB":
+            state["input_layer.0.weight"] = state["input_layer.0.weight"].flip(1)
     units = len({key.split(".")[1] for key in state if key.startswith("body.")})
     se = any(".se_block." in key for key in state)
     found = {(sum(counts), with_se): name for name, (counts, _, _, with_se) in ARCHITECTURES.items()}.get((units, se))
@@ -292,6 +308,10 @@ def load_checkpoint(path, arch=None):
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
+        units = {re.sub(r"^body\.\d+", "", key) for key in state if key.startswith("body.")}
+        known = {re.sub(r"^body\.\d+", "", key) for key in model.state_dict()}
+        if ".res_layer.5.weight" not in units or units - known:
+            raise InputError(f"{path}: its blocks are of another kind, not AdaFace's ({reason} ...)") from None
         raise InputError(f"{path}: not a whole {found} network ({reason} ...); take the file as it was saved") from None
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all() or (key.endswith("running_var") and (value < 0).any()):
@@ -311,6 +331,17 @@ def read_checkpoint(path):
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for beginning, kind in OTHER_FILES.items():
+        if head.lstrip().startswith(beginning):
+            raise InputError(f"{path}: {kind}")
+    if head[8:9] == b"{":
+        return read_safetensors(path)
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        raise InputError(
+            f"{path}: a TorchScript archive: torch.save(torch.jit.load(FILE).state_dict(), NEW) and take that"
+        )
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip file: written by PyTorch before 1.6, or no checkpoint, as will be said below
@@ -326,6 +357,28 @@ def read_checkpoint(path):
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint's dict")
     return content
+
+
+def read_safetensors(path):
+    """{key: tensor} of a safetensors file: 8 bytes with the length of a JSON header, the header, the tensors."""
+    data = bytearray(Path(path).read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    kinds = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+    }
+    try:
+        tensors = {}
+        for key, entry in json.loads(data[8 : 8 + size]).items():
+            if key != "__metadata__":
+                begin, end = (8 + size + offset for offset in entry["data_offsets"])
+                tensors[key] = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+        return tensors
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: a damaged safetensors file ({error!r}); download or copy it again") from error
 
 
 def _stand_in(name):

@@ -31,7 +31,7 @@ import torchvision
 
 import net
 from align import Parser, add_alignment_arguments, align_files, between, read_flag, run_script
-from evaluate_twins import COLOURS, TwinEvaluator, compare, describe, plot_figure, plot_line
+from evaluate_twins import TwinEvaluator, colour, compare, describe, plot_figure, plot_line
 from net import InputError, Processes, progress, to_input
 from triplet_dataset import (
     GroupedSteps,
@@ -378,7 +378,7 @@ class TwinTrainer:
             self.model = net.build_model(args.arch).to(self.device)
             net.set_batchnorm_statistics(self.model, self.people.crops.pixels[self.train_rows], self.device)
         else:
-            self.model = net.load_checkpoint(run.last if state else args.pretrained, args.arch)
+            self.model = net.load_checkpoint(run.last if state else args.pretrained, args.arch, args.channels)
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
@@ -539,6 +539,9 @@ class TwinTrainer:
         if best and self.first:
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
             facts = {"epoch": epoch, "config": run.log["config"], "metrics": metrics}
+            facts["crop_sha256"] = (
+                self.people.crops.sha256
+            )  # of all people of the pairs, to find a leak under other IDs
             net.save_checkpoint(run.log["best_checkpoint"], self.model, **facts)
         if self.first:
             write_json(run.folder / "training_log.json", {**run.log, "stopped": None})
@@ -591,7 +594,7 @@ def plot_curves(folder, log):
         for number, (key, label) in enumerate(curves.items(), 1):
             values = [math.nan if entry[key] is None else scale * entry[key] for entry in log["epochs"]]
             plot_line(axes, number, epochs, values, label=label, marker="o", markersize=3)
-            axes.axhline(values[0], color=COLOURS[number], linewidth=0.8, linestyle=":")
+            axes.axhline(values[0], color=colour(number), linewidth=0.8, linestyle=":")
         axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)

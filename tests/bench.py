@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import net
 import train_twins
-from triplet_dataset import Crops, People, ShuffledSteps
+from triplet_dataset import Crops, ShuffledSteps, write_json
 
 SHAPES = {"nd": (160, 5953), "small": (24, 400), "tiny": (6, 40)}  # pairs, three of them one family; about the images
 SIZES = (160, 1000, 10000)  # pairs of the costs, each with as many images as a pair of ND-TWINS
@@ -41,8 +41,8 @@ BATCH, MARGIN, TURNS = 16, 0.3, 3
 OURS = {"shuffled": f"--batch_size {BATCH}", "grouped 96": "", "grouped 256": "--images_per_batch 256"}
 
 
-def make_people(n_pairs, n_images, folder, pixels=True):
-    """People of generated crops that exist in memory alone, or with pixels=False not at all.
+def make_crops(n_pairs, n_images, folder, pixels=True):
+    """Crops of coloured noise in memory alone, or with pixels=False not even there; their JSON files in `folder`.
 
     The i-th of F families, one of them of three people, has images in proportion to ((i + 1/2) / F) ** 1.56: some
     86,000 same-person pairs with 160 pairs and 5,953 images, as ND-TWINS.
@@ -50,29 +50,31 @@ def make_people(n_pairs, n_images, folder, pixels=True):
     members = [3] + [2] * (n_pairs - 3)
     share = np.roll(((np.arange(len(members)) + 0.5) / len(members)) ** 1.56, len(members) // 2)
     counts = np.maximum(2, np.round(share * n_images / (share @ members)).astype(int))
-    rng, people, images = np.random.default_rng(0), object.__new__(People), []
-    people.id_to_images, people.pairs, people.warnings = {}, [], []
+    rng, id_to_images, pairs, parts = np.random.default_rng(0), {}, [], []
     for family, (count, n) in enumerate(zip(counts, members, strict=True)):
         names = [f"{family:05d}{'abc'[i]}" for i in range(n)]
-        people.pairs += [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        people.id_to_images |= {name: [f"{folder}/{name}-{i}.png" for i in range(count)] for name in names}
+        pairs += [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+        id_to_images |= {name: [f"{folder}/{name}-{i}.png" for i in range(count)] for name in names}
         look = rng.uniform(60, 190, 3) + rng.normal(0, 30, (7, 7, 3))
         for _ in names if pixels else ():
             texture = np.kron(look + rng.normal(0, 2, (7, 7, 3)), np.ones((16, 16, 1))).astype(np.float32)
             noisy = texture + 12 * rng.standard_normal((count, 112, 112, 3), np.float32)
-            images.append(np.clip(noisy, 0, 255).astype(np.uint8))
-    row = {path: i for i, path in enumerate(path for paths in people.id_to_images.values() for path in paths)}
-    people.crops = Crops(torch.from_numpy(np.concatenate(images)) if pixels else None, row, list(row))
-    return people
+            parts.append(np.clip(noisy, 0, 255).astype(np.uint8))
+    write_json(f"{folder}/crops.json", id_to_images)
+    write_json(f"{folder}/pairs.json", pairs)
+    row = {path: i for i, path in enumerate(path for paths in id_to_images.values() for path in paths)}
+    return Crops(torch.from_numpy(np.concatenate(parts)) if pixels else None, row, list(row))
 
 
-def make_trainer(args, folder, people, flags):
-    """A TwinTrainer of these people, its data loaded."""
+def make_trainer(args, folder, crops, flags):
+    """A TwinTrainer of these crops, its data loaded."""
     command = f"--skip_alignment --arch {args.arch} --device {args.device} --train_percentage {args.percentage} "
-    command += f"--aligned_json {folder}/crops.json --output_dir {folder} --log_dir {folder} --overwrite {flags}"
-    trainer = train_twins.TwinTrainer(train_twins.parse_args(command.split()), people)
+    command += f"--train_pairs {folder}/pairs.json --aligned_json {folder}/crops.json --overwrite {flags} "
+    command += f"--output_dir {folder} --log_dir {folder}"
+    trainer = train_twins.TwinTrainer(train_twins.parse_args(command.split()))
     trainer.say = lambda text: None
-    trainer.load_data()
+    with mock.patch("triplet_dataset.load_crops", return_value=crops):
+        trainer.load_data()
     return trainer
 
 
@@ -82,10 +84,10 @@ def decode(triplets):
     return torch.from_numpy(pixels).flip(4).permute(1, 0, 4, 2, 3).float().div(255).sub(0.5).div(0.5).unbind()
 
 
-def naive(facts, args, folder, people, frozen, triplets, paths):
+def naive(facts, args, folder, crops, frozen, triplets, paths):
     """The loop people write by hand, over `triplets` (K, 3); yields each step's numbers of triplets and images."""
     for row in np.unique(triplets):
-        Image.fromarray(people.crops.pixels[people.crops.row[paths[row]]].numpy()).save(paths[row], compress_level=1)
+        Image.fromarray(crops.pixels[crops.row[paths[row]]].numpy()).save(paths[row], compress_level=1)
     device, model = net.pick_device(args.device), net.load_checkpoint(f"{folder}/start.pth")
     for name, parameter in model.to(device).named_parameters():
         parameter.requires_grad = not frozen or name.startswith("output_layer")
@@ -98,22 +100,21 @@ def naive(facts, args, folder, people, frozen, triplets, paths):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if not facts:
-            facts |= {"precision": "fp32", "loss": loss.item()}
+        facts.setdefault("loss", loss.detach())
         yield BATCH, 3 * BATCH
 
 
-def ours(facts, args, folder, people, frozen, triplets, precision, flags):
+def ours(facts, args, folder, crops, frozen, triplets, precision, flags):
     """The trainer's own steps, epoch after epoch; yields each step's triplets."""
     flags += f" --freeze_backbone {frozen} --precision {precision} --margin {MARGIN} --pretrained {folder}/start.pth"
-    trainer = make_trainer(args, folder, people, f"--validation_split 0 {flags}")
+    trainer = make_trainer(args, folder, crops, f"--validation_split 0 {flags}")
     images, place = np.unique(triplets[:BATCH], return_inverse=True)
 
-    def features(model, people, *_):  # only `images` pass the network; the others get theirs again
-        which = torch.arange(len(people.crops.pixels)) % len(images)
+    def features(model, *_):  # only `images` pass the network; the others get theirs again
+        which = torch.arange(len(crops.pixels)) % len(images)
         which[images] = torch.arange(len(images))
         with torch.no_grad():
-            return model.features(net.to_input(people.crops.pixels[images].to(trainer.device))).cpu()[which]
+            return model.features(net.to_input(crops.pixels[images].to(trainer.device))).cpu()[which]
 
     with mock.patch("train_twins.backbone_features", features):
         trainer.build_model()
@@ -121,10 +122,10 @@ def ours(facts, args, folder, people, frozen, triplets, precision, flags):
     with torch.no_grad():
         place = torch.from_numpy(place.reshape(-1, 3)).to(trainer.device)
         distances = trainer.criterion.distances(trainer.embed(trainer.train_rows[images]), place)
-    facts |= {"precision": trainer.precision, "loss": trainer.criterion.loss(*distances).item()}
-    facts["steps"] = len(trainer.epoch_steps(1))
+    facts |= {"precision": trainer.precision, "loss": trainer.criterion.loss(*distances)}
     for epoch in range(1, 10**9):
         steps = trainer.epoch_steps(epoch)
+        facts["steps"] = len(steps)
         for chosen in (steps[i] for i in range(len(steps))):
             trainer.step(chosen)
             yield chosen
@@ -178,47 +179,40 @@ def print_table(rows):
 
 def compare_steps(args, folder, modes, variants):
     """A table per mode of {name: (flags or None for naive, precision)}; the ratios are to the first."""
-    device, people = net.pick_device(args.device), make_people(*SHAPES[args.shape], folder)
-    pixels = people.crops.pixels
+    device, crops = net.pick_device(args.device), make_crops(*SHAPES[args.shape], folder)
     torch.manual_seed(0)
     model = net.build_model(args.arch)  # random weights need statistics, or all images fall together
-    net.set_batchnorm_statistics(model, pixels[:: max(1, len(pixels) // 32)], torch.device("cpu"))
+    net.set_batchnorm_statistics(model, crops.pixels[:: max(1, len(crops.row) // 32)], torch.device("cpu"))
     net.save_checkpoint(f"{folder}/start.pth", model)
-    with FlopCounterMode(display=False) as whole, torch.no_grad():
-        features = model.features(net.to_input(pixels[:1]))
-        with FlopCounterMode(display=False) as head:
-            model.head(features)
-    whole, head = whole.get_total_flops() / 1e12, head.get_total_flops() / 1e12
-    print(f"{args.arch} on {device}: {whole * 1e3:.2f} GFLOP forward; PyTorch {torch.__version__}")
-    data_set = make_trainer(args, folder, people, "--pretrained none --validation_split 0").train_set
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(net.to_input(crops.pixels[:1]))
+    whole, head = counter.get_total_flops() / 1e12, 2 * model.output_layer[3].weight.numel() / 1e12
+    data_set = make_trainer(args, folder, crops, "--pretrained none --validation_split 0").train_set
     count, paths = len(data_set), data_set.images.paths
-    print(
-        f"{len(people.pairs)} pairs, {len(paths):,} images, {count:,} of {data_set.n_possible:,} triplets", flush=True
-    )
+    print(f"{args.arch} on {device}, {1e3 * whole:.2f} GFLOP forward; {len(paths):,} images, {count:,} triplets")
     order = data_set.triplets(np.random.default_rng(0).integers(count, size=BATCH * (1 + TURNS) * args.steps))
     for mode in modes:
-        frozen, facts, made, rows, base = mode == "frozen", {name: {} for name in variants}, {}, [], None
+        frozen, facts, made, rows, base = mode == "frozen", {}, {}, [], None
         for name, (flags, precision) in variants.items():
-            shared = (facts[name], args, folder, people, frozen, order)
+            facts[name] = {"precision": "fp32", "steps": math.ceil(count / BATCH)}
+            shared = (facts[name], args, folder, crops, frozen, order)
             made[name] = naive(*shared, paths) if flags is None else ours(*shared, precision, flags)
         for name, (seconds, triplets, images, each, host, mib) in take_turns(made, args.steps, device).items():
-            by_hand = variants[name][0] is None
-            rate = ((whole + 2 * head if by_hand else 3 * head) if frozen else 3 * whole) / each
-            epoch = seconds * (math.ceil(count / BATCH) if by_hand else facts[name]["steps"])
+            rate = (3 * whole if not frozen else whole + 2 * head if name == "naive" else 3 * head) / each
             row = {mode: name, "precision": facts[name]["precision"], "ms/step": 1e3 * seconds}
             row |= {"triplets": triplets, "images": images, "images/s": 1 / each, "host %": 100 * host, "TFLOP/s": rate}
-            row |= {"MFU %": 100 * rate / args.peak if args.peak else "-", "MiB": mib, "s/epoch": epoch}
-            figures = {"per image": each, "per triplet": seconds / triplets, "per epoch": epoch}
+            row |= {"MFU %": 100 * rate / args.peak if args.peak else "-", "MiB": mib}
+            figures = {"image": each, "triplet": seconds / triplets, "epoch": seconds * facts[name]["steps"]}
             base = base or figures
-            row |= {f"{key}, x": base[key] / value for key, value in figures.items()}
-            rows.append({**row, "loss": f"{facts[name]['loss']:.6f}"})
+            row |= {"s/epoch": figures["epoch"], **{f"{key}, x": base[key] / figures[key] for key in figures}}
+            rows.append(row | {"loss": f"{float(facts[name]['loss']):.6f}"})
         print_table(rows)
 
 
 def measure_cost(args, folder, n_pairs):
     """A row of the table of costs."""
-    cpu, people = torch.device("cpu"), make_people(n_pairs, n_pairs * 5953 // 160, folder, pixels=False)
-    row = {"pairs": n_pairs, "images": len(people.crops.row)}
+    cpu, crops = torch.device("cpu"), make_crops(n_pairs, n_pairs * 5953 // 160, folder, pixels=False)
+    row = {"pairs": n_pairs, "images": len(crops.row)}
 
     def measure(name, work):
         before, began = memory(cpu), time.perf_counter()
@@ -227,13 +221,12 @@ def measure_cost(args, folder, n_pairs):
         row[f"{name}, MiB"] = memory(cpu, "peak") - before
         return result
 
-    trainer = measure("data set", lambda: make_trainer(args, folder, people, "--pretrained none"))
-    row["triplets"] = len(trainer.train_set)
+    trainer = measure("data set", lambda: make_trainer(args, folder, crops, "--pretrained none"))
+    row |= {"triplets": len(trainer.train_set), "validation images": len(trainer.val_set.images.paths)}
     measure("touched images", trainer.train_set.count_touched_images)
     measure("first grouped step", lambda: trainer.epoch_steps(1)[0])
     measure("first shuffled step", lambda: ShuffledSteps(trainer.train_set, 1, BATCH)[0])
-    row["validation images"] = n = len(trainer.val_set.images.paths)
-    embeddings = F.normalize(torch.randn(n, 512))
+    embeddings = F.normalize(torch.randn(row["validation images"], 512))
     measure("loss", lambda: train_twins.mean_statistics(trainer.criterion, trainer.val_set, embeddings))
     measure("figures", lambda: trainer.evaluator.figures(trainer.evaluator.score(embeddings)))
     return row
@@ -253,9 +246,9 @@ def main(argv=None):
     add("--peak", type=float, help="TFLOP/s of the device, for MFU; dense bf16: H100 SXM 989, A100 312, L4 121")
     args = parser.parse_args(argv)
     args.steps = args.steps or (30 if net.pick_device(args.device).type == "cuda" else 3)
-    variants = {name: (flags, (args.precision or ["auto"])[0]) for name, flags in OURS.items()}
     with tempfile.TemporaryDirectory() as folder:
         if args.part == "steps":
+            variants = {name: (flags, (args.precision or ["auto"])[0]) for name, flags in OURS.items()}
             compare_steps(args, folder, args.mode, {"naive": (None, "fp32"), **variants})
         elif args.part == "precision":
             compare_steps(args, folder, ["full"], {name: ("", name) for name in args.precision or ("fp32", "bf16")})

@@ -133,7 +133,9 @@ class Experiment:
 
 def without_timing(log):
     """What of a training log is up to settings and data alone: not the clock, names, places, number of processes."""
-    config = {k: v for k, v in log["config"].items() if k not in ("run_name", "output_dir", "log_dir", "resume")}
+    config = {
+        k: v for k, v in log["config"].items() if k not in ("run_name", "output_dir", "log_dir", "resume", "overwrite")
+    }
     config.pop("processes")
     epochs = [{k: v for k, v in entry.items() if k != "timing"} for entry in log["epochs"]]
     rest = {key: log.get(key) for key in ("best_epoch", "stopped", "against_start")}

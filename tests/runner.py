@@ -3,8 +3,8 @@
     codes = finish(launch(folder, [["--train_pairs", ...], ...], world=2))    # two processes, one run after another
     torchrun --nproc_per_node=2 tests/runner.py '[["--train_pairs", ...], ...]'
 
-The environment says what else: SAVE_MINUTES replaces the script's; PAUSE=SECONDS slows each step down; RECORD=FOLDER
-trains with SGD and keeps there, as <rank>.pt, the gradients of all steps and the photographs that this process aligned.
+The environment says what else: SAVE_MINUTES, in place of the script's; PAUSE=SECONDS before each step; RECORD=FOLDER
+trains with SGD and keeps there, as <rank>.pt, the gradients of all steps and the photographs aligned by this process.
 """
 
 import contextlib

@@ -442,7 +442,7 @@ def test_table_marks_the_best_says_what_got_worse_and_what_validation_chose_of_t
 WRONG = {
     "no photographs listed": ("--checkpoints a.pth", "--id_to_images id_to_images.json: "),
     "no crops listed": ("--skip_alignment --checkpoints a.pth", "--aligned_json id_to_test_aligned_images.json: "),
-    "no checkpoint in the folder": ("{test} --checkpoints empty", "empty: no .pth or .ckpt file in this folder"),
+    "no checkpoint in the folder": ("{test} --checkpoints empty", "empty: no file ending in .pth"),
     "no pairs": ("{test} --checkpoints a.pth --test_pairs none.json", "--test_pairs none.json: expected"),
     "no genuine pair": ("{test} --checkpoints a.pth --aligned_json one.json", "no person has two images"),
     "leak": ("{test} --checkpoints leak.pth", "trained or validated on 2 of the 4 test people: test0a, test1b;"),

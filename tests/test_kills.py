@@ -98,7 +98,10 @@ def test_resuming_with_fewer_epochs_than_are_done_finishes_the_run(run, interrup
     assert "run is finished" in capsys.readouterr().out
 
 
-def test_a_run_that_ended_before_its_first_state_begins_again(experiment, run, monkeypatch):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_that_ended_before_its_first_state_begins_again(experiment, run, interrupt, monkeypatch, replaced):
+    if replaced:  # a run of other settings, whose state is not taken for this one's
+        interrupt(f"{SHUFFLED} --seed 1", 2, "parts")
     step, seen = TwinTrainer.step, []
 
     def broken(self, triplets):
@@ -109,7 +112,7 @@ def test_a_run_that_ended_before_its_first_state_begins_again(experiment, run, m
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
         patch.setattr(TwinTrainer, "step", broken)
-        run("", "parts")
+        run("--overwrite", "parts")
     assert len(experiment.log("parts")["epochs"]) == 2
     assert run("--resume", "parts")[0] == run("", "whole")[0] == 0
     assert_same_result(experiment, "parts", "whole")
