@@ -196,21 +196,15 @@ def compare(estimate, baseline=None):
     for name, value in estimate.figures.items():
         known = value is not None and estimate.samples is not None
         entry = result[name] = {"value": value, "interval": interval(estimate.samples[name]) if known else None}
-        if baseline is None:
-            continue
-        start = baseline.figures[name]
-        both = value is not None and start is not None
-        entry["difference"] = value - start if both else None
-        change = interval(estimate.samples[name] - baseline.samples[name]) if both and known else None
-        entry["difference_interval"] = change
-        if "threshold" in name:
-            entry["verdict"] = None
-        elif change is None:
-            entry["verdict"] = "too few families to say" if both else "not measured"
-        elif change[0] <= 0 <= change[1]:
-            entry["verdict"] = "not distinguishable"
-        else:
-            entry["verdict"] = "better" if (change[0] > 0) != name.startswith(LOWER_IS_BETTER) else "worse"
+        if baseline is not None:
+            both = value is not None and baseline.figures[name] is not None
+            change = interval(estimate.samples[name] - baseline.samples[name]) if both and known else None
+            verdict = "too few families to say" if both else "not measured"
+            if change:
+                better = "worse" if (change[0] > 0) == name.startswith(LOWER_IS_BETTER) else "better"
+                verdict = "not distinguishable" if change[0] <= 0 <= change[1] else better
+            entry["difference"], entry["difference_interval"] = value - baseline.figures[name] if both else None, change
+            entry["verdict"] = None if "threshold" in name else verdict
     return result
 
 
@@ -219,13 +213,9 @@ def describe(comparison):
     words = []
     for name, people in (("auc", "twins"), ("general_auc", "everyone else")):
         entry = comparison[name]
-        text = f"{entry['verdict']} on {people}"
-        if entry["difference"] is not None:
-            text += f" (AUC {entry['difference']:+.4f}"
-            if entry["difference_interval"]:
-                text += " [{:+.4f}, {:+.4f}]".format(*entry["difference_interval"])
-            text += ")"
-        words.append(text)
+        bounds = " [{:+.4f}, {:+.4f}]".format(*entry["difference_interval"]) if entry["difference_interval"] else ""
+        change = "" if entry["difference"] is None else f" (AUC {entry['difference']:+.4f}{bounds})"
+        words.append(f"{entry['verdict']} on {people}{change}")
     return ", ".join(words)
 
 
@@ -244,9 +234,8 @@ def chosen_by_validation(results):
     """The name of the result with the highest validation AUC; None unless two or more share validation people."""
     known = [r for r in results if r.facts.get("metrics", {}).get("val_auc") is not None]
     groups = {tuple(sorted(r.facts["config"].get("val_ids", []))) for r in known}
-    if len(known) < 2 or len(groups) != 1:
-        return None
-    return max(known, key=lambda r: r.facts["metrics"]["val_auc"]).name
+    several = len(known) > 1 and len(groups) == 1
+    return max(known, key=lambda r: r.facts["metrics"]["val_auc"]).name if several else None
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -267,8 +256,7 @@ def write_result(folder, evaluator, result, crops, home, flip):
     image = [(os.path.relpath(path, home), images.ids[i]) for path, i in zip(images.paths, images.person, strict=True)]
     for kind in ("genuine", "twin"):
         for (a, b), score in zip(evaluator.rows[kind].tolist(), result.scores[kind].tolist(), strict=True):
-            (path_1, id_1), (path_2, id_2) = image[a], image[b]
-            row = {"path_1": path_1, "path_2": path_2, "id_1": id_1, "id_2": id_2, "kind": kind}
+            row = {"path_1": image[a][0], "path_2": image[b][0], "id_1": image[a][1], "id_2": image[b][1], "kind": kind}
             table.append({**row, "score": score, "accepted_at_eer": int(score >= threshold)})
     write_csv(folder / "pair_scores.csv", table)
     for kind in ("roc", "det"):
@@ -290,10 +278,9 @@ def write_comparison(folder, results):
         checkpoints.append({**entry, "validation": result.facts.get("metrics", {}), "figures": figures})
         for name, figure in figures.items():
             row = {"name": result.name, "checkpoint": result.checkpoint, "figure": name}
-            for key in ("value", "difference"):
-                row[key] = figure.get(key)
-                bounds = figure.get("interval" if key == "value" else "difference_interval")
-                row[f"{key}_low"], row[f"{key}_high"] = bounds or (None, None)
+            for key, bounds in (("value", "interval"), ("difference", "difference_interval")):
+                low, high = figure.get(bounds) or (None, None)
+                row |= {key: figure.get(key), f"{key}_low": low, f"{key}_high": high}
             table.append({**row, "verdict": figure.get("verdict"), "overlap": len(result.overlap)})
     content = {"baseline": results[0].name, "chosen_by_validation": chosen_by_validation(results)}
     content["checkpoints"] = checkpoints
@@ -360,10 +347,8 @@ def plot_rates(axes, results, kind):
     chance = np.geomspace(lowest, 100, 200)
     axes.plot(chance, chance if kind == "roc" else 100 - chance, ":", color="grey", linewidth=1, label="chance")
     axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%); dot: EER")
-    if kind == "roc":
-        axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)", title="ROC")
-    else:
-        axes.set(yscale="log", ylim=(bottom, 100), ylabel="false non-match rate (%)", title="DET")
+    limits, ylabel = ((0, 100), "true accept rate, 1 - FNMR (%)") if kind == "roc" else ((bottom, 100), "FNMR (%)")
+    axes.set(ylim=limits, yscale="linear" if kind == "roc" else "log", ylabel=ylabel, title=kind.upper())
     for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
@@ -539,47 +524,40 @@ def evaluate(args):
     flag = "--aligned_json" if args.skip_alignment else "--id_to_images"
     listed = read_flag(flag, read_id_to_images, getattr(args, flag[2:]))
     pairs, notes = read_flag("--test_pairs", read_pairs, args.test_pairs, listed)
-    tested = {name for pair in pairs for name in pair}
-    facts, backbones = {}, {}
-    for checkpoint in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
-        model = load_checkpoint(checkpoint, channels=args.channels)
-        facts[checkpoint] = model.facts
-        backbones.setdefault(backbone_sha256(model), []).append(checkpoint)
-        overlap = find_overlap(model.facts, tested)
+    tested, facts, backbones = {name for pair in pairs for name in pair}, {}, {}
+    for path in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
+        model = load_checkpoint(path, channels=args.channels)
+        facts[path] = model.facts
+        backbones.setdefault(backbone_sha256(model), []).append(path)
+        overlap, trained = find_overlap(model.facts, tested), model.facts.get("config", {}).get("aligned_folder")
         if overlap and not args.allow_overlap:
-            raise InputError(
-                f"{checkpoint}: was trained or validated on {len(overlap)} of the {len(tested)} test people: "
-                f"{', '.join(overlap)}; test on others, or say --allow_overlap"
-            )
-        trained = model.facts.get("config", {}).get("aligned_folder")
+            who = f"{len(overlap)} of the {len(tested)} test people: {', '.join(overlap)}"
+            raise InputError(f"{path}: was trained or validated on {who}; test on others, or say --allow_overlap")
         if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
-            raise InputError(f"--aligned_folder {trained}: {checkpoint} was trained from there; name another")
+            raise InputError(f"--aligned_folder {trained}: {path} was trained from there; name another")
     people = People(listed if args.skip_alignment else align_files(args, args.test_pairs), pairs)
-    for checkpoint in facts:
-        seen = len({*facts[checkpoint].get("crop_sha256", [])} & {*people.crops.sha256})
+    for path in facts:
+        seen = len({*facts[path].get("crop_sha256", [])} & {*people.crops.sha256})
         if seen and not args.allow_overlap:
-            raise InputError(f"{checkpoint}: {seen} test images are among those it was trained on; see --allow_overlap")
-    images = TwinImages(people.id_to_images, people.pairs)
+            raise InputError(f"{path}: {seen} test images are among those it was trained on; see --allow_overlap")
+    images = TwinImages(people.id_to_images, pairs)
     evaluator = TwinEvaluator(images, args.seed)
     if (images.count == 0).any():
         notes.append(f"{(images.count == 0).sum()} people have no crop; their pairs are not tested")
-    for warning in notes + people.warnings:
-        print(f"warning: {warning}")
-    pixels = people.crops.pixels[people.rows(images.paths)]
+    for note in notes + people.warnings:
+        print(f"warning: {note}")
+    pixels, home = people.crops.pixels[people.rows(images.paths)], os.path.dirname(os.path.abspath(args.aligned_json))
     output, names, results = Path(args.output_dir), file_names(facts), {}
     for group in backbones.values():
-        models = [load_checkpoint(checkpoint, channels=args.channels) for checkpoint in group]
+        models = [load_checkpoint(path, channels=args.channels) for path in group]
         embeddings = embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
-        for checkpoint, embedding in zip(group, embeddings, strict=True):
-            name, scores = names[checkpoint], evaluator.score(embedding)
-            estimate = evaluator.estimate(scores, f"resampling {name}")
-            overlap = find_overlap(facts[checkpoint], images.ids)
-            results[checkpoint] = Result(name, checkpoint, facts[checkpoint], scores, estimate, overlap)
-            home = os.path.dirname(os.path.abspath(args.aligned_json))
-            write_result(output / name, evaluator, results[checkpoint], pixels, home, args.flip)
-    results = [results[checkpoint] for checkpoint in facts]
+        for path, embedding in zip(group, embeddings, strict=True):
+            scores, overlap = evaluator.score(embedding), find_overlap(facts[path], images.ids)
+            estimate = evaluator.estimate(scores, f"resampling {names[path]}")
+            results[path] = Result(names[path], path, facts[path], scores, estimate, overlap)
+            write_result(output / names[path], evaluator, results[path], pixels, home, args.flip)
+    results, counts = [results[path] for path in facts], evaluator.counts
     content = write_comparison(output, results)
-    counts = evaluator.counts
     print(f"{counts['images']} images of {len(images.ids)} people in {counts['families']} families, on {device}:")
     print(f"{counts['genuine']} genuine, {counts['twin']} twin impostor, {counts['general']} general impostor pairs")
     print(comparison_table(results, content))

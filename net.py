@@ -13,6 +13,7 @@ both ways unchanged.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -192,13 +193,11 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
     with torch.inference_mode():
         for i in progress(starts, description, "batch") if description else starts:
             x = to_input(crops[i : i + batch_size].to(device, non_blocking=True))
-            features, mirrored = models[0].features(x), models[0].features(x.flip(3)) if flip else None
+            views = [models[0].features(view) for view in ([x, x.flip(3)] if flip else [x])]
             for model, result in zip(models, embeddings, strict=True):
-                embedding, norm = model.head(features)
-                if flip:
-                    other, other_norm = model.head(mirrored)
-                    embedding = nn.functional.normalize(embedding * norm + other * other_norm)
-                result[i : i + batch_size] = embedding
+                found = [model.head(view) for view in views]
+                fused = nn.functional.normalize(sum(embedding * norm for embedding, norm in found))
+                result[i : i + batch_size] = fused if flip else found[0][0]
     for model, result in zip(models, embeddings, strict=True):
         check_alive(result, f"this {model.arch}")
     return list(embeddings.clone())  # no inference tensors, which training could not use
@@ -218,16 +217,15 @@ def backbone_sha256(model):
     return digest.hexdigest()
 
 
-def check_alive(embeddings, what):
+def check_alive(embeddings, what, way_out="take another checkpoint"):
     """Raise InputError if embeddings (N, 512) are of a dead network: one not of unit length, or all the same.
 
     A norm that is zero or not finite leaves a zero or NaN where the unit vector should be.
     """
-    lengths = torch.linalg.vector_norm(embeddings, dim=1)
-    if not bool(((lengths - 1).abs() < 1e-3).all()):
-        raise InputError(f"{what} is dead: the norm of an embedding is zero or not finite; take another checkpoint")
+    if not bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < 1e-3).all()):
+        raise InputError(f"{what} is dead: the norm of an embedding is zero or not finite; {way_out}")
     if len(embeddings) > 1 and float(embeddings.mean(0).square().sum()) > 1 - 1e-6:
-        raise InputError(f"{what} is dead: all embeddings have fallen together; take another checkpoint")
+        raise InputError(f"{what} is dead: all embeddings have fallen together; {way_out}")
 
 
 def set_batchnorm_statistics(model, crops, device, batch_size=32):
@@ -235,6 +233,7 @@ def set_batchnorm_statistics(model, crops, device, batch_size=32):
 
     Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2.
     """
+    model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # a cumulative mean
@@ -266,8 +265,10 @@ def save_checkpoint(path, model, **facts):
     """
     state = {f"model.{key}": value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"state_dict": state, "arch": model.arch, "epoch": None, "config": {}, "metrics": {}, **facts}
+    data = io.BytesIO()  # PyTorch's own writing hides what the system says of a full disk
+    torch.save(content, data)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(data.getbuffer())
 
 
 def load_checkpoint(path, arch=None, channels=None):
@@ -308,11 +309,10 @@ def load_checkpoint(path, arch=None, channels=None):
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        units = {re.sub(r"^body\.\d+", "", key) for key in state if key.startswith("body.")}
-        known = {re.sub(r"^body\.\d+", "", key) for key in model.state_dict()}
-        if ".res_layer.5.weight" not in units or units - known:
-            raise InputError(f"{path}: its blocks are of another kind, not AdaFace's ({reason} ...)") from None
-        raise InputError(f"{path}: not a whole {found} network ({reason} ...); take the file as it was saved") from None
+        kind = (
+            f"not a whole {found} network" if "body.1.res_layer.5.weight" in state else "blocks not of AdaFace's kind"
+        )
+        raise InputError(f"{path}: {kind} ({reason} ...); take a whole checkpoint of AdaFace") from None
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all() or (key.endswith("running_var") and (value < 0).any()):
             raise InputError(f"{path}: {key} holds NaN, infinite or impossible weights; take an earlier checkpoint")
@@ -336,8 +336,6 @@ def read_checkpoint(path):
     for beginning, kind in OTHER_FILES.items():
         if head.lstrip().startswith(beginning):
             raise InputError(f"{path}: {kind}")
-    if head[8:9] == b"{":
-        return read_safetensors(path)
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         raise InputError(
             f"{path}: a TorchScript archive: torch.save(torch.jit.load(FILE).state_dict(), NEW) and take that"
@@ -350,7 +348,8 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong is said in one line
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            safe = head[8:9] == b"{"  # a JSON header, after its length
+            content = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or damaged file can fail in any way
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a readable checkpoint, download or copy it again ({reason})") from error
@@ -361,24 +360,16 @@ def read_checkpoint(path):
 
 def read_safetensors(path):
     """{key: tensor} of a safetensors file: 8 bytes with the length of a JSON header, the header, the tensors."""
-    data = bytearray(Path(path).read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    kinds = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-    }
-    try:
-        tensors = {}
-        for key, entry in json.loads(data[8 : 8 + size]).items():
-            if key != "__metadata__":
-                begin, end = (8 + size + offset for offset in entry["data_offsets"])
-                tensors[key] = torch.frombuffer(data[begin:end], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
-        return tensors
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: a damaged safetensors file ({error!r}); download or copy it again") from error
+    data, tensors = bytearray(Path(path).read_bytes()), {}
+    start = 8 + int.from_bytes(data[:8], "little")
+    for key, entry in json.loads(data[8:start]).items():
+        if key != "__metadata__":
+            kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}[
+                entry["dtype"]
+            ]
+            begin, end = entry["data_offsets"]
+            tensors[key] = torch.frombuffer(data[start + begin : start + end], dtype=kind).reshape(entry["shape"])
+    return tensors
 
 
 def _stand_in(name):
@@ -417,8 +408,10 @@ def replacing(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -437,9 +430,14 @@ def pick_device(name="auto"):
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        reason = unserved(0) if available else "an Apple GPU" if torch.backends.mps.is_available() else None
+        reason = "an Apple GPU" if torch.backends.mps.is_available() and not available else None
+        if available:
+            version = 10 * torch.cuda.get_device_capability(0)[0] + torch.cuda.get_device_capability(0)[1]
+            kinds = [(arch.rstrip("af").split("_")) for arch in torch.cuda.get_arch_list()]  # PTX serves later GPUs too
+            served = [version // 10 == int(n) // 10 or kind == "compute" for kind, n in kinds if int(n) <= version]
+            reason = None if any(served) else f"{torch.cuda.get_device_name(0)}, for which this PyTorch has no code"
         if reason:
-            print(f"warning: not using {reason}: this runs on CUDA or the CPU")
+            print(f"warning: not using {reason}, but the CPU")
         name = "cuda" if available and not reason else "cpu"
     if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(available))) or (name == "cuda" and not available):
         raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N; PyTorch sees {available} CUDA devices")
@@ -448,19 +446,6 @@ def pick_device(name="auto"):
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
-
-
-def unserved(index):
-    """The name of a CUDA device for which this PyTorch has no code, and what it has; None if it serves it."""
-    major, minor = torch.cuda.get_device_capability(index)
-    served = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
-    for kind, *version in (match.groups() for match in served if match):
-        at = [int(part) for part in version]
-        if at <= [major, minor] and (kind == "compute" or at[0] == major):  # PTX serves all later, binaries one major
-            return None
-    return (
-        f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}; PyTorch has {', '.join(torch.cuda.get_arch_list())})"
-    )
 
 
 class Processes:
@@ -477,6 +462,7 @@ class Processes:
         if self.world > 1 and not dist.is_initialized():
             # Alignment may keep one process hours behind another. NCCL cannot serve two processes on one GPU.
             dist.init_process_group("cpu:gloo,cuda:nccl" if several else "gloo", timeout=timedelta(days=2))
+            self.collect(None)  # all are there before one can fail
 
     def share(self, n):
         """The part of range(n) of this process, as a slice."""

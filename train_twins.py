@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import math
 import platform
-import re
 import signal
 import time
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ import torch
 import torchvision
 
 import net
-from align import Parser, add_alignment_arguments, align_files, between, read_flag, run_script
+from align import Parser, add_alignment_arguments, align_files, between, file_name, read_flag, run_script
 from evaluate_twins import TwinEvaluator, colour, compare, describe, plot_figure, plot_line
 from net import InputError, Processes, progress, to_input
 from triplet_dataset import (
@@ -60,13 +59,6 @@ def boolean(text):
     if word in ("false", "f", "no", "n", "off", "0"):
         return False
     raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-
-
-def file_name(text):
-    """An argparse type: a plain name for files and folders."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
-        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-' alone, not {text!r}")
-    return text
 
 
 def parse_args(argv=None):
@@ -104,9 +96,7 @@ def parse_args(argv=None):
     text = "what the best epoch is best by on the validation twins"
     add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help=text)
     add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
-    text = (
-        "of training steps (auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on a CPU); figures are fp32"
-    )
+    text = "of training steps; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 on a CPU; figures are fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
     add("--seed", type=seed, default=42, help="of the sampled triplets, their order and random weights")
     add("--split_seed", type=seed, default=42, help="of who is validated on")
@@ -137,12 +127,14 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.mode = args, "frozen" if args.freeze_backbone else "full"
+        self.args, self.mode, self.state = args, "frozen" if args.freeze_backbone else "full", None
         self.name = args.run_name or f"{self.mode}_{args.train_percentage}pct_margin{args.margin:g}"
-        self.folder = Path(args.log_dir) / self.name
+        self.prefix, self.folder = (
+            f"twin_tuned_{args.arch.replace('_', '')}_{self.name}_epoch",
+            Path(args.log_dir, self.name),
+        )
         self.last, log_file = self.folder / "last.pth", self.folder / "training_log.json"
         self.log = {"config": {}, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
-        self.prefix, self.state = f"twin_tuned_{args.arch.replace('_', '')}_{self.name}_epoch", None
         if args.resume and self.last.is_file():
             self.state = net.read_checkpoint(self.last)
             self.log = self.state.pop("log")
@@ -150,17 +142,13 @@ class Run:
             log = read_json(log_file, "a training log")
             self.log = log if log["stopped"] else self.log  # else it was killed before its first state: begin again
         elif not args.overwrite and (log_file.is_file() or self.checkpoints()):
-            raise InputError(
-                f"{self.folder}: a run of this name is there; --resume goes on with it, --overwrite replaces it, "
-                "--run_name NAME starts another"
-            )
+            ways = "--resume goes on with it, --overwrite replaces it, --run_name NAME starts another"
+            raise InputError(f"{self.folder}: a run of this name is there; {ways}")
         self.finished = self.log["stopped"] is not None and self.state is None
         self.check_same(vars(args))
         if args.pretrained != "none" and not Path(args.pretrained).is_file():
-            raise InputError(
-                f"{args.pretrained}: no such file; download AdaFace's weights (README, 'Weights') or give "
-                "--pretrained FILE, or --pretrained none to start from random weights"
-            )
+            ways = "download AdaFace's weights (README, 'Weights'), or say --pretrained none for random ones"
+            raise InputError(f"--pretrained {args.pretrained}: no such file; {ways}")
 
     def check_same(self, settings):
         """Refuse to go on with other settings or data than the run began with."""
@@ -168,10 +156,8 @@ class Run:
         keys = [key for key in RECIPE if key in settings and key in before and before[key] != settings[key]]
         if keys:
             differing = "; ".join(f"{key} was {str(before[key])[:60]}, is {str(settings[key])[:60]}" for key in keys)
-            raise InputError(
-                f"{self.folder}: cannot resume with other settings or data: {differing}; "
-                "use the first ones, or --run_name for another run"
-            )
+            ways = "use the first ones, or --run_name for another run"
+            raise InputError(f"{self.folder}: cannot resume with other settings or data: {differing}; {ways}")
 
     def start(self, config):
         """Take over the settings and write config.json."""
@@ -191,10 +177,8 @@ class Run:
         best = epoch if entry[key] is None else 1 + values.index((max if key == "val_auc" else min)(values))
         self.log["best_epoch"] = best
         self.log["best_checkpoint"] = str(Path(self.args.output_dir) / f"{self.prefix}{best}.pth")
-        if epoch >= self.args.epochs:
-            self.log["stopped"] = "epochs"
-        elif epoch - best >= self.args.patience:
-            self.log["stopped"] = "patience"
+        impatient = "patience" if epoch - best >= self.args.patience else None
+        self.log["stopped"] = "epochs" if epoch >= self.args.epochs else impatient
         return best == epoch
 
     def checkpoints(self):
@@ -256,10 +240,8 @@ def make_optimizer(model, learning_rate, weight_decay):
     Those are the one-dimensional parameters: pulling a scale or an offset toward zero is no regulariser.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    flat, others = [p for p in trained if p.ndim <= 1], [p for p in trained if p.ndim > 1]
+    groups = [{"params": others, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
@@ -335,14 +317,15 @@ class TwinTrainer:
             return run.log
         self.load_data()
         self.build_model()
-        for epoch in range(len(run.log["epochs"]), self.args.epochs + 1):
+        if len(run.log["epochs"]) > self.args.epochs:  # resumed with fewer than are done
+            run.log["stopped"] = "epochs"
+        while not run.log["stopped"]:
+            epoch = len(run.log["epochs"])
             with postponed_interrupt() as self.interrupts:
                 self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
-                if self.processes.any(self.interrupts):  # also after the last step that could be interrupted
+                if self.processes.any(self.interrupts) and not run.log["stopped"]:  # in the last step or the validation
                     self.save(epoch + 1)
                     raise KeyboardInterrupt
-            if run.log["stopped"]:
-                break
         if self.first:
             with postponed_interrupt():  # seconds from the end
                 self.conclude()
@@ -360,7 +343,8 @@ class TwinTrainer:
         self.val_set = TwinTripletDataset(people.id_to_images, val) if val else None
         self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
         self.train_rows, self.n_skipped = people.rows(self.train_set.images.paths), usable.n_skipped
-        args.epochs = args.epochs or math.ceil(STEPS[self.run.mode] / max(1, len(self.epoch_steps(1))))
+        steps = max(1, len(self.epoch_steps(1)))
+        args.epochs = args.epochs or math.ceil(STEPS[self.run.mode] / steps)
         # A network that has died must not be saved: without validation, a few training images are looked at.
         self.val_rows = people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
         for warning in notes + people.warnings:
@@ -403,25 +387,19 @@ class TwinTrainer:
 
     def describe_run(self):
         """The content of config.json; its first figures are also told."""
-        train, val, images = self.train_set, self.val_set, self.train_set.count_touched_images()
-        pairs, device = (len(train.pairs), len(val.pairs) if val else 0), self.device
-        self.say(
-            f"{self.run.name}: {pairs[0]} training and {pairs[1]} validation pairs, {len(train)} of {train.n_possible} "
-            f"triplets with {images} images; {self.model.arch} on {device}, {self.precision}"
-        )
+        train, val, device, cuda = self.train_set, self.val_set, self.device, self.device.type == "cuda"
+        n_train, n_val, images = len(train.pairs), len(val.pairs) if val else 0, train.count_touched_images()
+        text = f"{n_train} training and {n_val} validation pairs, {len(train)} of {train.n_possible} triplets"
+        self.say(f"{self.run.name}: {text} with {images} images; {self.model.arch} on {device}, {self.precision}")
         config = {**vars(self.args), "run_name": self.run.name, "used_precision": self.precision}
-        config |= {"n_train_pairs": pairs[0], "n_val_pairs": pairs[1], "n_skipped_pairs": self.n_skipped}
+        config |= {"n_train_pairs": n_train, "n_val_pairs": n_val, "n_skipped_pairs": self.n_skipped}
         config |= {"n_train_triplets": len(train), "n_val_triplets": len(val) if val else 0}
         config |= {"n_train_images": len(train.images.paths), "n_touched_images": images}
         config |= {"train_ids": train.images.ids, "val_ids": val.images.ids if val else []}
-        config |= {
-            "crops_sha256": hashlib.sha256(repr(self.people.crops.sha256).encode()).hexdigest(),
-            "used_device": str(device),
-            "processes": self.processes.world,
-        }
-        cuda = device.type == "cuda"
-        config["device_name"] = torch.cuda.get_device_name(device) if cuda else platform.processor()
         config["trainable_parameters"] = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        config["crops_sha256"] = hashlib.sha256(repr(self.people.crops.sha256).encode()).hexdigest()
+        config |= {"used_device": str(device), "processes": self.processes.world}
+        config["device_name"] = torch.cuda.get_device_name(device) if cuda else platform.processor()
         config["versions"] = {m.__name__: str(m.__version__) for m in (torch, torchvision, np, cv2, PIL)}
         return config
 
@@ -466,11 +444,11 @@ class TwinTrainer:
             if epoch == 1 and i + 1 == min(5, len(steps)):
                 seconds = (time.perf_counter() - self.began) / (i + 1)
                 whole = seconds * len(steps) * args.epochs
-                hint = "; --freeze_backbone takes minutes" if whole > 7200 and not args.freeze_backbone else ""
-                self.say(
-                    f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {args.epochs} epochs: about "
-                    f"{whole / 60:.0f} minutes and the validation{hint}"
+                text = (
+                    f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {args.epochs} epochs: {whole / 60:.0f} min"
                 )
+                hint = "; --freeze_backbone takes minutes" if whole > 7200 and not args.freeze_backbone else ""
+                self.say(f"{text}, and the validation{hint}")
             stop = self.processes.any(self.interrupts) and not last
             save = stop or (self.processes.any(self.save_is_due()) and not last)
             if (i + 1) % CHECK_EVERY == 0 or last or save:
@@ -479,8 +457,8 @@ class TwinTrainer:
                 self.save(epoch, i + 1, sums.tolist())
             if stop:
                 raise KeyboardInterrupt
-        means = (sums / max(1, len(steps))).tolist()
-        return {**dict(zip(self.criterion.STATISTICS, means, strict=True)), "steps": len(steps)}
+        means = zip(self.criterion.STATISTICS, (sums / max(1, len(steps))).tolist(), strict=True)
+        return {**dict(means), "steps": len(steps)}
 
     def step(self, triplets):
         """One optimizer step on (T, 3) triplets, each distinct image embedded once; returns their statistics, (5,)."""
@@ -507,22 +485,19 @@ class TwinTrainer:
         """Stop the run when the loss or a weight is not finite any more: one wait for the GPU."""
         weights = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
         if not bool(torch.stack([sums.isfinite().all(), *weights]).all()):
-            self.give_up(f"{where}: the loss or the weights are not finite")
+            raise InputError(f"{self.run.name}, {where}: the loss or the weights are not finite; {self.way_out()}")
 
-    def give_up(self, reason):
-        state = f"{self.run.last} holds the last good state" if self.run.last.is_file() else "no state was saved"
-        rate = f"start again with a --learning_rate below {self.args.learning_rate:g}"
-        raise InputError(f"{self.run.name}, {reason}; {state}; {rate}")
+    def way_out(self):
+        kept = self.run.last if self.run.last.is_file() else self.run.log["best_checkpoint"]
+        state = f"{kept} holds the last good state" if kept else "no state was saved"
+        return f"{state}; start again with a --learning_rate below {self.args.learning_rate:g}"
 
     def finish_epoch(self, epoch, statistics):
         """Validate, log, and save what is the best or due."""
         run, trained = self.run, time.perf_counter()
         with torch.no_grad():
             embeddings = self.embed(self.val_rows)
-        try:
-            net.check_alive(embeddings, "the network")
-        except InputError as error:
-            self.give_up(f"epoch {epoch}: {error}")
+        net.check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", self.way_out())
         entry = {"epoch": epoch, "train_loss": statistics.pop("loss"), **statistics}
         entry |= dict.fromkeys(("val_loss", "val_eer", "val_auc", "val_general_auc"))
         if self.val_set:
@@ -539,9 +514,7 @@ class TwinTrainer:
         if best and self.first:
             metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
             facts = {"epoch": epoch, "config": run.log["config"], "metrics": metrics}
-            facts["crop_sha256"] = (
-                self.people.crops.sha256
-            )  # of all people of the pairs, to find a leak under other IDs
+            facts["crop_sha256"] = self.people.crops.sha256  # to find a leak under other IDs
             net.save_checkpoint(run.log["best_checkpoint"], self.model, **facts)
         if self.first:
             write_json(run.folder / "training_log.json", {**run.log, "stopped": None})

@@ -133,10 +133,8 @@ class Experiment:
 
 def without_timing(log):
     """What of a training log is up to settings and data alone: not the clock, names, places, number of processes."""
-    config = {
-        k: v for k, v in log["config"].items() if k not in ("run_name", "output_dir", "log_dir", "resume", "overwrite")
-    }
-    config.pop("processes")
+    other = ("run_name", "output_dir", "log_dir", "resume", "overwrite", "processes")
+    config = {key: value for key, value in log["config"].items() if key not in other}
     epochs = [{k: v for k, v in entry.items() if k != "timing"} for entry in log["epochs"]]
     rest = {key: log.get(key) for key in ("best_epoch", "stopped", "against_start")}
     return {"config": config, "epochs": epochs, **rest}
@@ -169,10 +167,10 @@ def run(experiment):
 
 @pytest.fixture
 def interrupt(run, monkeypatch):
-    """interrupt("--epochs 2", 3): a run that SIGINT meets in its third step, which ends with 130."""
+    """interrupt("--epochs 2", 3): a run that SIGINT meets in its third step, which ends with `code`."""
     import train_twins
 
-    def start(flags, after, name="run"):
+    def start(flags, after, name="run", code=130):
         factor, steps = train_twins.rate_factor, []
 
         def counted(*args):
@@ -183,7 +181,7 @@ def interrupt(run, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train_twins, "rate_factor", counted)
-            assert run(flags, name)[0] == 130
+            assert run(flags, name)[0] == code
         assert len(steps) == after
 
     return start

@@ -27,8 +27,6 @@ import net
 import train_twins
 from tests.conftest import quick_features, sgd
 
-ROOT = Path(__file__).parent.parent
-
 
 def record(kept):
     """Fill {"steps": [(run, {parameter: gradient}), ...], "aligned": [path, ...]} from now on."""
@@ -60,8 +58,8 @@ def work(commands, environment=(), output=None):
     codes = [train_twins.main(flags) for flags in commands]  # which returns, also in one of several processes
     if "RECORD" in os.environ:
         torch.save(kept, f"{os.environ['RECORD']}/{os.environ.get('RANK', 0)}.pt")
-    if torch.distributed.is_initialized() and not codes[-1]:
-        torch.distributed.barrier()
+    if output and codes[-1] == 0:
+        net.Processes("cpu").collect(None)  # wait for all
     return sys.exit(codes[-1]) if output else codes[-1]
 
 
@@ -69,7 +67,7 @@ def launch(folder, commands, world=1, **environment):
     """Start `world` processes as torchrun does; their output goes to folder/<rank>.out and .err. Returns them."""
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported all: starts in no time
     context.set_forkserver_preload(["tests.runner"])
-    with contextlib.chdir(ROOT), socket.create_server(("127.0.0.1", 0)) as server:
+    with contextlib.chdir(Path(net.__file__).parent), socket.create_server(("127.0.0.1", 0)) as server:
         multiprocessing.forkserver.ensure_running()
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
     folder.mkdir(exist_ok=True, parents=True)

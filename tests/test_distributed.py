@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import net
 from tests.conftest import Experiment, assert_equal_weights, without_timing
-from tests.runner import ROOT, finish, launch
+from tests.runner import finish, launch
 from tests.synthetic import write_photos
 
 FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [4, 3]]
@@ -162,6 +164,7 @@ def test_one_process_that_is_interrupted_stops_all_at_the_same_step(comparison):
     processes = launch(comparison.folder, [flags], 2, PAUSE="0.1")
     while comparison.log("stopped") is None and processes[0].is_alive():
         time.sleep(0.01)
+    time.sleep(0.3)  # into the first epoch, which takes a second
     processes[1].terminate()
     assert finish(processes, 30) == [130, 130]
     assert (comparison.folder / "0.err").read_text().count("interrupted; what was done is saved") == 1
@@ -171,7 +174,9 @@ def test_one_process_that_is_interrupted_stops_all_at_the_same_step(comparison):
 def test_torchrun_ends_with_all_done(comparison):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/runner.py"]
     command += [json.dumps([comparison.flags("--epochs 1", "torchrun")])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=Path(net.__file__).parent, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stopped by epochs") == 1
     assert comparison.log("torchrun")["config"]["processes"] == 2

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def assert_same_result(experiment, name, reference):
     assert without_timing(experiment.log(name)) == without_timing(experiment.log(reference))
     assert_equal_weights(experiment.weights(name), experiment.weights(reference))
     assert not (experiment.folder / "logs" / name / "last.pth").exists()
+
+
+def changed(path):
+    """When a file was written, None if it is not there."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
 
 
 def half_written(experiment):
@@ -79,16 +86,13 @@ def test_sigterm_ends_the_script_with_130_at_any_moment(experiment):
     assert err == "train_twins.py: interrupted; what was done is saved, --resume goes on\n"
 
 
-@pytest.mark.xfail(strict=True, reason="an epoch too many is trained")
 def test_an_interruption_in_the_epoch_that_patience_ends_changes_nothing(experiment, run, interrupt):
     flags = "--learning_rate 0 --epochs 6 --patience 1"
     run(flags, "whole")
-    interrupt(flags, 2, "parts")
-    run(f"{flags} --resume", "parts")
+    interrupt(flags, 2, "parts", code=0)  # it is over: there is nothing to go on with
     assert_same_result(experiment, "parts", "whole")
 
 
-@pytest.mark.xfail(strict=True, reason="it is not finished, and begins again")
 def test_resuming_with_fewer_epochs_than_are_done_finishes_the_run(run, interrupt, capsys):
     interrupt("--epochs 6", 5)
     code, log = run("--epochs 2 --resume")
@@ -127,10 +131,10 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_the_same(experiment, ki
     command = [experiment.flags(f"{flags} --resume", "killed")]
     for number in range(KILLS):
         processes = launch(experiment.folder, command, PAUSE="0.03", SAVE_MINUTES="0")  # a state after every step
-        states = {last.stat().st_mtime_ns if last.exists() else 0}
+        states = {changed(last)}
         wanted = randomness.randint(2, 4) if number else 1  # the first is killed soon, perhaps before any state
         while len(states) < wanted and processes[0].is_alive():
-            states |= {last.stat().st_mtime_ns} if last.exists() else set()
+            states.add(changed(last))
         time.sleep(randomness.uniform(0, 0.05 if number else 0.3))
         processes[0].kill()
         (code,) = finish(processes)
@@ -148,7 +152,6 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_the_same(experiment, ki
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-@pytest.mark.xfail(strict=True, reason="the first names no file, the second ends with a traceback")
 @pytest.mark.parametrize(("size", "file"), [(1 << 10, "config.json"), (1 << 16, "epoch1.pth")])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(experiment, run, refusal, size, file):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
