@@ -1,12 +1,11 @@
-"""How well saved checkpoints tell twins apart: embeddings, pair scores, verification metrics, pictures.
+"""How well saved checkpoints tell twins apart: pair scores, verification metrics, pictures.
 
     python evaluate_twins.py --checkpoints pretrained/adaface_ir50_ms1mv2.ckpt models/*.pth
     python evaluate_twins.py --skip_alignment --checkpoints ...       # the crops of --aligned_json are there already
 
-The last step from photograph to metric. The score of two images is the cosine of their embeddings. Genuine
-pairs show one person, twin impostor pairs the two twins of a pair, general impostor pairs people of different
-families. A threshold t accepts score >= t; FMR and FNMR are the false match and false non-match rates of
-ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` validates with the same functions.
+The score of two images is the cosine of their embeddings. Genuine pairs show one person, twin impostor pairs the two
+twins of a pair, general impostor pairs people of different families. A threshold t accepts score >= t; FMR and FNMR as
+in ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` validates with the same functions.
 """
 
 import csv

@@ -1,15 +1,10 @@
-"""The AdaFace IR and IR-SE face recognition networks: structure, input, checkpoints.
+"""The AdaFace IR and IR-SE face recognition networks: structure, input, embeddings, checkpoints.
 
-    from net import load_checkpoint, to_input
     model = load_checkpoint("pretrained/adaface_ir50_ms1mv2.ckpt")
     embedding, norm = model(to_input(crops))      # crops: (N, 112, 112, 3) uint8 RGB
 
-On the way from photograph to metric this file stands in the middle: `align.py` makes the crops, `net.py` turns a crop
-into an embedding, `triplet_loss.py` and `evaluate_twins.py` compare embeddings. At its end stands what all other files
-share: errors, atomic writing, the device and the processes of torchrun.
-
 State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.com/mk-minchul/AdaFace), so weights go
-both ways unchanged.
+both ways unchanged. At the end stands what all files share: errors, atomic writing, the device, torchrun's processes.
 """
 
 import hashlib
@@ -95,15 +90,11 @@ class ResidualUnit(nn.Module):
 
 
 class Backbone(nn.Module):
-    """AdaFace's network.
+    """AdaFace's network; `arch` is its name, `facts` what a checkpoint said beside the weights (see load_checkpoint).
 
-    `forward(x)`: x (N, 3, 112, 112) float, BGR in [-1, 1], any memory format ->
-    (embedding (N, 512), norm (N, 1)), both float32 also under autocast; the embedding has unit length.
-
-    `features` (all but `output_layer`) and `head` (`output_layer` and the normalisation) are its two
-    halves, for those who keep the features of a frozen backbone: `head(features(x))` is `forward(x)`.
-
-    Attributes: `arch`, its name; `facts`, what a checkpoint said beside the weights (see load_checkpoint).
+    `forward(x)`: x (N, 3, 112, 112) float, BGR in [-1, 1] -> (embedding (N, 512), norm (N, 1)), float32 also under
+    autocast; the embedding has unit length. `head(features(x))` is the same, for those who keep a frozen backbone's
+    features.
     """
 
     def __init__(self, arch):
@@ -147,11 +138,7 @@ class Backbone(nn.Module):
 
 
 def build_model(name):
-    """A network of the named architecture (`ARCHITECTURES` lists them) with random weights.
-
-    Convolutions and the linear layer are Kaiming normal (fan out), as upstream. Raises InputError for
-    an unknown name.
-    """
+    """A network of ARCHITECTURES with random weights, Kaiming normal (fan out); raises InputError for other names."""
     if name not in ARCHITECTURES:
         raise InputError(f"unknown architecture {name!r}: choose from {', '.join(ARCHITECTURES)}")
     return Backbone(name)
@@ -160,9 +147,8 @@ def build_model(name):
 def to_input(crops):
     """The one conversion from aligned crops to what the network sees.
 
-    crops: (N, 112, 112, 3) uint8 **RGB**, array or tensor on any device. Returns float32 **BGR**
-    (N, 3, 112, 112) on the same device, `(x - 127.5) / 127.5`, so in [-1, 1]; its memory format is
-    channels_last, which costs nothing here and is the faster one for convolutions.
+    crops: (N, 112, 112, 3) uint8 **RGB**, array or tensor on any device. Returns float32 **BGR** (N, 3, 112, 112) on
+    the same device, `(x - 127.5) / 127.5`, so in [-1, 1], as channels_last, which costs nothing here and is faster.
     Raises TypeError or ValueError for another type or shape: a float or BGR image is a silent error later.
     """
     crops = torch.from_numpy(crops) if isinstance(crops, np.ndarray) else crops
@@ -178,11 +164,10 @@ def to_input(crops):
 def embed(models, crops, device, batch_size=None, description=None, flip=False):
     """One (N, 512) float32 tensor on `device` for each of `models`, of uint8 RGB crops (N, 112, 112, 3).
 
-    The models differ in `output_layer` alone and are in eval mode: the backbone of the first runs once per image.
-    In full float32, whatever precision training uses. batch_size: images at once, by default chunk_size. description:
-    label of a progress bar, or None for none. flip: the unit vector of the image's embedding plus that of its mirror
-    image, each times its norm, which measures image quality (AdaFace, CVPR 2022): upstream's fusion.
-    Raises InputError for a dead network (see check_alive).
+    The models differ in `output_layer` alone and are in eval mode: the backbone of the first runs once per image, in
+    full float32. batch_size: images at once (default chunk_size); description: label of a progress bar. flip: the unit
+    vector of the image's embedding plus that of its mirror image, each times its norm, which measures image quality
+    (AdaFace, CVPR 2022): upstream's fusion. Raises InputError for a dead network (see check_alive).
     """
     batch_size = batch_size or chunk_size(device)
     models[0].to(device, memory_format=torch.channels_last)
@@ -228,24 +213,6 @@ def check_alive(embeddings, what, way_out="take another checkpoint"):
         raise InputError(f"{what} is dead: all embeddings have fallen together; {way_out}")
 
 
-def set_batchnorm_statistics(model, crops, device, batch_size=32):
-    """Give a network without pretrained weights the BatchNorm statistics of its training crops, by one pass.
-
-    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2.
-    """
-    model.eval()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # a cumulative mean
-        norm.train()
-    with torch.no_grad():
-        for part in crops.tensor_split(-(-len(crops) // batch_size)):
-            model(to_input(part.to(device)))
-    for norm in norms:
-        norm.momentum = 0.1  # PyTorch's default again
-        norm.eval()
-
-
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 NETWORK_KEY = re.compile(r"(?:^|\.)((?:input_layer|body|output_layer)\..+)")
@@ -257,11 +224,10 @@ OTHER_FILES = {  # how files begin that are no checkpoints, what they are, and t
 
 
 def save_checkpoint(path, model, **facts):
-    """Write `model` to `path`, atomically, in a form that this file and upstream's own inference read.
+    """Write `model` to `path`, atomically, as a dict that this file and upstream's own inference read.
 
-    The file is a dict with "state_dict" (keys `model.<key>`, tensors on the CPU), "arch", and "epoch", "config",
-    "metrics" (None and empty unless given) and whatever else `facts` holds. Give plain types and tensors only: then
-    the file loads with `torch.load(path, weights_only=True)`.
+    It holds "state_dict" (keys `model.<key>`, tensors on the CPU), "arch", "epoch", "config", "metrics" and the other
+    `facts`. Give plain types and tensors only: then it loads with `torch.load(path, weights_only=True)`.
     """
     state = {f"model.{key}": value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"state_dict": state, "arch": model.arch, "epoch": None, "config": {}, "metrics": {}, **facts}
@@ -274,13 +240,11 @@ def save_checkpoint(path, model, **facts):
 def load_checkpoint(path, arch=None, channels=None):
     """Read a network from a checkpoint; returns it on the CPU, float32, in eval mode, for BGR.
 
-    Reads AdaFace's Lightning `.ckpt` (with `head.*` tensors and pickled objects beside the network), our `.pth`, and
-    state dicts at any depth and under any prefix, if they hold exactly one network. `facts` of the returned network
-    holds "epoch", "config", "metrics" and the other entries that `save_checkpoint` wrote; {} for other files. Networks
-    of CVLface (keys `net.*`) take RGB or BGR: `channels` says which, or a yaml beside the file (`color_space: 'RGB'`).
-
-    Nothing from the file is run: see `read_checkpoint`. Raises InputError when the file is not a checkpoint, when
-    it holds no whole network of AdaFace's kind or several, another than `arch`, or weights that are not finite.
+    Reads AdaFace's Lightning `.ckpt`, our `.pth`, safetensors, and state dicts at any depth and under any prefix, if
+    they hold exactly one network. `facts` of the result holds the entries that save_checkpoint wrote; {} for other
+    files. Networks of CVLface (keys `net.*`) take RGB or BGR: `channels` says which, or a yaml beside the file
+    (`color_space: 'RGB'`). Nothing from the file is run: see read_checkpoint. Raises InputError for what is no whole
+    network of AdaFace's kind, another than `arch`, or has weights that are not finite.
     """
     content = read_checkpoint(path)
     networks = find_networks(content)
@@ -324,10 +288,9 @@ def load_checkpoint(path, arch=None, channels=None):
 def read_checkpoint(path):
     """The dict in a file that `torch.save` wrote, read without running anything from it.
 
-    PyTorch's weights-only unpickler makes tensors and plain types. Every other class that the file names (Lightning
-    callbacks, hyper-parameters) becomes an inert stand-in, so its package need not be installed and its code is not
-    called. PyTorch itself refuses files that name `os`, `sys` and the like. Raises InputError when the file cannot be
-    read.
+    PyTorch's weights-only unpickler makes tensors and plain types. Every other class that the file names becomes an
+    inert stand-in: its package need not be installed, its code is not called. PyTorch itself refuses files that name
+    `os`, `sys` and the like. Raises InputError when the file cannot be read.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
@@ -500,7 +463,7 @@ def leave(code):
     """End the script with its exit code.
 
     Python's own end would not do under torchrun: gloo's threads outlive the process group, and one that lets go of a
-    tensor while Python shuts down aborts the process ("terminate called without an active exception").
+    tensor while Python shuts down aborts the process.
     """
     if code == 0 and dist.is_initialized():
         dist.barrier()

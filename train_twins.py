@@ -5,12 +5,10 @@
     python train_twins.py --skip_alignment --resume           # go on after an interruption
     torchrun --standalone --nproc_per_node=8 train_twins.py   # on eight GPUs of one machine
 
-Reads the photographs of twin pairs and a pretrained network; writes the best epoch to --output_dir, and logs and
-curves to --log_dir. `evaluate_twins.py` then measures the checkpoints on other twins.
-
-The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off. So an embedding
-depends on its image alone, and an image is embedded once per step however many of its triplets use it. A frozen
-backbone runs once per image for the whole run.
+Writes the best epoch to --output_dir, and logs and curves to --log_dir; `evaluate_twins.py` measures checkpoints on
+other twins. The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off. So an
+embedding depends on its image alone, and an image is embedded once per step however many of its triplets use it; a
+frozen backbone runs once per image for the whole run.
 """
 
 import argparse
@@ -359,8 +357,7 @@ class TwinTrainer:
         args, run, state = self.args, self.run, self.run.state
         torch.manual_seed(args.seed)
         if args.pretrained == "none" and not state:
-            self.model = net.build_model(args.arch).to(self.device)
-            net.set_batchnorm_statistics(self.model, self.people.crops.pixels[self.train_rows], self.device)
+            self.model = net.build_model(args.arch)
         else:
             self.model = net.load_checkpoint(run.last if state else args.pretrained, args.arch, args.channels)
         self.model.to(self.device, memory_format=torch.channels_last).eval()

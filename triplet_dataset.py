@@ -1,14 +1,13 @@
 """Twin pairs to triplets: the JSON files, the family-wise split, the decoded crops, the sampled triplets, the steps.
 
     dataset = TwinTripletDataset(id_to_images, pairs, percentage=10, seed=42)
-    anchor, positive, negative = dataset[0]                 # network inputs, (3, 112, 112) float32 each
-    rows = dataset.triplets(np.arange(100))                 # the same triplets as (100, 3) rows of dataset.load()
+    anchor, positive, negative = dataset[0]                         # network inputs, (3, 112, 112) float32 each
+    rows = dataset.triplets(np.arange(100))                         # the same as (100, 3) rows of dataset.load()
     steps = GroupedSteps(dataset, epoch=1, images_per_batch=96)     # steps[0]: (T, 3) rows again
 
-A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair; two twins with n
-and m images make n(n-1)m + m(m-1)n of them. Triplet number k of a pair is worked out from k by division, so none is
-listed. The sampled share of a pair is the beginning of a random permutation of its numbers: 10 % of a pair's triplets
-contain the 5 % of the same seed.
+A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair. Triplet number k
+of a pair is worked out from k by division, so none is listed; the sampled share is the beginning of a random
+permutation of the numbers, so 10 % of a pair's triplets contain the 5 % of the same seed.
 """
 
 import hashlib
@@ -124,9 +123,8 @@ def split_pairs(pairs, validation_split, seed, related=()):
     """Split pairs into (train_pairs, val_pairs) by whole families, so that no ID stands on both sides.
 
     Families, in the seed's order, go to validation as long as each brings its number of pairs nearer to
-    `validation_split` * len(pairs); at least one family stands on each side. With a single family, or a share of 0,
-    val_pairs is empty. `related`: further pairs that bind people into one family without being split themselves, for
-    instance pairs with too few images. Raises InputError unless 0 <= validation_split < 1.
+    `validation_split` * len(pairs), from 0 to below 1; at least one stands on each side. With a single family, or a
+    share of 0, val_pairs is empty. `related`: further pairs that bind people into one family.
     """
     if not 0 <= validation_split < 1:
         raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
@@ -266,15 +264,13 @@ def count_triplets(n, m):
 
 
 class TwinTripletDataset(Dataset):
-    """The sampled triplets of twin pairs.
+    """The sampled triplets of twin pairs; `[i]` is (anchor, positive, negative), (3, 112, 112) float32 network inputs.
 
     id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [[ID, twin's ID], ...]; percentage: integer
     1..100, the share of each pair's triplets, `(percentage * maximum + 99) // 100` of them.
-    `[i]` is (anchor, positive, negative), each a (3, 112, 112) float32 network input (see net.to_input).
-
     Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages; `n_skipped`, the number
-    of the others; `n_possible`, all triplets at 100 %.
-    Raises InputError for a percentage out of range, and when no pair makes a triplet.
+    of the others; `n_possible`, all triplets at 100 %. Raises InputError for a percentage out of range, and when no
+    pair makes a triplet.
     """
 
     def __init__(self, id_to_images, pairs, percentage=100, seed=42):
@@ -286,6 +282,7 @@ class TwinTripletDataset(Dataset):
         if not self.pairs:
             raise InputError("no pair makes a triplet: one twin needs two images and the other at least one")
         self.images, self.percentage, self.seed = TwinImages(id_to_images, self.pairs), percentage, seed
+        self._pixels = None
         # Per pair: both persons' first row and number of images, possible triplets; and where its sampled ones end.
         self._first, self._count = self.images.first[self.images.pairs], self.images.count[self.images.pairs]
         self._maximum = count_triplets(*self._count.T)
@@ -357,12 +354,10 @@ class TwinTripletDataset(Dataset):
             seen[rows[triplets]] = True
         return int(seen.sum())
 
-    @cached_property
-    def _pixels(self):
-        return load_crops(self.images.paths).pixels
-
     def load(self):
-        """Decode all crops, once; returns them as (N, 112, 112, 3) uint8 RGB tensor, rows as `images.paths`."""
+        """All crops, decoded once, (N, 112, 112, 3) uint8 RGB, rows as `images.paths`."""
+        if self._pixels is None:
+            self._pixels = load_crops(self.images.paths).pixels
         return self._pixels
 
     def __getitem__(self, i):

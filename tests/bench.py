@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import net
 import train_twins
+from tests.synthetic import set_batchnorm_statistics
 from triplet_dataset import Crops, ShuffledSteps, write_json
 
 SHAPES = {"nd": (160, 5953), "small": (24, 400), "tiny": (6, 40)}  # pairs, three of them one family; about the images
@@ -182,7 +183,7 @@ def compare_steps(args, folder, modes, variants):
     device, crops = net.pick_device(args.device), make_crops(*SHAPES[args.shape], folder)
     torch.manual_seed(0)
     model = net.build_model(args.arch)  # random weights need statistics, or all images fall together
-    net.set_batchnorm_statistics(model, crops.pixels[:: max(1, len(crops.row) // 32)], torch.device("cpu"))
+    set_batchnorm_statistics(model, crops.pixels[:: max(1, len(crops.row) // 32)], torch.device("cpu"))
     net.save_checkpoint(f"{folder}/start.pth", model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(net.to_input(crops.pixels[:1]))

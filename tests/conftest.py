@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import net
+from tests.synthetic import set_batchnorm_statistics
 
 # A network of AdaFace's kind, small enough that a test trains it in a second. Not (8, 8, 16, 16): the backward pass of
 # Conv2d(8, 16, 1, stride=2) on channels_last corrupts the heap in PyTorch 2.14 on CPUs with AVX-512.
@@ -95,7 +96,7 @@ class Experiment:
             Image.fromarray(crops[-1]).save(path)
         torch.manual_seed(0)
         model = net.build_model("ir_tiny")
-        net.set_batchnorm_statistics(model, torch.from_numpy(np.stack(crops)), torch.device("cpu"))
+        set_batchnorm_statistics(model, torch.from_numpy(np.stack(crops)), torch.device("cpu"))
         net.save_checkpoint(self.start, model)
 
     def flags(self, more="", name="run"):

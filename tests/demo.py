@@ -19,8 +19,8 @@ import torch
 import align
 import evaluate_twins
 import train_twins
-from net import build_model, save_checkpoint, set_batchnorm_statistics
-from tests.synthetic import write_photos
+from net import build_model, save_checkpoint
+from tests.synthetic import set_batchnorm_statistics, write_photos
 from triplet_dataset import load_crops, read_id_to_images
 
 MARKER = "made by tests.demo"
@@ -62,7 +62,7 @@ def main(argv=None):
     model = build_model("ir_18")
     crops = read_id_to_images(home / "id_to_train_aligned_images.json")
     crops = load_crops([path for person in crops.values() for path in person[:2]]).pixels
-    set_batchnorm_statistics(model.eval(), crops, torch.device("cpu"))
+    set_batchnorm_statistics(model, crops, torch.device("cpu"))
     save_checkpoint(home / "untrained.pth", model)
 
     common = (

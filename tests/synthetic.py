@@ -10,8 +10,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from align import TEMPLATE
+from net import to_input
 
 SIZE = 3  # canonical face drawing: crop coordinates times this
 
@@ -139,3 +141,21 @@ def write_photos(folder, n_pairs, images_per_person, seed, prefix="family", trip
     for name, content in (("id_to_images", images), ("landmarks", landmarks), ("pairs", pairs)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return pairs
+
+
+def set_batchnorm_statistics(model, crops, device, batch_size=32):
+    """Give a network with random weights the BatchNorm statistics of crops, by one pass.
+
+    Statistics are means over the pass's batches; dropout stays off. crops: (N, 112, 112, 3) uint8 RGB, N >= 2.
+    """
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a cumulative mean
+        norm.train()
+    with torch.no_grad():
+        for part in crops.tensor_split(-(-len(crops) // batch_size)):
+            model(to_input(part.to(device)))
+    for norm in norms:
+        norm.momentum = 0.1  # PyTorch's default again
+        norm.eval()

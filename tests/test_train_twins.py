@@ -195,18 +195,6 @@ def test_a_random_start_is_up_to_the_seed(experiment, run):
     assert not torch.equal(a["input_layer.0.weight"], c["input_layer.0.weight"])
 
 
-def test_batchnorm_statistics_of_a_random_start_are_those_of_its_crops(experiment, run):
-    _, log = run("--pretrained none --learning_rate 0 --epochs 1")
-    crops = [path for name in log["config"]["train_ids"] for path in experiment.images[name]]
-    torch.manual_seed(log["config"]["seed"])
-    model = net.build_model("ir_tiny").train()
-    model.output_layer[1].p = 0.0
-    for module in model.modules():
-        module.momentum = 1.0
-    model(net.to_input(load_crops(crops).pixels))
-    assert_equal_weights(experiment.weights(), model.state_dict(), 1e-5)
-
-
 # ---- figures --------------------------------------------------------------------------------------------------------
 def measure(experiment, checkpoint, ids, distance):
     """{figure: value} of a network on people, by brute force over the definitions and scikit-learn."""
