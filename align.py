@@ -5,9 +5,8 @@
     python align.py --landmarks landmarks.json            # your own landmarks; no detector is loaded
 
 Landmarks (by face-alignment, or from a file) -> least-squares similarity to the ArcFace template -> crop, as AdaFace
-was trained. Every crop carries a key of its source file and settings, so a repeated run only does what is new or
-changed. In the folder of the crops, alignment_report.json says what became of each photograph, and alignment_sheet.png
-shows the worst. At the end stands what the three scripts share of the command line.
+was trained. Every crop carries a key of its source and settings, so a repeated run only does what is new. Beside the crops,
+alignment_report.json says what became of each photograph, and alignment_sheet.png shows the worst.
 """
 
 import argparse
@@ -353,15 +352,13 @@ def contact_sheet(report, columns=10, limit=100):
     worst = sorted(report, key=lambda entry: (entry["crop"] is not None, -(entry["residual"] or 0)))[:limit]
     width, height = CROP_SIZE + 8, CROP_SIZE + 44
     sheet = Image.new("RGB", (columns * width, -(-len(worst) // columns) * height), "lightgrey")
-    draw = ImageDraw.Draw(sheet)
     for i, entry in enumerate(worst):
         x, y = i % columns * width + 4, i // columns * height + 2
-        lines = [entry["id"], Path(entry["source"]).name, f"{entry['residual'] or entry['status']} {entry['flag']}"]
         if entry["crop"]:
             sheet.paste(Image.open(entry["crop"]), (x, y))
-        else:
-            draw.text((x, y), "\n".join(re.findall(".{1,18}", ascii(entry["reason"])[1:-1])[:9]), "firebrick")
-        draw.text((x, y + CROP_SIZE), "\n".join(ascii(line)[1:-1][-18:] for line in lines), "black", spacing=1)
+        lines = entry["id"], Path(entry["source"]).name, f"{entry['residual'] or entry['status']} {entry['flag']}"
+        text = "\n".join(ascii(line)[1:-1][-18:] for line in lines)
+        ImageDraw.Draw(sheet).text((x, y + CROP_SIZE), text, "black" if entry["crop"] else "firebrick", spacing=1)
     return sheet
 
 

@@ -1,13 +1,15 @@
 """Training and evaluation on CUDA: what needs a GPU, and what can be seen of it without one.
 
-A card that is not there is played by PyTorch's device "meta": `Fake` tensors say that they are there and keep their
-numbers on the CPU. So the real TwinTrainer runs, with real numbers, and what CUDA would refuse (CPU and GPU tensors in
-one operation) is refused, and what the host would wait for is noted. It cannot see kernels' own refusals and rounding,
-autocast and GradScaler, cuDNN, NCCL, memory and speed. `python -m tests.test_cuda FOLDER FLAGS` runs it.
+A card that is not there is played by PyTorch's device "meta", so that no compiler is needed: `Fake` tensors say that
+they are there and keep their numbers on the CPU. The real trainer runs on it, in a process of its own; operations that
+mix CPU and GPU tensors are refused, and what the host would wait for is noted. It cannot see kernels' own refusals and
+rounding, autocast and GradScaler, cuDNN, NCCL, memory, speed, and what the host does in cudaMalloc.
 """
 
 import json
+import subprocess
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -17,26 +19,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+import evaluate_twins
 import net
-import train_twins
 from tests.conftest import GROUPED, SHUFFLED, Experiment, quick_features
+from train_twins import TwinTrainer, parse_args
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU, META = Path(__file__).parent.parent, torch.device("cpu"), torch.device("meta")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-RECIPE = "--quadruplet_weight 0.5 --drift_weight 0.5"  # every term of the loss
-MODES = pytest.mark.parametrize("flags", [SHUFFLED, GROUPED, f"{SHUFFLED} --freeze_backbone", "--distance euclidean"])
-
-# ---- a device that is not there --------------------------------------------------------------------------------------
-META = torch.device("meta")
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
+precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+MODES = (SHUFFLED, GROUPED, f"{SHUFFLED} --freeze_backbone", f"{GROUPED} --distance euclidean")
+modes = pytest.mark.parametrize("mode", [f"{mode} --quadruplet_weight 0.5 --drift_weight 0.5" for mode in MODES])
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-COPIES = {"aten::_to_copy", "aten::copy_"}
+SOURCE = {"aten::_to_copy": 0, "aten::copy_": 1}  # of a copy's arguments
 waits = []
 
 
 class Fake(torch.Tensor):
-    """A tensor that says it is on the device and keeps its numbers in `inner`, on the CPU."""
-
     @staticmethod
     def __new__(cls, inner):
         facts = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
@@ -54,8 +53,6 @@ class Fake(torch.Tensor):
 
 
 class FakeDevice(TorchDispatchMode):
-    """While it is on, torch.device("meta") is a card."""
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return execute(func, args, kwargs or {})
 
@@ -63,61 +60,118 @@ class FakeDevice(TorchDispatchMode):
 def execute(func, args, kwargs):
     """Do an operation on the CPU as strictly as CUDA would, and note what the host waits for."""
     name, tensors = func._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    fakes = [x for x in tensors if isinstance(x, Fake)]
-    to_fake = torch.device(kwargs["device"]) == META if kwargs.get("device") else bool(fakes)
-    if name == "aten::copy_":
-        to_fake = isinstance(args[0], Fake)
-    indices = [x for x in args[1] if x is not None] if name in INDEXING else []
-    others = [x for x in tensors if x.dim() and not any(x is index for index in indices)]  # a CPU scalar may stand by
-    if fakes and name not in COPIES and not all(isinstance(x, Fake) for x in others):
+    fake, source = any(isinstance(x, Fake) for x in tensors), SOURCE.get(name)
+    to_fake = torch.device(kwargs["device"]) == META if kwargs.get("device") else fake
+    to_fake = isinstance(args[0], Fake) if name == "aten::copy_" else to_fake
+    places = [x for x in args[1] if x is not None] if name in INDEXING else []
+    operands = [x for x in tensors if x.dim() and not any(x is place for place in places)]  # CPU scalars are taken
+    if source is None and fake and not all(isinstance(x, Fake) for x in operands):
         raise RuntimeError(f"tensors on two devices in {name}")
-    source = {"aten::_to_copy": 0, "aten::copy_": 1}.get(name)
+    blocking = not (kwargs.get("non_blocking") or (source == 1 and any(args[2:]))) or not to_fake
     crosses = source is not None and isinstance(args[source], Fake) != to_fake
-    later = kwargs.get("non_blocking") or (name == "aten::copy_" and any(args[2:]))
-    looked_up = fakes and any(x.dtype == torch.bool or not isinstance(x, Fake) for x in indices)
-    if (fakes and name in WAITS) or (crosses and not (later and to_fake)) or looked_up:
-        waits.append(name)
-    inner = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") else kwargs
-    args_inner, inner = tree_map(lambda x: x.inner if isinstance(x, Fake) else x, (args, inner))
-    out = func(*args_inner, **inner)
+    looked_up = fake and any(x.dtype == torch.bool or not isinstance(x, Fake) for x in places)
+    if (fake and name in WAITING) or (crosses and blocking) or looked_up:
+        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
+        waits.append(f"{name} in {frames[-1].name}: {frames[-1].line}" if frames else name)
+    inner = {**kwargs, "device": CPU} if kwargs.get("device") else kwargs
+    inner_args, inner = tree_map(lambda x: x.inner if isinstance(x, Fake) else x, (args, inner))
+    out = func(*inner_args, **inner)
     if not to_fake:
-        return args[0] if name == "aten::copy_" else out
+        return args[0] if source == 1 else out
     out = tree_map(lambda x: Fake(x) if isinstance(x, torch.Tensor) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if fakes else out
+    return return_and_correct_aliasing(func, args, kwargs, out) if fake else out
 
 
-def check_trainer(folder, flags):
-    """Print as JSON what the host waits for in five steps on the fake device, after a proof that it would be seen."""
+def prepare(flags):
+    trainer = TwinTrainer(parse_args(flags))
+    if trainer.device == CPU:  # its place is taken by the fake device
+        trainer.device = trainer.processes.device = META
+    trainer.load_data()
+    trainer.build_model()
+    trainer.images = trainer.images.to(trainer.device)
+    return trainer, trainer.epoch_steps(1), trainer.measure_start()["loss"]
+
+
+def fake_run(folder, mode):
+    """Print the waits of an epoch's steps and the loss before it, after a proof that waits and mixing are seen."""
     net.Backbone.features = quick_features
-    trainer = train_twins.TwinTrainer(train_twins.parse_args(Experiment(Path(folder)).flags(f"{RECIPE} {flags}")))
-    trainer.device = trainer.processes.device = META
-    trainer.say = lambda text: None
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter becomes a Fake
     with (
+        FakeDevice(),
         mock.patch("torch.autocast", return_value=nullcontext()),
         mock.patch("torch.optim.adam._device_dtype_check_for_fused"),
-        FakeDevice(),
     ):
-        one = torch.ones(3).to("meta", non_blocking=True)
+        one = torch.ones(3).to(META, non_blocking=True)
         assert not waits
-        assert (one.sum().item(), len(one[one > 0]), one.cpu().tolist()) == (3, 3, [1, 1, 1])
-        torch.ones(3).to("meta")
-        assert len(waits) == 4, waits
+        assert (one.sum().item(), len(one[one > 0]), one.tolist(), len(torch.ones(3).to(META))) == (3, 3, [1, 1, 1], 3)
+        assert len(waits) == 4
         with pytest.raises(RuntimeError, match="two devices"):
             one + torch.ones(3)
-        trainer.load_data()
-        trainer.build_model()
-        trainer.images = trainer.images.to(META)
-        loss = trainer.measure_start()["loss"]
+        trainer, steps, loss = prepare(Experiment(Path(folder)).flags(mode))
         waits.clear()
-        for triplets in trainer.epoch_steps(1):
-            trainer.step(triplets)
-        print(json.dumps({"waits": waits, "start": loss}))
+        for i in range(len(steps)):
+            trainer.step(steps[i])
+        print(json.dumps([sorted(set(waits)), loss]))
 
 
-def test_a_device_that_is_not_there_gets_no_mixed_tensors_and_no_step_waits_for_it():
-    pass
+@modes
+def test_no_step_mixes_devices_or_waits_on_a_device_that_is_not_there(run, tmp_path, mode):
+    command = [sys.executable, "-m", "tests.test_cuda", tmp_path / "fake", mode]
+    (tmp_path / "fake").mkdir()
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found, loss = json.loads(done.stdout.splitlines()[-1])
+    assert found == []
+    assert loss == pytest.approx(run(f"{mode} --epochs 1")[1]["epochs"][0]["train_loss"], abs=1e-5)
+
+
+@needs_cuda
+@precisions
+@modes
+def test_ten_steps_do_not_wait_for_the_gpu(experiment, mode, precision):
+    trainer, steps, _ = prepare(experiment.flags(f"{mode} --device cuda --precision {precision}"))
+    trainer.step(steps[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(10):
+            trainer.step(steps[i % len(steps)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@precisions
+def test_an_epoch_gives_the_cpus_losses_and_goes_on_after_an_interruption(run, interrupt, precision):
+    flags = f"{SHUFFLED} --device cuda --precision {precision}"
+    logs = [run(SHUFFLED, "cpu")[1], run(flags, "cuda")[1]]
+    interrupt(flags, 3)
+    logs.append(run(f"{flags} --resume")[1])
+    cpu, cuda, resumed = ([entry[f"{of}_loss"] for entry in log["epochs"] for of in ("train", "val")] for log in logs)
+    assert cuda == pytest.approx(cpu, abs=1e-3 if precision == "fp32" else 0.02)
+    assert resumed == pytest.approx(cuda, abs=1e-3)
+
+
+@needs_cuda
+def test_evaluation_gives_the_cpus_figures(experiment):
+    found = []
+    for device in ("cpu", "cuda"):
+        flags = f"--test_pairs {experiment.pairs} --aligned_json {experiment.aligned} --skip_alignment --flip "
+        flags += f"--checkpoints {experiment.start} --output_dir {experiment.folder / device} --device {device}"
+        assert evaluate_twins.main(flags.split()) == 0
+        (row,) = json.loads((experiment.folder / device / "comparison.json").read_text())["checkpoints"]
+        found.append({name: figure["value"] for name, figure in row["figures"].items()})
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+@needs_cuda
+def test_too_little_memory_is_told_in_one_line(run, refusal):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**20 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        assert run("--device cuda")[0] == 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert refusal().startswith("out of memory")
 
 
 if __name__ == "__main__":
-    check_trainer(*sys.argv[1:])
+    fake_run(*sys.argv[1:])
