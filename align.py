@@ -5,7 +5,7 @@
     python align.py --landmarks landmarks.json            # your own landmarks; no detector is loaded
 
 Landmarks (by face-alignment, or from a file) -> least-squares similarity to the ArcFace template -> crop, as AdaFace
-was trained. Every crop carries a key of its source and settings, so a repeated run only does what is new. Beside the crops,
+was trained. Every crop carries a key of its source and settings, so a repeated run only does what is new. Beside them,
 alignment_report.json says what became of each photograph, and alignment_sheet.png shows the worst.
 """
 
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import sys
 import threading
 from collections import Counter
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from net import CROP_SIZE, InputError, pick_device, progress, replacing
+from net import CROP_SIZE, InputError, Processes, progress, replacing
 from triplet_dataset import read_id_to_images, read_json, read_pairs, resolve, write_json
 
 with suppress(ImportError):  # optional: photographs in Apple's HEIC format
@@ -48,8 +49,7 @@ DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees, at 
 # photographs of 30 people reach 6.6 (median 3.1); a head turned by 60 degrees has 9.5, exchanged eyes 23.
 MAX_RESIDUAL = 8.0
 MIN_EYES = 10  # pixels between the eyes in the photograph
-WEIGHTS = "https://www.adrianbulat.com/downloads/python-fan/"  # of face-alignment
-SECOND_FACE = 0.5  # another face of this share of the main face's area could be the one that was meant
+WEIGHTS = "s3fd-619a316812.pth and 2DFAN4-11f355bf06.pth.tar from https://www.adrianbulat.com/downloads/python-fan/"
 
 
 # ---- geometry -------------------------------------------------------------------------------------------------------
@@ -57,13 +57,11 @@ def five_points(landmarks):
     """5 or 68 landmarks (N, 2) -> (5, 2) float64: eye centres, nose tip, mouth corners, in the template's order.
 
     Of 68 (the iBUG 300-W numbering), the eye centres are the means of points 36-41 and 42-47, the nose is 30, the mouth
-    corners are 48 and 54. Raises ValueError for another shape, what is no number, and what no photograph can hold.
+    corners are 48 and 54. Raises ValueError for anything else, also numbers that no photograph can hold.
     """
     points = np.asarray(landmarks)
-    if points.shape not in ((5, 2), (68, 2)) or points.dtype.kind not in "iuf":
-        raise ValueError(f"not 5 or 68 points but shape {points.shape} of {points.dtype}")
-    if not (np.abs(points) < 1e6).all():  # nor is NaN
-        raise ValueError("a coordinate is out of range")
+    if points.shape not in ((5, 2), (68, 2)) or points.dtype.kind not in "iuf" or not (np.abs(points) < 1e6).all():
+        raise ValueError(f"not 5 or 68 points [x, y] in pixels: {reprlib.repr(landmarks)}")
     if len(points) == 68:
         points = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
     return points.astype(np.float64)
@@ -72,18 +70,14 @@ def five_points(landmarks):
 def similarity_transform(source, target):
     """(2, 3) matrix of the least-squares similarity from `source` to `target`, both (N, 2).
 
-    Rotation, uniform scale and translation without reflection, the closed form of Umeyama (IEEE TPAMI 13(4), 1991).
-    Raises ValueError when all source points coincide.
+    Rotation, uniform scale and translation without reflection, as in Umeyama (IEEE TPAMI 13(4), 1991): for points as
+    complex numbers, the regression target = a * source + b.
     """
-    source_mean, target_mean = source.mean(0), target.mean(0)
-    source, target = source - source_mean, target - target_mean
-    variance = (source**2).sum()
-    if variance < 1e-12:
-        raise ValueError("all landmarks coincide")
-    u, singular, vt = np.linalg.svd(target.T @ source)
-    sign = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt)) or 1.0])
-    linear = (singular * sign).sum() / variance * (u * sign) @ vt
-    return np.column_stack([linear, target_mean - linear @ source_mean])
+    source, target = source @ [1, 1j], target @ [1, 1j]
+    centred = source - source.mean()
+    a = np.vdot(centred, target) / np.vdot(centred, centred)
+    b = target.mean() - a * source.mean()
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
 def residual(points):
@@ -129,8 +123,8 @@ def read_photo(path, long_side=None):
             low, high = values.min(), values.max()
             if not 0 <= low <= high <= WHITES[-1]:
                 raise InputError(f"values from {low:g} to {high:g}, not within 0 to {WHITES[-1]}: save it with 8 bits")
-            white = next(white for white in WHITES if high <= white)
-            upright = Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
+            white = min(white for white in WHITES if high <= white)
+            upright = Image.fromarray(np.uint8(np.round(values * (255.0 / white))))
         return np.array(upright.convert("RGB"))
 
 
@@ -138,26 +132,23 @@ class FaceDetector:
     """Landmarks of the main face of a photograph, by the networks of the face-alignment package.
 
     `detector(image)`: (H, W, 3) uint8 RGB -> (landmarks, several): (68, 2) float64 (x, y) in pixels of the image, or
-    None without a face; several says whether another face is almost as large. Threads take turns. Raises InputError
-    when the package or its weights cannot be had.
+    None without a face; several as in `main_face`. Threads take turns. Raises InputError without package or weights.
     """
 
     def __init__(self, device="cpu"):
         self.lock = threading.Lock()
-        # Off: compiling, which takes minutes and a C compiler, and a second pass over mirrored faces.
-        options = {"device": str(device), "face_detector": "sfd", "flip_input": False, "compile": False}
-        try:
-            import face_alignment  # here, because with landmarks given the alignment does without
+        try:  # here, because with landmarks given the alignment does without
+            from face_alignment import FaceAlignment, LandmarksType
 
+            # Off: compiling, which takes minutes and a C compiler, and a second pass over mirrored faces.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the package changes them for good
-                self.network = face_alignment.FaceAlignment(face_alignment.LandmarksType.TWO_D, **options)
+                self.network = FaceAlignment(LandmarksType.TWO_D, device=str(device), flip_input=False, compile=False)
         except (ImportError, AttributeError, TypeError) as error:
             found = ", ".join(package.version for package in distributions(name="face-alignment")) or "none"
             remedy = 'pip install "face-alignment>=1.5", or give --landmarks'
             raise InputError(f"face-alignment 1.5 or later is needed, found: {found} ({error}); {remedy}") from error
         except Exception as error:  # no connection, no space, a damaged file
-            files = "s3fd-619a316812.pth and 2DFAN4-11f355bf06.pth.tar"
-            remedy = f"put {files} from {WEIGHTS} into {torch.hub.get_dir()}/checkpoints, or give --landmarks"
+            remedy = f"put {WEIGHTS} into {torch.hub.get_dir()}/checkpoints, or give --landmarks"
             raise InputError(f"face-alignment's weights cannot be loaded ({error}): {remedy}") from error
 
     def __call__(self, image):
@@ -178,15 +169,15 @@ class FaceDetector:
 def main_face(boxes, shape):
     """(box, several): the main face among `boxes` (N, 4: left, top, right, bottom) in an image of `shape`.
 
-    The box with the largest area - 2 * (distance of its centre to the image's)^2, the rule of insightface's face
-    analysis; several: another has at least half its area. (None, False) without boxes.
+    The largest area - 2 * (distance of its centre to the image's)^2, the rule of insightface's face analysis; several:
+    another has at least half its area and could be the one that was meant. (None, False) without boxes.
     """
     if len(boxes) == 0:
         return None, False
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    offset = (boxes[:, :2] + boxes[:, 2:]) / 2 - np.array([shape[1], shape[0]]) / 2
+    offset = (boxes[:, :2] + boxes[:, 2:]) / 2 - np.array(shape[1::-1]) / 2
     main = np.argmax(area - 2 * (offset**2).sum(1))
-    return boxes[main], bool((area >= SECOND_FACE * area[main]).sum() > 1)
+    return boxes[main], bool((area >= area[main] / 2).sum() > 1)
 
 
 def read_landmarks(path, images_folder):
@@ -201,11 +192,9 @@ def read_landmarks(path, images_folder):
         raise InputError(f"{path}: expected {expected}")
     for image, points in content.items():
         try:
-            faces = [points] if np.ndim(points) == 2 else points or []
-            if len(faces) > 1 and np.ndim(faces[0]) == 2:
-                raise ValueError(f"{len(faces)} faces; keep the one that is meant")
-            found = five_points(*faces).tolist() if faces else []
-        except (TypeError, ValueError) as error:
+            face = points[0] if np.ndim(points) == 3 and len(points) == 1 else points
+            found = five_points(face).tolist() if face else []
+        except ValueError as error:
             raise InputError(f"{path}: landmarks of {image!r}: {error}; expected {expected}") from error
         for folder in (images_folder, os.path.dirname(os.path.abspath(path))):
             landmarks[resolve(folder, image)] = found
@@ -219,6 +208,7 @@ SLIPS = {  # what most entries may have in common, and how it is put right
     "left and right are exchanged: the eye on the left of the picture comes first": lambda face: face[[1, 0, 2, 4, 3]],
     "x and y are exchanged: a point is [x, y], x from the left": lambda face: face[:, ::-1],
     "y counts from the bottom: it counts from the top": lambda face: face * [1, -1],
+    "from 0 to 1: multiply by width and height": lambda face: TEMPLATE if 0 <= face.min() <= face.max() <= 1 else face,
 }
 
 
@@ -229,8 +219,6 @@ def find_slip(faces):
         x, y = face[1] - face[0]
         return x > max(abs(y), 1) and residual(face) <= MAX_RESIDUAL
 
-    if 2 * sum(face.min() >= 0 and face.max() <= 1 for face in faces) > len(faces):
-        return "coordinates from 0 to 1: multiply them by the photograph's width and height in pixels"
     for slip, correct in SLIPS.items():
         if 2 * sum(not upright(face) and upright(correct(face)) for face in faces) > len(faces):
             return slip
@@ -285,9 +273,9 @@ def align_photo(job, detector=None):
     if facts["residual"] > MAX_RESIDUAL:
         return left_out("poor fit", f"{facts['residual']} crop pixels from the template: a profile, or no face")
     crop = align_face(photo, points)
-    kinds = "several faces", "nearly black", "nearly white", "nearly constant"
-    seen = several, crop.mean() < 16, crop.mean() > 239, crop.std((0, 1)).max() < 4
-    facts["flag"] = ", ".join(kind for kind, found in zip(kinds, seen, strict=True) if found)
+    dark, light, flat = crop.mean() < 16, crop.mean() > 239, crop.std((0, 1)).max() < 4
+    flags = {"several faces": several, "nearly black": dark, "nearly white": light, "nearly constant": flat}
+    facts["flag"] = ", ".join(flag for flag, found in flags.items() if found)
     note = PngImagePlugin.PngInfo()
     note.add_text("alignment", json.dumps(facts))
     with replacing(job.target) as temporary:
@@ -313,15 +301,12 @@ def file_name(text):
 
 
 def file_names(paths, home="."):
-    """{path: file name without ending}: its stem, and if others share that, 8 digits of a hash of the path from `home`.
-
-    So names depend neither on the order of the paths nor on where the data set as a whole lies.
-    """
+    """{path: its stem as a file name; if others share it, plus 8 digits of a hash of the path as seen from `home`}."""
     stems, names = Counter(Path(path).stem.casefold() for path in paths), {}
     for path in paths:
         names[path] = file_name(Path(path).stem)
         if stems[Path(path).stem.casefold()] > 1:
-            seen = ascii(Path(os.path.relpath(path, home)).as_posix())
+            seen = ascii(Path(os.path.relpath(path, home)).as_posix())  # wherever the data set lies, in any order
             names[path] += f"+{hashlib.sha256(seen.encode()).hexdigest()[:8]}"  # no other name has a plus sign
     return names
 
@@ -329,8 +314,8 @@ def file_names(paths, home="."):
 def plan(id_to_images, folder, landmarks, home):
     """The Jobs of all photographs of {ID: [path, ...]}; crops go to `folder`/<ID>/<stem>.png.
 
-    landmarks: as of read_landmarks, {} to detect them. Sources are named as seen from `home`, so that a data set can be
-    moved. Raises InputError for IDs that differ in case alone: where case does not count their folders would be one.
+    landmarks: of read_landmarks, {} to detect them. Keys hold sources as seen from `home`: a data set can be moved.
+    Raises InputError for IDs that differ in case alone: where case does not count their folders would be one.
     """
     jobs, alike = [], {}
     for identity, sources in id_to_images.items():
@@ -352,20 +337,20 @@ def contact_sheet(report, columns=10, limit=100):
     worst = sorted(report, key=lambda entry: (entry["crop"] is not None, -(entry["residual"] or 0)))[:limit]
     width, height = CROP_SIZE + 8, CROP_SIZE + 44
     sheet = Image.new("RGB", (columns * width, -(-len(worst) // columns) * height), "lightgrey")
+    draw = ImageDraw.Draw(sheet)
     for i, entry in enumerate(worst):
         x, y = i % columns * width + 4, i // columns * height + 2
         if entry["crop"]:
             sheet.paste(Image.open(entry["crop"]), (x, y))
         lines = entry["id"], Path(entry["source"]).name, f"{entry['residual'] or entry['status']} {entry['flag']}"
         text = "\n".join(ascii(line)[1:-1][-18:] for line in lines)
-        ImageDraw.Draw(sheet).text((x, y + CROP_SIZE), text, "black" if entry["crop"] else "firebrick", spacing=1)
+        draw.text((x, y + CROP_SIZE), text, "black" if entry["crop"] else "firebrick", spacing=1)
     return sheet
 
 
 def write_report(mapping, report, folder):
     """Write alignment_report.json and alignment_sheet.png, and print what became of the photographs."""
-    flags = [flag for entry in report for flag in entry["flag"].split(", ") if flag]
-    totals = Counter([entry["status"] for entry in report] + flags)
+    totals = Counter(word for entry in report for word in (entry["status"], *entry["flag"].split(", ")) if word)
     write_json(Path(folder, "alignment_report.json"), {"totals": totals, "photographs": report})
     with replacing(Path(folder, "alignment_sheet.png")) as temporary:
         contact_sheet(report).save(temporary, "PNG")
@@ -381,12 +366,11 @@ def write_report(mapping, report, folder):
 def align_files(args, pairs_file=None, processes=None):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
-    args: the flags of `add_alignment_arguments`; pairs_file: to align only those people, or None for all.
-    Returns the mapping {ID: [crop path, ...]} that --aligned_json now holds (there relative to its folder). Raises
-    InputError for wrong input and when not one photograph gave a crop; --aligned_json is left as it was then. The
-    `processes` (net.Processes) share the work; the first of them writes.
+    args: the flags of `add_alignment_arguments`; pairs_file: align only these people; the `processes` (net.Processes)
+    share the work, the first of them writes. Returns the mapping {ID: [crop path, ...]} that --aligned_json now holds,
+    there relative to its folder. Raises InputError for wrong input and where no photograph gave a crop.
     """
-    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    processes = processes or Processes(args.device)
     photos = read_flag("--id_to_images", read_id_to_images, args.id_to_images)
     if pairs_file:
         photos = {name: photos[name] for pair in read_pairs(pairs_file, photos)[0] for name in pair}
@@ -398,39 +382,37 @@ def align_files(args, pairs_file=None, processes=None):
     with suppress(InputError, KeyError, TypeError):  # no report, or none of ours
         entries = read_json(Path(folder, "alignment_report.json"), "a report")["photographs"]
         earlier = {entry["key"]: entry for entry in entries if entry["status"] in ("no face", "too small", "poor fit")}
-    mine = jobs[rank::world]
+    mine, first = jobs[processes.rank :: processes.world], processes.rank == 0
     found = {job.target: None if args.realign else previous(job, earlier) for job in mine}
     todo, detector = [job for job in mine if not found[job.target]], None
     if todo and not landmarks:
-        device = processes.device if processes else pick_device(args.device)
-        detector = FaceDetector(device)
-        if rank == 0:
-            print(f"detecting faces on {device}", flush=True)
+        detector = FaceDetector(processes.device)
+        if first:
+            print(f"detecting faces on {processes.device}", flush=True)
     pool = ThreadPoolExecutor(args.max_workers)  # image libraries release Python's lock
     try:
         results = pool.map(lambda job: align_photo(job, detector), todo)
-        results = progress(results, "aligning", "photo", total=len(todo), disable=rank > 0 or not todo)
+        results = progress(results, "aligning", "photo", total=len(todo), disable=not (first and todo))
         found |= {job.target: facts for job, facts in zip(todo, results, strict=True)}
     finally:
         pool.shutdown(cancel_futures=True)
-    for part in processes.collect(found) if processes else ():
+    for part in processes.collect(found):
         found |= part
     mapping, report = {name: [] for name in photos}, []
     for job in jobs:
         crop = str(job.target) if found[job.target]["status"] in ("aligned", "already done") else None
         mapping[job.identity] += [crop] if crop else []
         report.append(found[job.target] | {"id": job.identity, "source": job.source, "crop": crop})
-    if rank == 0:
+    if first:
         write_report(mapping, report, folder)
     if not any(mapping.values()):
         reason = f"{report[0]['source']}: {report[0]['reason']}" if report else "no photographs are listed"
         raise InputError(f"{args.id_to_images}: not one photograph gave a crop; {reason}")
-    if rank == 0:
+    if first:
         home = os.path.dirname(os.path.abspath(args.aligned_json))
         relative = {n: [Path(os.path.relpath(crop, home)).as_posix() for crop in c] for n, c in mapping.items()}
         write_json(args.aligned_json, relative)
-    if processes:
-        processes.collect(None)  # now all may read it
+    processes.collect(None)  # now all may read it
     return mapping
 
 
@@ -440,6 +422,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def format_help(self):  # without the defaults that say nothing
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def error(self, message):
         raise InputError(f"{message}; --help lists all flags")
@@ -461,18 +446,17 @@ def add_alignment_arguments(parser, kind="train", skip=True):
     """The flags that scripts share; `kind`, train or test, is in the default names; `skip`: --skip_alignment too."""
     add = parser.add_argument
     add("--id_to_images", default="id_to_images.json", metavar="FILE", help='JSON {"ID": ["photograph", ...], ...}')
-    add("--aligned_folder", default=f"{kind}_aligned_images", metavar="DIR", help="where <ID>/<photograph>.png go")
-    text = 'the list of the crops, JSON {"ID": ["crop", ...], ...}; alignment writes it'
+    add("--aligned_folder", default=f"{kind}_aligned_images", metavar="DIR", help="gets <ID>/<photograph>.png")
+    text = 'the crops, JSON {"ID": ["crop", ...], ...}; alignment writes it'
     add("--aligned_json", default=f"id_to_{kind}_aligned_images.json", metavar="FILE", help=text)
     if skip:
         add("--skip_alignment", action="store_true", help="take the crops that --aligned_json lists")
-    text = 'JSON {"path": [[x, y], ...] or null, ...}, 5 or 68 points in pixels of the upright photograph at full size'
-    add("--landmarks", metavar="FILE", help=f"{text}; no detector is loaded then")
-    add("--realign", action="store_true", help="make every crop anew, also those already done")
-    add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads that align")
-    if skip:
         text = "of the networks of CVLface (keys net.*) without a yaml beside the file; AdaFace's own take BGR"
         add("--channels", choices=("RGB", "BGR"), help=text)
+    text = 'instead of a detector: JSON {"path": [[x, y], ...] or null, ...}, 5 or 68 points in pixels, photo upright'
+    add("--landmarks", metavar="FILE", help=text)
+    add("--realign", action="store_true", help="make every crop anew, also those already done")
+    add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads that align")
     add("--device", default="auto", help="auto (cuda if there is one that this PyTorch serves), cuda, cuda:N or cpu")
 
 
@@ -490,29 +474,26 @@ def run_script(name, work, interrupted):
     0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`; 141 nobody reads
     the output any more. Anything else that is raised is a bug and passes. Of torchrun's processes the first speaks.
     """
-
-    def tell(message, code):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
-        return code
-
     try:
         work()
         sys.stdout.flush()
         return 0
-    except InputError as error:
-        return tell(error, 2)
-    except torch.OutOfMemoryError:
-        return tell("out of memory: lower --images_per_batch or --batch_size, or take another --device", 2)
-    except KeyboardInterrupt:
-        return tell(interrupted, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains about the pipe at its end
         return 141
+    except KeyboardInterrupt:
+        code, message = 130, interrupted
+    except torch.OutOfMemoryError:
+        code, message = 2, "out of memory: lower --images_per_batch or --batch_size, or take another --device"
+    except InputError as error:
+        code, message = 2, str(error)
     except OSError as error:
         if error.errno is None:
             raise
-        return tell(": ".join(filter(None, (error.filename2 or error.filename, error.strerror))), 2)
+        code, message = 2, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def parse_args(argv=None):
@@ -524,12 +505,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run the stage; returns the exit code (see run_script)."""
-
-    def work():
-        args = parse_args(argv)
-        align_files(args, args.pairs)
-
-    return run_script("align.py", work, "interrupted; the crops made so far are kept, run it again to go on")
+    interrupted = "interrupted; the crops made so far are kept, run it again to go on"
+    return run_script("align.py", lambda: align_files(args := parse_args(argv), args.pairs), interrupted)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from align import Parser, add_alignment_arguments, align_files, between, file_names, read_flag, run_script
@@ -27,10 +26,16 @@ from triplet_dataset import People, TwinImages, read_id_to_images, read_pairs, w
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
+METRICS = ("eer", "eer_threshold", "auc", "best_accuracy", "accuracy_at_eer")
+METRICS += (*(f"tar_at_far_{far:g}" for far in FALSE_ACCEPT_RATES), "general_auc")
+METRICS += tuple(f"{name}_{far:g}" for far in GENERAL_MATCH_RATES for name in ("general_threshold", "twin_fmr", "fnmr"))
 LOWER_IS_BETTER = ("eer", "twin_fmr", "fnmr")
 GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")  # of the checkpoints in a folder
 MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
+# Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":")
 
 
 # ---- pairs and metrics ----------------------------------------------------------------------------------------------
@@ -53,42 +58,34 @@ def verification_metrics(genuine, twin, general, weightings):
     """{name: (R,) float64} of the metrics for R weightings of the families, each (F,) int: how often it counts.
 
     genuine, twin and general: Pairs, whose codes are f, f and f * F + g for families f and g. A general pair counts
-    w_f * w_g times, so copies of one family form no general pairs with each other. NaN where a weighting leaves none
-    of the pairs that a metric needs.
+    w_f * w_g times, so copies of one family are no strangers. NaN where a weighting leaves none of the pairs needed.
 
-    - "eer", "eer_threshold": at the twin score where |FMR - FNMR| is least, the lower one on a tie; the EER is the mean
-      of both rates there. FMR and FNMR are step functions that need not meet; the comparison is exact.
-    - "auc": the probability that a genuine score exceeds a twin impostor score, ties counting one half; "general_auc".
+    - "eer_threshold": the lowest score where |FMR - FNMR|, exactly compared, is least; "eer": the mean of both there.
+    - "auc", "general_auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
     - "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
     - "tar_at_far_<rate>": the largest 1 - FNMR whose twin FMR is no more than that.
-    - "general_threshold_<rate>": the lowest threshold whose general FMR is no more than that; "twin_fmr_<rate>" and
-      "fnmr_<rate>", the rates there.
+    - "general_threshold_<rate>": the lowest with no higher general FMR; "twin_fmr_<rate>", "fnmr_<rate>": those there.
     """
     thresholds = np.append(np.unique(np.concatenate([genuine.scores, twin.scores])), np.inf)
     genuine_at, twin_at = (np.searchsorted(pairs.scores, thresholds) for pairs in (genuine, twin))
-    twin_sides, general_sides = (
-        [np.searchsorted(pairs.scores, genuine.scores, side) for side in ("left", "right")] for pairs in (twin, general)
-    )
+    left, right = (np.searchsorted(general.scores, genuine.scores, side) for side in ("left", "right"))
     rows = []
     for families in weightings:
         below, twin_below = genuine.weigh(families), twin.weigh(families)
         general_below = general.weigh(np.outer(families, families).ravel())
         n, n_twin, n_general = below[-1], twin_below[-1], general_below[-1]
-        row, each = {}, np.diff(below)
-        rows.append(row)
+        rows.append(row := {})
         if n and n_twin:
             rejected, accepted = below[genuine_at], n_twin - twin_below[twin_at]  # genuine and twin weights
             at = np.argmin(np.abs(accepted * n - rejected * n_twin))  # integers, so exact
-            right = (n_twin - accepted + n - rejected) / (n + n_twin)
+            accuracy = (n_twin - accepted + n - rejected) / (n + n_twin)
             row["eer"], row["eer_threshold"] = (accepted[at] / n_twin + rejected[at] / n) / 2, thresholds[at]
-            row["auc"] = (each * sum(twin_below[side] for side in twin_sides)).sum() / (2 * n * n_twin)
-            row["best_accuracy"], row["accuracy_at_eer"] = right.max(), right[at]
-            for (
-                far
-            ) in FALSE_ACCEPT_RATES:  # FMR falls and FNMR rises with the threshold: the first that will do is best
+            row["auc"] = np.diff(rejected) @ (2 * n_twin - accepted[:-1] - accepted[1:]) / (2 * n * n_twin)
+            row["best_accuracy"], row["accuracy_at_eer"] = accuracy.max(), accuracy[at]
+            for far in FALSE_ACCEPT_RATES:  # FMR falls, FNMR rises with the threshold: the first that will do is best
                 row[f"tar_at_far_{far:g}"] = 1 - rejected[np.argmax(accepted <= far * n_twin)] / n
         if n and n_general:
-            row["general_auc"] = (each * sum(general_below[side] for side in general_sides)).sum() / (2 * n * n_general)
+            row["general_auc"] = np.diff(below) @ (general_below[left] + general_below[right]) / (2 * n * n_general)
         for rate in GENERAL_MATCH_RATES if n and n_twin and n_general else ():
             allowed = int(rate * n_general + 1e-9)  # a float would make searchsorted convert all sums
             highest_rejected = np.searchsorted(general_below, n_general - allowed) - 1
@@ -96,11 +93,6 @@ def verification_metrics(genuine, twin, general, weightings):
             row[f"twin_fmr_{rate:g}"] = 1 - twin_below[np.searchsorted(twin.scores, t)] / n_twin
             row[f"fnmr_{rate:g}"] = below[np.searchsorted(genuine.scores, t)] / n
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in METRICS}
-
-
-METRICS = ("eer", "eer_threshold", "auc", "best_accuracy", "accuracy_at_eer")
-METRICS += (*(f"tar_at_far_{far:g}" for far in FALSE_ACCEPT_RATES), "general_auc")
-METRICS += tuple(f"{name}_{far:g}" for far in GENERAL_MATCH_RATES for name in ("general_threshold", "twin_fmr", "fnmr"))
 
 
 class Estimate(NamedTuple):
@@ -115,58 +107,47 @@ class TwinEvaluator:
 
     `rows` {"genuine", "twin", "general": (K, 2) int64} number the images of each pair; every unordered pair stands
     once. General pairs are all that there are, or GENERAL_PAIRS drawn from the seed if there are more (`drawn`).
-    `counts`: of images, pairs of each kind and families with images. `resamples` bootstrap resamples of the families,
-    drawn once from the seed, serve all networks, so that their differences are paired.
-    Raises InputError without a genuine or a twin pair.
+    `counts`: of images, pairs of each kind and families with images. All networks meet the same `resamples` bootstrap
+    resamples of the families, so differences are paired. Raises InputError without a genuine or a twin pair.
     """
 
     def __init__(self, images, seed=42, resamples=1000):
         self.images, generator = images, np.random.default_rng(seed)
         _, self.family = np.unique(images.family, return_inverse=True)  # families without an image do not count
         ranges = [np.arange(f, f + n) for f, n in zip(images.first, images.count, strict=True)]
-        genuine = [person[np.stack(np.triu_indices(len(person), 1), 1)] for person in ranges]
+        genuine = [person[np.c_[np.triu_indices(len(person), 1)]] for person in ranges]
         twin = [np.stack(np.meshgrid(ranges[a], ranges[b]), -1).reshape(-1, 2) for a, b in images.pairs]
         self.rows = {"genuine": np.concatenate(genuine), "twin": np.concatenate(twin)}
         for kind, reason in (("genuine", "no person has two images"), ("twin", "no pair has images of both twins")):
             if len(self.rows[kind]) == 0:
                 raise InputError(f"nothing to evaluate: {reason} among the pairs; check the aligned crops")
-        sizes = np.bincount(self.family)
-        total = int(sizes.sum() ** 2 - (sizes**2).sum()) // 2
+        n, sizes = len(self.family), np.bincount(self.family)
+        total = int(n**2 - (sizes**2).sum()) // 2
+        self.counts = {"images": n, **{kind: len(rows) for kind, rows in self.rows.items()}}
+        self.counts |= {"general": total, "families": len(sizes)}
         self.drawn = total > GENERAL_PAIRS
-        if self.drawn:
-            general = generator.integers(len(self.family), size=(2 * GENERAL_PAIRS, 2))
-        else:
-            general = np.stack(np.triu_indices(len(self.family), 1), 1)
-        apart = self.family[general[:, 0]] != self.family[general[:, 1]]
-        self.rows["general"] = general[apart][:GENERAL_PAIRS]
-        self.counts = {"images": len(images.paths), "genuine": len(self.rows["genuine"])}
-        self.counts |= {"twin": len(self.rows["twin"]), "general": total, "families": len(sizes)}
+        general = generator.integers(n, size=(2 * GENERAL_PAIRS, 2)) if self.drawn else np.c_[np.triu_indices(n, 1)]
+        self.rows["general"] = general[self.family[general[:, 0]] != self.family[general[:, 1]]][:GENERAL_PAIRS]
         self.weights = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), resamples)
 
     def score(self, embeddings, chunk=1 << 16):
         """{kind: (K,) float64 cosines of `rows`}, of embeddings (N, 512) of unit length in the order of `images`."""
         scores = {}
         for kind, rows in self.rows.items():
-            parts = torch.from_numpy(rows).to(embeddings.device).split(chunk)
-            parts = [(embeddings[part[:, 0]] * embeddings[part[:, 1]]).sum(1) for part in parts]
-            scores[kind] = torch.cat(parts).cpu().double().numpy()
+            parts = torch.from_numpy(rows.T).to(embeddings.device).split(chunk, 1)
+            scores[kind] = torch.cat([(embeddings[a] * embeddings[b]).sum(1) for a, b in parts]).cpu().double().numpy()
         return scores
 
     def _metrics(self, scores, weightings):
-        first, second = (self.family[self.rows["general"][:, side]] for side in (0, 1))
-        genuine, twin = (Pairs(scores[kind], self.family[self.rows[kind][:, 0]]) for kind in ("genuine", "twin"))
-        general = Pairs(scores["general"], first * self.counts["families"] + second)
-        return verification_metrics(genuine, twin, general, weightings)
+        codes = {kind: self.family[rows[:, 0]] for kind, rows in self.rows.items()}
+        codes["general"] = codes["general"] * self.counts["families"] + self.family[self.rows["general"][:, 1]]
+        return verification_metrics(*(Pairs(scores[kind], code) for kind, code in codes.items()), weightings)
 
     def figures(self, scores):
-        """{name: float, or None where the pairs cannot resolve it} of all metrics, each family counting once.
-
-        A rate takes at least 1/rate impostor pairs.
-        """
+        """{name: float or None} of all metrics, each family counting once; a rate takes at least 1/rate impostors."""
         figures = {}
         for name, (value,) in self._metrics(scores, np.ones((1, self.counts["families"]), np.int64)).items():
-            rate = name.rpartition("_")[2]
-            impostors = self.counts["twin" if name.startswith("tar") else "general"]
+            rate, impostors = name.rpartition("_")[2], self.counts["twin" if name.startswith("tar") else "general"]
             known = np.isfinite(value) and not (rate[0].isdigit() and impostors * float(rate) < 1)
             figures[name] = float(value) if known else None
         return figures
@@ -233,8 +214,7 @@ def chosen_by_validation(results):
     """The name of the result with the highest validation AUC; None unless two or more share validation people."""
     known = [r for r in results if r.facts.get("metrics", {}).get("val_auc") is not None]
     groups = {tuple(sorted(r.facts["config"].get("val_ids", []))) for r in known}
-    several = len(known) > 1 and len(groups) == 1
-    return max(known, key=lambda r: r.facts["metrics"]["val_auc"]).name if several else None
+    return max(known, key=lambda r: r.facts["metrics"]["val_auc"]).name if len(known) > 1 and len(groups) == 1 else None
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -266,42 +246,31 @@ def write_result(folder, evaluator, result, crops, home, flip):
 
 
 def write_comparison(folder, results):
-    """comparison.json, comparison.csv, comparison.png and data_percentage.png, the first result being the baseline.
-
-    Returns the content of comparison.json.
-    """
-    checkpoints, table = [], []
+    """comparison.json, whose content is returned, its table and pictures; the first result is the baseline."""
+    first, entries, table = results[0], [], []
     for result in results:
-        figures = compare(result.estimate, None if result is results[0] else results[0].estimate)
+        figures = compare(result.estimate, None if result is first else first.estimate)
         entry = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
-        checkpoints.append({**entry, "validation": result.facts.get("metrics", {}), "figures": figures})
+        entries.append({**entry, "validation": result.facts.get("metrics", {}), "figures": figures})
         for name, figure in figures.items():
             row = {"name": result.name, "checkpoint": result.checkpoint, "figure": name}
             for key, bounds in (("value", "interval"), ("difference", "difference_interval")):
                 low, high = figure.get(bounds) or (None, None)
                 row |= {key: figure.get(key), f"{key}_low": low, f"{key}_high": high}
             table.append({**row, "verdict": figure.get("verdict"), "overlap": len(result.overlap)})
-    content = {"baseline": results[0].name, "chosen_by_validation": chosen_by_validation(results)}
-    content["checkpoints"] = checkpoints
+    content = {"baseline": first.name, "chosen_by_validation": chosen_by_validation(results), "checkpoints": entries}
     write_json(folder / "comparison.json", content)
     write_csv(folder / "comparison.csv", table)
-    plot_comparison(folder / "comparison.png", results, checkpoints)
-    plot_data_percentage(folder / "data_percentage.png", results, checkpoints)
+    plot_comparison(folder / "comparison.png", results, entries)
+    plot_data_percentage(folder / "data_percentage.png", results, entries)
     return content
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
-
-
 @contextmanager
 def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
     """Yield the axes (an array of several) of a picture; at the end they get a grid and, outside, a legend."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns)
     yield axes
     for one in np.atleast_1d(axes).flat:
@@ -319,8 +288,7 @@ def colour(number):
 
 def plot_line(axes, number, x, y, **options):
     """A line in the colour and style of its number."""
-    style = {"color": colour(number), "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
-    axes.plot(x, y, **{**style, **options})
+    axes.plot(x, y, **{"color": colour(number), "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2, **options})
 
 
 def literal(text):
@@ -330,11 +298,10 @@ def literal(text):
 
 def plot_rates(axes, results, kind):
     """ROC ("roc") or DET ("det") of genuine against twin impostor pairs, one line per result, with its EER."""
-    lowest, bottom = 100 / len(results[0].scores["twin"]), 50.0
+    lowest, bottom = 100 / len(results[0].scores["twin"]), 50.0  # a logarithmic axis has no 0: curves end at one pair
     for number, result in enumerate(results):
         genuine, twin = np.sort(result.scores["genuine"]), np.sort(result.scores["twin"])
         thresholds = np.append(np.unique(np.concatenate([genuine, twin])), np.inf)
-        # A rate of 0 has no place on a logarithmic axis: the curve ends at one pair.
         fmr = np.maximum(100 - 100 * np.searchsorted(twin, thresholds) / len(twin), lowest)
         fnmr = 100 * np.searchsorted(genuine, thresholds) / len(genuine)
         bottom = min(bottom, max(100 / len(genuine), fnmr[np.argmax(fmr <= 50)] / 2))
@@ -349,8 +316,7 @@ def plot_rates(axes, results, kind):
     limits, ylabel = ((0, 100), "true accept rate, 1 - FNMR (%)") if kind == "roc" else ((bottom, 100), "FNMR (%)")
     axes.set(ylim=limits, yscale="linear" if kind == "roc" else "log", ylabel=ylabel, title=kind.upper())
     for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+        axis.set(major_formatter="{x:g}", minor_formatter=lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
 
 
 def plot_comparison(path, results, checkpoints):
@@ -365,8 +331,7 @@ def plot_comparison(path, results, checkpoints):
                     plot_line(left, number, 100 * np.array(bounds), [y] * len(bounds))
                     plot_line(left, number, [100 * change["difference"]], [y], marker="o", markersize=4)
         left.axvline(0, color="black", linewidth=0.8)
-        left.set_yticks(range(len(shown)), shown.values())
-        left.set_ylim(len(shown) - 0.5, -0.5)
+        left.set(yticks=range(len(shown)), yticklabels=shown.values(), ylim=(len(shown) - 0.5, -0.5))
         left.set(title=f"difference to {literal(results[0].name)}", xlabel="points (0.01 of AUC), 95 % interval")
         plot_rates(right, results, "det")
 
@@ -380,40 +345,34 @@ def plot_distributions(path, result):
             label = kind if kind == "genuine" else f"{kind} impostor"
             plot_line(axes, number, np.linspace(low, 1, 80), share, label=label, drawstyle="steps-mid")
         for name, what in (("eer_threshold", "twin EER"), ("general_threshold_0.001", "general FMR 0.1 %")):
-            at = result.estimate.figures[name]
-            if at is not None:
+            if (at := result.estimate.figures[name]) is not None:
                 text = f"threshold at {what}\nFNMR {100 * (scores['genuine'] < at).mean():.1f} %"
                 text += f", twin FMR {100 * (scores['twin'] >= at).mean():.1f} %"
-                text += (
-                    f"\ngeneral FMR {100 * (scores['general'] >= at).mean():.2g} %" if len(scores["general"]) else ""
-                )
+                if len(scores["general"]):
+                    text += f"\ngeneral FMR {100 * (scores['general'] >= at).mean():.2g} %"
                 axes.axvline(at, color="black", linewidth=1, linestyle="-" if "eer" in name else "--", label=text)
         axes.set(xlim=(low, 1), yscale="log", xlabel="score (cosine similarity)", title=literal(result.name))
         axes.set_ylabel("share of the image pairs per bin (%)")
 
 
 def plot_hardest(path, evaluator, result, crops, columns=4):
-    """The crops of wrong decisions at the EER threshold, the farthest from it first, two rows of each kind.
-
-    A crop stands in one of them at most, a family in two. `crops` (N, 112, 112, 3) as evaluator.images numbers them.
-    """
+    """Crops (N, 112, 112, 3) of the worst errors at the EER threshold, each crop once at most, each family twice."""
     threshold = result.estimate.figures["eer_threshold"]
     names = [literal("/".join(Path(p).parts[-2:])[-17:]) for p in evaluator.images.paths]
     with plot_figure(path, 2.4 * columns, 7.0, 4, columns) as grid:
         kinds = (("twin", "twins taken for one person", -1), ("genuine", "one person refused", 1))
         for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
             rows, values = evaluator.rows[kind], result.scores[kind]
-            wrong = np.flatnonzero(values >= threshold if sign < 0 else values < threshold)
-            axes[0].set_title(f"{title}: {len(wrong)} of {len(values)} pairs\n", fontsize=7)
+            wrong = np.count_nonzero(values >= threshold if sign < 0 else values < threshold)
+            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs\n", fontsize=7)
             seen, families, places = set(), [], iter(axes)
-            for k in wrong[np.argsort(sign * values[wrong], kind="stable")]:
+            for k in np.argsort(sign * values, kind="stable")[:wrong]:  # the farthest from the threshold first
                 (a, b), family = rows[k], evaluator.family[rows[k][0]]
-                if {a, b} & seen or families.count(family) > 1 or (place := next(places, None)) is None:
-                    continue
-                seen |= {a, b}
-                families.append(family)
-                place.imshow(np.concatenate([crops[a], crops[b]], 1))
-                place.set_title(f"{place.get_title()}score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
+                if not {a, b} & seen and families.count(family) < 2 and (place := next(places, None)):
+                    seen |= {a, b}
+                    families.append(family)
+                    place.imshow(np.concatenate([crops[a], crops[b]], 1))
+                    place.set_title(f"{place.get_title()}score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
         title = f"{literal(result.name)}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
         grid[0, 0].figure.suptitle(title, fontsize=9)
         for place in grid.flat:
@@ -424,10 +383,9 @@ def plot_data_percentage(path, results, checkpoints):
     """Difference of the EER to the baseline against the share of triplets, one line per mode and margin."""
     lines, images = {}, {}
     for result, entry in zip(results[1:], checkpoints[1:], strict=True):
-        config = result.facts.get("config", {})
-        if "train_percentage" in config:
+        config, change = result.facts.get("config", {}), entry["figures"]["eer"]
+        if share := config.get("train_percentage"):
             setting = f"{'embedding layer' if config['freeze_backbone'] else 'full network'}, margin {config['margin']}"
-            change, share = entry["figures"]["eer"], config["train_percentage"]
             bounds = change["difference_interval"] or [change["difference"]] * 2
             lines.setdefault(setting, []).append((share, 100 * change["difference"], *(100 * b for b in bounds)))
             images[share] = f"{share} %\n{config['n_touched_images']} images"
@@ -452,14 +410,13 @@ def comparison_table(results, content):
     width = max(len("checkpoint"), *(len(result.name) for result in results))
     lines = [f"{'checkpoint':{width}}  " + "  ".join(f"{title:>11}" for title in columns)]
     for result in results:
-        cells = []
+        lines.append(f"{result.name:{width}}")
         for name in columns.values():
             value = result.estimate.figures[name]
             known = [r.estimate.figures[name] for r in results if r.estimate.figures[name] is not None]
             best = len(results) > 1 and known and value == (min if name.startswith(LOWER_IS_BETTER) else max)(known)
             text = "-" if value is None else f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
-            cells.append(f"{text + ('*' if best else ' '):>11}")
-        lines.append(f"{result.name:{width}}  " + "  ".join(cells))
+            lines[-1] += f"  {text + ('*' if best else ' '):>11}"
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %; -: too few pairs to say.")
     for result, entry in zip(results, content["checkpoints"], strict=True):
         if result is not results[0]:
@@ -468,10 +425,8 @@ def comparison_table(results, content):
                 lines.append("  It got WORSE at recognising people in general.")
         if "against_start" in result.facts:
             lines.append(f"  Its training said of its validation people: {describe(result.facts['against_start'])}.")
-        if result.overlap:
-            lines.append(
-                f"OVERLAP: {result.name} has seen {len(result.overlap)} of the test people; it looks too good."
-            )
+        if seen := len(result.overlap):
+            lines.append(f"OVERLAP: {result.name} has seen {seen} of the test people; it looks too good.")
     if len(results) > 1:
         lines.append("* best on this test set, a description: choosing by it would be selection on the test set.")
         chosen = content["chosen_by_validation"]
@@ -481,16 +436,14 @@ def comparison_table(results, content):
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    description = "Measure how well checkpoints tell the twins of a test set apart."
-    parser = Parser(prog="evaluate_twins.py", description=description)
+    parser = Parser(prog="evaluate_twins.py", description="How well checkpoints tell the twins of a test set apart.")
     add = parser.add_argument
     add("--test_pairs", default="test_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
     add_alignment_arguments(parser, "test")
     add("--checkpoints", required=True, nargs="+", help="networks to compare, or folders of them")
     add("--baseline", help="what the others are compared to; by default the first")
     add("--output_dir", default="evaluation_results", help="where results go")
-    text = "images embedded at once, by default 256 on CUDA and 8 on a CPU; changes speed and memory only"
-    add("--batch_size", type=between(int, 1, 10**6), help=text)
+    add("--batch_size", type=between(int, 1, 10**6), help="images at once (256 on CUDA, 8 on a CPU); for speed only")
     add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="of the bootstrap")
     add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
     add("--allow_overlap", action="store_true", help="also evaluate on people a checkpoint was trained on, and say so")
@@ -501,14 +454,13 @@ def list_checkpoints(names, baseline):
     """The files among `names`, folders opened, the baseline first; each once."""
     files = [baseline] if baseline else []
     for name in names:
+        found = sorted(glob.glob(name)) if "*" in name else [name]  # some shells leave that to the program
         if Path(name).is_dir():
             found = sorted(str(p) for p in Path(name).iterdir() if p.suffix in SUFFIXES and p.name[0] != ".")
-        else:
-            found = sorted(glob.glob(name)) if "*" in name else [name]  # some shells leave that to the program
         if not found:
             raise InputError(f"{name}: no file ending in {', '.join(SUFFIXES)} there")
         files += found
-    return list({os.path.abspath(file): file for file in reversed(files)}.values())[::-1]
+    return list({os.path.abspath(file): file for file in files}.values())
 
 
 def find_overlap(facts, ids):
@@ -535,9 +487,8 @@ def evaluate(args):
         if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
             raise InputError(f"--aligned_folder {trained}: {path} was trained from there; name another")
     people = People(listed if args.skip_alignment else align_files(args, args.test_pairs), pairs)
-    for path in facts:
-        seen = len({*facts[path].get("crop_sha256", [])} & {*people.crops.sha256})
-        if seen and not args.allow_overlap:
+    for path in [] if args.allow_overlap else facts:
+        if seen := len({*facts[path].get("crop_sha256", [])} & {*people.crops.sha256}):
             raise InputError(f"{path}: {seen} test images are among those it was trained on; see --allow_overlap")
     images = TwinImages(people.id_to_images, pairs)
     evaluator = TwinEvaluator(images, args.seed)
@@ -559,16 +510,13 @@ def evaluate(args):
     content = write_comparison(output, results)
     print(f"{counts['images']} images of {len(images.ids)} people in {counts['families']} families, on {device}:")
     print(f"{counts['genuine']} genuine, {counts['twin']} twin impostor, {counts['general']} general impostor pairs")
-    print(comparison_table(results, content))
-    print(f"results in {args.output_dir}")
+    print(comparison_table(results, content), f"results in {args.output_dir}", sep="\n")
     return results
 
 
 def main(argv=None):
     """Evaluate; returns the exit code (see align.run_script)."""
-    return run_script(
-        "evaluate_twins.py", lambda: evaluate(parse_args(argv)), "interrupted; finished checkpoints have their results"
-    )
+    return run_script("evaluate_twins.py", lambda: evaluate(parse_args(argv)), "interrupted; what is done is saved")
 
 
 if __name__ == "__main__":

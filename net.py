@@ -14,20 +14,17 @@ import os
 import re
 import sys
 import warnings
-import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 CROP_SIZE = 112  # pixels, width and height of an aligned crop
-EMBEDDING_SIZE = 512
 
 # name: (units per stage, channels per stage, bottleneck units, squeeze-and-excitation)
 _BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
@@ -50,14 +47,12 @@ class SEBlock(nn.Module):
 
     def __init__(self, channels, reduction=16):
         super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.relu = nn.ReLU()
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
-        self.sigmoid = nn.Sigmoid()
 
     def forward(self, x):
-        return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
+        means = nn.functional.adaptive_avg_pool2d(x, 1)
+        return x * self.fc2(self.fc1(means).relu()).sigmoid()
 
 
 class ResidualUnit(nn.Module):
@@ -65,20 +60,18 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, in_channels, channels, stride, bottleneck, se):
         super().__init__()
-        if in_channels != channels:
-            self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-        else:  # upstream's MaxPool2d(1, 1) gives the same bits, but copies and keeps an index of every element
-            self.shortcut_layer = nn.MaxPool2d(1, stride) if stride > 1 else nn.Identity()
 
         def conv(i, o, kernel, stride=1):
             return [nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o)]
 
+        if in_channels != channels:
+            self.shortcut_layer = nn.Sequential(*conv(in_channels, channels, 1, stride))
+        else:  # upstream's MaxPool2d(1, 1) gives the same bits, but copies and keeps an index of every element
+            self.shortcut_layer = nn.MaxPool2d(1, stride) if stride > 1 else nn.Identity()
         if bottleneck:
             middle = channels // 4
-            layers = [*conv(in_channels, middle, 1), nn.PReLU(middle), *conv(middle, middle, 3)]
-            layers += [nn.PReLU(middle), *conv(middle, channels, 1, stride)]
+            layers = [*conv(in_channels, middle, 1), nn.PReLU(middle), *conv(middle, middle, 3), nn.PReLU(middle)]
+            layers += conv(middle, channels, 1, stride)
         else:
             layers = [*conv(in_channels, channels, 3), nn.PReLU(channels), *conv(channels, channels, 3, stride)]
         self.res_layer = nn.Sequential(nn.BatchNorm2d(in_channels), *layers)
@@ -92,9 +85,8 @@ class ResidualUnit(nn.Module):
 class Backbone(nn.Module):
     """AdaFace's network; `arch` is its name, `facts` what a checkpoint said beside the weights (see load_checkpoint).
 
-    `forward(x)`: x (N, 3, 112, 112) float, BGR in [-1, 1] -> (embedding (N, 512), norm (N, 1)), float32 also under
-    autocast; the embedding has unit length. `head(features(x))` is the same, for those who keep a frozen backbone's
-    features.
+    `forward(x)`: x (N, 3, 112, 112) float, BGR in [-1, 1] -> (embedding (N, 512) of unit length, norm (N, 1)), float32
+    also under autocast. `head(features(x))` is the same, for those who keep a frozen backbone's features.
     """
 
     def __init__(self, arch):
@@ -102,25 +94,22 @@ class Backbone(nn.Module):
         units, channels, bottleneck, se = ARCHITECTURES[arch]
         self.arch, self.facts = arch, {}
         self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
-        last = channels[-1]
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(last),
+            nn.BatchNorm2d(channels[-1]),
             nn.Dropout(0.4),
             nn.Flatten(),
-            nn.Linear(last * 7 * 7, EMBEDDING_SIZE),
-            nn.BatchNorm1d(EMBEDDING_SIZE, affine=False),
+            nn.Linear(channels[-1] * 7 * 7, 512),
+            nn.BatchNorm1d(512, affine=False),
         )
-        body, before = [], 64
-        for count, after in zip(units, channels, strict=True):
-            for i in range(count):
-                body.append(ResidualUnit(before, after, 2 if i == 0 else 1, bottleneck, se))
-                before = after
+        body = []
+        for count, before, after in zip(units, (64, *channels[:-1]), channels, strict=True):
+            body.append(ResidualUnit(before, after, 2, bottleneck, se))
+            body += [ResidualUnit(after, after, 1, bottleneck, se) for _ in range(count - 1)]
         self.body = nn.Sequential(*body)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output_layer[3].bias)
 
     def features(self, x):
         """(N, 3, 112, 112) -> (N, C, 7, 7), C being 512, or 2048 for 152 and 200 layers."""
@@ -147,17 +136,15 @@ def build_model(name):
 def to_input(crops):
     """The one conversion from aligned crops to what the network sees.
 
-    crops: (N, 112, 112, 3) uint8 **RGB**, array or tensor on any device. Returns float32 **BGR** (N, 3, 112, 112) on
-    the same device, `(x - 127.5) / 127.5`, so in [-1, 1], as channels_last, which costs nothing here and is faster.
-    Raises TypeError or ValueError for another type or shape: a float or BGR image is a silent error later.
+    crops: (N, 112, 112, 3) uint8 **RGB**, array or tensor. Returns float32 **BGR** (N, 3, 112, 112) on the same device,
+    `(x - 127.5) / 127.5`, so in [-1, 1], as channels_last. Raises TypeError or ValueError for another type or shape.
     """
-    crops = torch.from_numpy(crops) if isinstance(crops, np.ndarray) else crops
+    crops = torch.as_tensor(crops)
     if crops.dtype != torch.uint8:
         raise TypeError(f"crops must be uint8 RGB, not {crops.dtype}")
-    if crops.ndim != 4 or tuple(crops.shape[1:]) != (CROP_SIZE, CROP_SIZE, 3):
+    if crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
         raise ValueError(f"crops must be (N, 112, 112, 3), not {tuple(crops.shape)}")
-    bgr = crops.permute(0, 3, 1, 2).flip(1)
-    return bgr.to(torch.float32).sub_(127.5).div_(127.5)
+    return crops.permute(0, 3, 1, 2).flip(1).float().sub_(127.5).div_(127.5)
 
 
 # ---- embeddings -----------------------------------------------------------------------------------------------------
@@ -165,26 +152,25 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
     """One (N, 512) float32 tensor on `device` for each of `models`, of uint8 RGB crops (N, 112, 112, 3).
 
     The models differ in `output_layer` alone and are in eval mode: the backbone of the first runs once per image, in
-    full float32. batch_size: images at once (default chunk_size); description: label of a progress bar. flip: the unit
-    vector of the image's embedding plus that of its mirror image, each times its norm, which measures image quality
-    (AdaFace, CVPR 2022): upstream's fusion. Raises InputError for a dead network (see check_alive).
+    float32. batch_size: images at once (default chunk_size); description: label of a progress bar. flip: upstream's
+    fusion, the unit vector of the image's embedding plus that of its mirror image, each times its norm, which measures
+    image quality (AdaFace, CVPR 2022). Raises InputError for a dead network (see check_alive).
     """
     batch_size = batch_size or chunk_size(device)
     models[0].to(device, memory_format=torch.channels_last)
     for model in models:
         model.output_layer.to(device)
     embeddings = torch.empty((len(models), len(crops), 512), device=device)
-    starts = range(0, len(crops), batch_size)
     with torch.inference_mode():
-        for i in progress(starts, description, "batch") if description else starts:
+        for i in progress(range(0, len(crops), batch_size), description, "batch", disable=not description):
             x = to_input(crops[i : i + batch_size].to(device, non_blocking=True))
             views = [models[0].features(view) for view in ([x, x.flip(3)] if flip else [x])]
             for model, result in zip(models, embeddings, strict=True):
                 found = [model.head(view) for view in views]
                 fused = nn.functional.normalize(sum(embedding * norm for embedding, norm in found))
                 result[i : i + batch_size] = fused if flip else found[0][0]
-    for model, result in zip(models, embeddings, strict=True):
-        check_alive(result, f"this {model.arch}")
+    for result in embeddings:
+        check_alive(result, f"this {models[0].arch}")
     return list(embeddings.clone())  # no inference tensors, which training could not use
 
 
@@ -203,18 +189,14 @@ def backbone_sha256(model):
 
 
 def check_alive(embeddings, what, way_out="take another checkpoint"):
-    """Raise InputError if embeddings (N, 512) are of a dead network: one not of unit length, or all the same.
-
-    A norm that is zero or not finite leaves a zero or NaN where the unit vector should be.
-    """
-    if not bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < 1e-3).all()):
+    """Raise InputError if embeddings (N, 512) are of a dead network: one is zero or NaN, or all are the same."""
+    if not ((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() < 1e-3).all():
         raise InputError(f"{what} is dead: the norm of an embedding is zero or not finite; {way_out}")
-    if len(embeddings) > 1 and float(embeddings.mean(0).square().sum()) > 1 - 1e-6:
+    if len(embeddings) > 1 and embeddings.mean(0).square().sum() > 1 - 1e-6:
         raise InputError(f"{what} is dead: all embeddings have fallen together; {way_out}")
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-
 NETWORK_KEY = re.compile(r"(?:^|\.)((?:input_layer|body|output_layer)\..+)")
 OTHER_FILES = {  # how files begin that are no checkpoints, what they are, and the way out
     b"version https://git-lfs": "a Git LFS pointer, not the file: fetch that with `git lfs pull`",
@@ -241,25 +223,22 @@ def load_checkpoint(path, arch=None, channels=None):
     """Read a network from a checkpoint; returns it on the CPU, float32, in eval mode, for BGR.
 
     Reads AdaFace's Lightning `.ckpt`, our `.pth`, safetensors, and state dicts at any depth and under any prefix, if
-    they hold exactly one network. `facts` of the result holds the entries that save_checkpoint wrote; {} for other
-    files. Networks of CVLface (keys `net.*`) take RGB or BGR: `channels` says which, or a yaml beside the file
-    (`color_space: 'RGB'`). Nothing from the file is run: see read_checkpoint. Raises InputError for what is no whole
-    network of AdaFace's kind, another than `arch`, or has weights that are not finite.
+    they hold exactly one network. Its `facts` are the entries that save_checkpoint wrote; {} for other files. Networks
+    of CVLface (keys `net.*`) take RGB or BGR: `channels` says which, or a yaml beside the file (`color_space: 'RGB'`).
+    Raises InputError for what is no whole network of AdaFace's kind, another than `arch`, or has impossible weights.
     """
     content = read_checkpoint(path)
     networks = find_networks(content)
-    if len(networks) != 1:
-        none = "no AdaFace network in it (keys like input_layer.0.weight); of a pickled module save its state_dict()"
-        several = f"several networks in it ({', '.join(networks)}): save the one that is meant in a file of its own"
-        raise InputError(f"{path}: {several if networks else none}")
+    if not networks:
+        raise InputError(f"{path}: no AdaFace network in it (keys input_layer.*); of a module save its state_dict()")
+    if len(networks) > 1:
+        raise InputError(f"{path}: several networks in it ({', '.join(networks)}); save one in a file of its own")
     ((name, state),) = networks.items()
     if re.search(r"(^|[./])net\.$", name):
         yamls = " ".join(p.read_text() for p in sorted(Path(path).parent.glob("*.yaml")))
         channels = channels or "/".join({*re.findall(r"color_space:\W*(RGB|BGR)", yamls)})
         if channels not in ("RGB", "BGR"):
-            raise InputError(
-                f"{path}: a network of CVLface: put its model.yaml beside it, or say --channels RGB or BGR"
-            )
+            raise InputError(f"{path}: of CVLface; put its model.yaml beside it, or say --channels RGB or BGR")
         if channels == "RGB":
             state["input_layer.0.weight"] = state["input_layer.0.weight"].flip(1)
     units = len({key.split(".")[1] for key in state if key.startswith("body.")})
@@ -273,9 +252,8 @@ def load_checkpoint(path, arch=None, channels=None):
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        kind = (
-            f"not a whole {found} network" if "body.1.res_layer.5.weight" in state else "blocks not of AdaFace's kind"
-        )
+        ours = "body.1.res_layer.5.weight" in state
+        kind = f"not a whole {found} network" if ours else "blocks not of AdaFace's kind"
         raise InputError(f"{path}: {kind} ({reason} ...); take a whole checkpoint of AdaFace") from None
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all() or (key.endswith("running_var") and (value < 0).any()):
@@ -286,11 +264,11 @@ def load_checkpoint(path, arch=None, channels=None):
 
 
 def read_checkpoint(path):
-    """The dict in a file that `torch.save` wrote, read without running anything from it.
+    """The dict in a file that `torch.save` wrote, or in safetensors, read without running anything from it.
 
-    PyTorch's weights-only unpickler makes tensors and plain types. Every other class that the file names becomes an
-    inert stand-in: its package need not be installed, its code is not called. PyTorch itself refuses files that name
-    `os`, `sys` and the like. Raises InputError when the file cannot be read.
+    PyTorch's weights-only unpickler makes tensors and plain types; it refuses files that name `os`, `sys` and the like.
+    Every other class that is named becomes an inert stand-in: its package need not be installed, its code is not
+    called. Raises InputError when the file cannot be read.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
@@ -299,23 +277,18 @@ def read_checkpoint(path):
     for beginning, kind in OTHER_FILES.items():
         if head.lstrip().startswith(beginning):
             raise InputError(f"{path}: {kind}")
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        raise InputError(
-            f"{path}: a TorchScript archive: torch.save(torch.jit.load(FILE).state_dict(), NEW) and take that"
-        )
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip file: written by PyTorch before 1.6, or no checkpoint, as will be said below
-        foreign = []
-    stand_ins = [(_stand_in(name), name) for name in foreign]
-    try:
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's remarks on odd files; what is wrong is said in one line
+        zipped = head.startswith(b"PK")  # written by PyTorch 1.6 or later
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        stand_ins = [(_stand_in(name), name) for name in foreign]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
             safe = head[8:9] == b"{"  # a JSON header, after its length
             content = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or damaged file can fail in any way
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:200] or type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint, download or copy it again ({reason})") from error
+        scripted = "torchscript" in reason.lower()
+        way_out = "save torch.jit.load(FILE).state_dict() and take that" if scripted else "download or copy it again"
+        raise InputError(f"{path}: not a readable checkpoint, {way_out} ({reason})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a checkpoint's dict")
     return content
@@ -323,14 +296,12 @@ def read_checkpoint(path):
 
 def read_safetensors(path):
     """{key: tensor} of a safetensors file: 8 bytes with the length of a JSON header, the header, the tensors."""
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     data, tensors = bytearray(Path(path).read_bytes()), {}
     start = 8 + int.from_bytes(data[:8], "little")
     for key, entry in json.loads(data[8:start]).items():
         if key != "__metadata__":
-            kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}[
-                entry["dtype"]
-            ]
-            begin, end = entry["data_offsets"]
+            kind, (begin, end) = kinds[entry["dtype"]], entry["data_offsets"]
             tensors[key] = torch.frombuffer(data[start + begin : start + end], dtype=kind).reshape(entry["shape"])
     return tensors
 
@@ -361,10 +332,7 @@ class InputError(ValueError):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path in `path`'s folder that becomes `path` when the block ends without error.
-
-    A reader sees the old file or the whole new one, never a part.
-    """
+    """Yield a temporary path that becomes `path` when the block ends without error: no reader ever sees a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -388,23 +356,23 @@ def progress(items, description, unit, **options):
 def pick_device(name="auto"):
     """torch.device for "auto" (cuda if there is one, else cpu), "cuda", "cuda:N" or "cpu", selected for the process.
 
-    Also turns TF32 off: reported figures are computed in full float32. Raises InputError for a device that this
-    machine does not have.
+    Also turns TF32 off: figures are computed in full float32. Raises InputError for a device that is not there.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         reason = "an Apple GPU" if torch.backends.mps.is_available() and not available else None
         if available:
-            version = 10 * torch.cuda.get_device_capability(0)[0] + torch.cuda.get_device_capability(0)[1]
-            kinds = [(arch.rstrip("af").split("_")) for arch in torch.cuda.get_arch_list()]  # PTX serves later GPUs too
-            served = [version // 10 == int(n) // 10 or kind == "compute" for kind, n in kinds if int(n) <= version]
+            major, minor = torch.cuda.get_device_capability(0)
+            kinds = [arch.rstrip("af").split("_") for arch in torch.cuda.get_arch_list()]  # PTX serves later GPUs too
+            served = [kind == "compute" or int(n) // 10 == major for kind, n in kinds if int(n) <= 10 * major + minor]
             reason = None if any(served) else f"{torch.cuda.get_device_name(0)}, for which this PyTorch has no code"
         if reason:
             print(f"warning: not using {reason}, but the CPU")
         name = "cuda" if available and not reason else "cpu"
-    if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(available))) or (name == "cuda" and not available):
+    numbered = "cuda:0" if name == "cuda" else name  # as tensors say it
+    if numbered not in ("cpu", *(f"cuda:{i}" for i in range(available))):
         raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N; PyTorch sees {available} CUDA devices")
-    device = torch.device("cuda:0" if name == "cuda" else name)  # with its number, as tensors say it
+    device = torch.device(numbered)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -414,8 +382,7 @@ def pick_device(name="auto"):
 class Processes:
     """The processes that torchrun started, of which this is one; alone without torchrun.
 
-    `rank` (0, the first, prints and writes), `world`, their number, `device`, each process on a machine its own CUDA
-    device. All must make the same calls in the same order.
+    `rank` (0 prints and writes), `world`, their number, `device`. All must make the same calls in the same order.
     """
 
     def __init__(self, device="auto"):
@@ -460,14 +427,9 @@ class Processes:
 
 
 def leave(code):
-    """End the script with its exit code.
-
-    Python's own end would not do under torchrun: gloo's threads outlive the process group, and one that lets go of a
-    tensor while Python shuts down aborts the process.
-    """
-    if code == 0 and dist.is_initialized():
+    """End the script with its exit code."""
+    if code == 0 and dist.is_initialized():  # a thread of gloo that lets go of a tensor while Python ends aborts it
         dist.barrier()
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
     sys.exit(code)

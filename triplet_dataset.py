@@ -7,7 +7,7 @@
 
 A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair. Triplet number k
 of a pair is worked out from k by division, so none is listed; the sampled share is the beginning of a random
-permutation of the numbers, so 10 % of a pair's triplets contain the 5 % of the same seed.
+permutation of the numbers, so 10 % contain the 5 % of the same seed.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ HAND_SIZE = 8  # images of a person that meet in a grouped step
 
 
 # ---- JSON files -----------------------------------------------------------------------------------------------------
-def read_json(path, expected):
-    """The content of a JSON file: UTF-8 with or without a byte order mark, no key twice, no NaN.
+def read_json(path, expected, kind=dict):
+    """A JSON file's object (or array, kind=list), not empty: UTF-8, byte order mark or not, no key twice, no NaN.
 
     `expected` describes the right content for the messages of InputError, raised for anything else.
     """
@@ -50,11 +50,14 @@ def read_json(path, expected):
 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; expected a JSON file, {expected}") from error
     except ValueError as error:  # also what is not UTF-8
         raise InputError(f"{path}: not valid JSON: {error}; expected {expected}") from error
+    if not isinstance(content, kind) or not content:
+        raise InputError(f"{path}: expected {expected}")
+    return content
 
 
 def write_json(path, content):
@@ -71,10 +74,7 @@ def resolve(folder, path):
 
 def read_id_to_images(path):
     """{"ID": ["path", ...]} -> {ID: [path, ...]}, relative paths taken from the file's own folder."""
-    expected = '{"ID": ["path", ...], ...} with at least one ID'
-    content = read_json(path, expected)
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: expected {expected}")
+    content = read_json(path, '{"ID": ["path", ...], ...} with at least one ID')
     for name, images in content.items():
         if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
             raise InputError(f"{path}: the images of ID {name!r} must be a list of paths")
@@ -85,23 +85,17 @@ def read_id_to_images(path):
 def read_pairs(path, id_to_images):
     """[["ID", "twin's ID"], ...] -> ([(ID, ID), ...], [warning, ...]); each pair once, in whichever order it stands.
 
-    Raises InputError for an empty list, an ID paired with itself and IDs that `id_to_images` does not have: each is a
-    slip that silently costs data or spoils labels.
+    Raises InputError for an empty list, an ID paired with itself and IDs that `id_to_images` does not have.
     """
-    expected = '[["ID", "twin\'s ID"], ...] with at least one pair'
-    content = read_json(path, expected)
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{path}: expected {expected}")
-    pairs = {}
+    content, pairs = read_json(path, '[["ID", "twin\'s ID"], ...] with at least one pair', list), {}
     for number, pair in enumerate(content, 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise InputError(f"{path}: pair {number} is {reprlib.repr(pair)}; expected two IDs, both strings")
         a, b = pair
         if a == b:
             raise InputError(f"{path}: pair {number}: ID {a!r} is paired with itself; correct or delete the entry")
-        for name in pair:
-            if name not in id_to_images:
-                raise InputError(f"{path}: pair {number}: ID {name!r} has no images listed; add them or delete it")
+        if unknown := [name for name in pair if name not in id_to_images]:
+            raise InputError(f"{path}: pair {number}: ID {unknown[0]!r} has no images listed; add them or delete it")
         pairs.setdefault(frozenset(pair), (a, b))
     repeated = len(content) - len(pairs)
     notes = [f"{repeated} of {len(content)} pairs are listed more than once; each is used once"] if repeated else []
@@ -122,21 +116,19 @@ def find_families(pairs):
 def split_pairs(pairs, validation_split, seed, related=()):
     """Split pairs into (train_pairs, val_pairs) by whole families, so that no ID stands on both sides.
 
-    Families, in the seed's order, go to validation as long as each brings its number of pairs nearer to
-    `validation_split` * len(pairs), from 0 to below 1; at least one stands on each side. With a single family, or a
-    share of 0, val_pairs is empty. `related`: further pairs that bind people into one family.
+    Families, in the seed's order, go to validation if that brings its number of pairs nearer to `validation_split`, in
+    [0, 1), of all; at least one stands on each side. With a single family, or a share of 0, val_pairs is empty.
+    `related`: further pairs that bind people into one family.
     """
     if not 0 <= validation_split < 1:
         raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
     pairs = [tuple(pair) for pair in pairs]
-    family_of = find_families([*pairs, *related])
-    families = {}
-    for pair in pairs:
-        families.setdefault(family_of[pair[0]], []).append(pair)
-    if validation_split == 0 or len(families) < 2:
+    family_of = find_families([*pairs, *related])  # those of `pairs` are 0, 1, ...
+    count = len({family_of[a] for a, _ in pairs})
+    if validation_split == 0 or count < 2:
         return pairs, []
-    order = np.random.default_rng(seed).permutation(len(families))
-    families = [list(families.values())[i] for i in order]
+    order = np.random.default_rng(seed).permutation(count)
+    families = [[pair for pair in pairs if family_of[pair[0]] == number] for number in order]
     missing, validation = validation_split * len(pairs), []
     for family in families:
         if abs(missing - len(family)) < abs(missing) and len(validation) < len(families) - 1:
@@ -169,10 +161,7 @@ class TwinImages:
 
 # ---- crops ----------------------------------------------------------------------------------------------------------
 def read_crop(path):
-    """(112, 112, 3) uint8 RGB array of an aligned crop, RGB, grey, palette or opaque RGBA in the file.
-
-    Raises InputError unless the file is just that.
-    """
+    """(112, 112, 3) uint8 RGB array of a crop: RGB, grey, palette or opaque RGBA; InputError for any other file."""
     try:
         with Image.open(path) as image:
             kind = f"{image.width}x{image.height} {image.mode}"
@@ -205,34 +194,23 @@ def load_crops(paths):
         pixels[row[path]] = read_crop(path)
         return hashlib.sha256(pixels[row[path]]).hexdigest()
 
-    pool = ThreadPoolExecutor()
-    try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # it is said below
-            found = list(progress(pool.map(read, row), "reading crops", "crop", total=len(row)))
-        return Crops(torch.from_numpy(pixels), row, found)
-    finally:
-        pool.shutdown(cancel_futures=True)  # say what is wrong now, not after reading the rest
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings(action="ignore"):  # read_crop says what is wrong
+        found = list(progress(pool.map(read, row), "reading crops", "crop", total=len(row)))
+    return Crops(torch.from_numpy(pixels), row, found)
 
 
 def distinct_images(id_to_images, crops):
-    """({ID: [path, ...]} with each image once, [warning, ...]); an image is what its pixels are, not its path.
-
-    Raises InputError when two IDs share an image: it is at most one person's, and as the other's it teaches a
-    contradiction and flatters the figures.
-    """
-    owner, distinct, repeated, alone = {}, {}, 0, []
+    """({ID: [path, ...]} with each image (its pixels) once, [warning, ...]); InputError if two IDs share an image."""
+    owner, distinct = {}, {}
     for name, paths in id_to_images.items():
-        distinct[name] = []
-        for path in paths:
-            first_name, first_path = owner.setdefault(crops.sha256[crops.row[path]], (name, path))
+        firsts = [owner.setdefault(crops.sha256[crops.row[path]], (name, path)) for path in paths]
+        for path, (first_name, first_path) in zip(paths, firsts, strict=True):
             if first_name != name:
                 two = f"ID {name!r}: the same image as {first_path} of ID {first_name!r}"
                 raise InputError(f"{path}: listed under {two}; keep it under the one whose image it is")
-            if first_path == path and path not in distinct[name]:
-                distinct[name].append(path)
-        repeated += len(paths) - len(distinct[name])
-        if len(paths) > 2 and len(distinct[name]) == 1:
-            alone.append(name)
+        distinct[name] = list(dict.fromkeys(path for _, path in firsts))
+    repeated = sum(len(paths) - len(distinct[name]) for name, paths in id_to_images.items())
+    alone = [name for name, paths in id_to_images.items() if len(paths) > 2 and len(distinct[name]) == 1]
     notes = [f"{repeated} images are the same as another of their ID; each is used once"] if repeated else []
     if alone:
         notes.append(f"{len(alone)} people have one and the same image under all paths, the first {alone[0]!r}")
@@ -243,8 +221,7 @@ class People:
     """The people of twin pairs and their crops, decoded once: what all training runs on them share.
 
     `pairs` [(ID, ID), ...]; `id_to_images` {ID: [path of a crop, ...]}, each image once; `crops`, their Crops;
-    `warnings`, lines for the user. aligned: {ID: [path, ...]} of these people and perhaps others.
-    Raises InputError for what load_crops and distinct_images refuse.
+    `warnings`, lines for the user. aligned: {ID: [path, ...]} of these people and perhaps others. Raises InputError.
     """
 
     def __init__(self, aligned, pairs):
@@ -266,11 +243,10 @@ def count_triplets(n, m):
 class TwinTripletDataset(Dataset):
     """The sampled triplets of twin pairs; `[i]` is (anchor, positive, negative), (3, 112, 112) float32 network inputs.
 
-    id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [[ID, twin's ID], ...]; percentage: integer
-    1..100, the share of each pair's triplets, `(percentage * maximum + 99) // 100` of them.
-    Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages; `n_skipped`, the number
-    of the others; `n_possible`, all triplets at 100 %. Raises InputError for a percentage out of range, and when no
-    pair makes a triplet.
+    id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [[ID, twin's ID], ...]; percentage: integer 1..100, the
+    share of each pair's triplets, `(percentage * maximum + 99) // 100` of them. Raises InputError for another, and when
+    no pair makes a triplet. Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages;
+    `n_skipped`, the number of the others; `n_possible`, all triplets at 100 %.
     """
 
     def __init__(self, id_to_images, pairs, percentage=100, seed=42):
@@ -309,15 +285,13 @@ class TwinTripletDataset(Dataset):
         numbers = np.asarray(numbers, np.int64)
         pair = np.searchsorted(self._end, numbers, side="right")
         k = numbers - self._begin[pair] if self.percentage == 100 else self._sample[numbers].astype(np.int64)
-        (n, m), (first, other) = self._count[pair].T, self._first[pair].T
-        swapped = k >= n * (n - 1) * m  # the second part of the numbers has its anchor in the second twin
-        k = k - np.where(swapped, n * (n - 1) * m, 0)
-        n, m = np.where(swapped, m, n), np.where(swapped, n, m)
-        first, other = np.where(swapped, other, first), np.where(swapped, first, other)
-        anchor, rest = np.divmod(k, (n - 1) * m)
+        counts, firsts = self._count[pair].T, self._first[pair].T
+        half = counts[0] * (counts[0] - 1) * counts[1]
+        swapped = k >= half  # the second part of the numbers has its anchor in the second twin
+        (n, m), (first, other) = (np.where(swapped, x[::-1], x) for x in (counts, firsts))
+        anchor, rest = np.divmod(k - half * swapped, (n - 1) * m)
         positive, negative = np.divmod(rest, m)
-        positive = positive + (positive >= anchor)
-        return np.stack([first + anchor, first + positive, other + negative], 1)
+        return np.stack([first + anchor, first + positive + (positive >= anchor), other + negative], 1)
 
     def triplets_among(self, pair, hands):
         """(K, 3) int64 rows of the sampled triplets of a pair among its two twins' images `hands`, numbered from 0."""
@@ -328,20 +302,18 @@ class TwinTripletDataset(Dataset):
             if self.percentage < 100:  # the numbers, as `triplets` reads them, must be sampled ones
                 number = (anchor * (n - 1) + positive - (positive > anchor)) * m + negative + swapped * m * (m - 1) * n
                 sampled = self._sample[self._begin[pair] : self._end[pair]]
-                place = np.minimum(np.searchsorted(sampled, number), len(sampled) - 1)
-                kept &= sampled[place] == number
+                kept &= sampled.take(sampled.searchsorted(number), mode="clip") == number
             found.append(np.stack([first + anchor, first + positive, other + negative], 1)[kept])
             (n, m), (first, other) = (m, n), (other, first)
         return np.concatenate(found)
 
     def by_pair(self, chunk=1 << 20):
-        """Yield (rows, triplets) over all sampled triplets, pair by pair.
+        """Yield (rows, triplets) over all sampled triplets, pair by pair: one small matrix of distances for each.
 
-        rows (n + m,) are the pair's images; triplets (K, 3), K <= chunk, index into `rows`. So the loss over
-        millions of triplets takes one small matrix of distances per pair.
+        rows (n + m,) are the pair's images; triplets (K, 3), K <= chunk, index into `rows`.
         """
         for pair, ((first, other), (n, m)) in enumerate(zip(self._first, self._count, strict=True)):
-            rows = np.concatenate([np.arange(first, first + n), np.arange(other, other + m)])
+            rows = np.r_[first : first + n, other : other + m]
             for start in range(self._begin[pair], self._end[pair], chunk):
                 triplets = self.triplets(np.arange(start, min(start + chunk, self._end[pair])))
                 own = (triplets >= first) & (triplets < first + n)
@@ -361,17 +333,13 @@ class TwinTripletDataset(Dataset):
         return self._pixels
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"triplet {i} of {len(self)}")
-        return tuple(to_input(self.load()[torch.from_numpy(self.triplets([i % len(self)])[0])]))
+        (rows,) = self.triplets([range(len(self))[i]])  # a range knows the negative ones and raises IndexError
+        return tuple(to_input(self.load()[torch.from_numpy(rows)]))
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
 class ShuffledSteps:
-    """The steps of an epoch in which each sampled triplet comes once, in the order of seed and epoch, N a step.
-
-    `[i]`: (T, 3) int64 rows of the data set's images.
-    """
+    """An epoch's steps `[i]`, (T, 3) int64 rows of images: each sampled triplet once, shuffled by seed and epoch."""
 
     def __init__(self, dataset, epoch, batch_size):
         self.dataset, self.batch_size, n = dataset, batch_size, len(dataset)
@@ -389,8 +357,8 @@ class GroupedSteps:
 
     The images of each person of a pair are dealt at random into hands of at most HAND_SIZE; a hand of one twin and a
     hand of the other are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes
-    blocks as long as its images are no more than `images_per_batch`, so several families. All is up to seed and epoch;
-    over the epochs all triplets come up. `[i]`: (T, 3) int64 rows of the data set's images.
+    blocks as long as its images are no more than `images_per_batch`. All is up to seed and epoch; over the epochs all
+    triplets come up. `[i]`: (T, 3) int64 rows of the data set's images.
     """
 
     def __init__(self, dataset, epoch, images_per_batch):

@@ -2,7 +2,6 @@
 
     python -m tests.bench --shape small --arch ir_18                  # minutes on two CPU cores
     python -m tests.bench --shape nd --device cuda --peak 989         # ND-TWINS' counts; dense bf16 of an H100
-    python -m tests.bench --part precision --precision fp32 bf16      # full steps in turns
     python -m tests.bench --part cost                                 # 160, 1,000 and 10,000 pairs; no crop is made
 
 Ours are the trainer's own consecutive steps: `shuffled` of 16 triplets, `grouped` of 96 and 256 images. `naive`: a
@@ -241,7 +240,7 @@ def main(argv=None):
     add("--arch", default="ir_50")
     add("--mode", choices=modes, nargs="+", default=modes)
     add("--device", default="auto", help="auto, cuda or cpu")
-    add("--precision", nargs="+", help="of ours (default auto), or those to compare (default fp32 bf16)")
+    add("--precision", nargs="+", help="of ours (default auto); for --part precision those to compare (fp32 bf16)")
     add("--percentage", type=int, default=10, help="of the triplets (default 10)")
     add("--steps", type=int, help="of a turn (default 30 on CUDA, 3 on a CPU)")
     add("--peak", type=float, help="TFLOP/s of the device, for MFU; dense bf16: H100 SXM 989, A100 312, L4 121")

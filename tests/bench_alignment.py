@@ -1,16 +1,15 @@
 """Photographs aligned per second, and where the time goes, on drawn 12-megapixel JPEGs. By hand, not in CI.
 
-    python -m tests.bench_alignment [photographs [device]]
+    python -m tests.bench_alignment --photographs 12 --device cpu
 
-Both networks run, with random weights; their answers are replaced by the known face, since a random landmark network
-points nowhere. The first table aligns all photographs anew with the weights loaded; the second is what each step takes
-per photograph, one after the other.
+Both networks run, with random weights, and answer with the known face. Last: each step, one photograph at a time.
 """
 
+import argparse
 import os
-import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 
 import align
+from net import pick_device
 from tests.synthetic import draw_person, draw_photo
 
 SIZE, FACE = (4288, 2848), 8  # the drawn photograph is this many times enlarged, its eyes about 400 pixels apart
@@ -47,14 +47,12 @@ def write_photographs(folder, n):
     photo, points = draw_photo(draw_person(np.random.default_rng(0)), np.random.default_rng(1))
     large = cv2.resize(photo, (320 * FACE, 360 * FACE), interpolation=cv2.INTER_CUBIC)[: SIZE[1]]
     left = (SIZE[0] - large.shape[1]) // 2
-    canvas = cv2.resize(photo, SIZE, interpolation=cv2.INTER_CUBIC)
-    canvas[:, left : left + large.shape[1]] = large
-    noise = np.random.default_rng(2).normal(0, 4, canvas.shape)
-    paths = [folder / f"{i}.jpg" for i in range(n)]
-    Image.fromarray((canvas + noise).clip(0, 255).astype(np.uint8)).save(paths[0], quality=92)
-    for path in paths[1:]:
-        path.write_bytes(paths[0].read_bytes())
-    return [str(path) for path in paths], (points + 0.5) * FACE - 0.5 + [left, 0]
+    large = cv2.copyMakeBorder(large, 0, 0, left, left, cv2.BORDER_REFLECT)
+    noisy = Image.fromarray((large + np.random.default_rng(2).normal(0, 4, large.shape)).clip(0, 255).astype(np.uint8))
+    paths = [str(folder / f"{i}.jpg") for i in range(n)]
+    for path in paths:
+        noisy.save(path, quality=92)
+    return paths, (points + 0.5) * FACE - 0.5 + [left, 0]
 
 
 def write_weights(home):
@@ -62,62 +60,51 @@ def write_weights(home):
     from face_alignment.detection.sfd.net_s3fd import s3fd
     from face_alignment.models import FAN
 
-    (home / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
     detector = s3fd()
     for name, parameter in detector.named_parameters():
         if "_mbox_" in name:
-            torch.nn.init.zeros_(parameter)
+            parameter.data.zero_()
         if name.endswith("mbox_conf.bias"):
             parameter.data[-1] = -5.0
+    (home / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(detector.state_dict(), home / "hub" / "checkpoints" / "s3fd-619a316812.pth")
     torch.save(FAN(4).state_dict(), home / "hub" / "checkpoints" / "2DFAN4-11f355bf06.pth.tar")
 
 
-def rate(photographs, folder, points, detector, workers):
-    """Photographs per second, by the given landmarks or else the detector."""
-    landmarks = {} if detector else dict.fromkeys(photographs, points.tolist())
-    jobs = align.plan({"a": photographs}, folder, landmarks, folder)
-    began = time.perf_counter()
-    facts = align.align_images(jobs, detector, workers)
-    assert {entry["status"] for entry in facts} == {"aligned"}, facts[0]
-    return len(jobs) / (time.perf_counter() - began)
-
-
-def time_split(photographs, folder, detector):
-    """{step: milliseconds per photograph}, one photograph after the other."""
-    spent = dict.fromkeys(("decode", "detect", "warp", "write"), 0.0)
-    for path in photographs:
-        times = [time.perf_counter()]
-        image = align.read_photo(path, align.DECODED_SIZE)
-        times.append(time.perf_counter())
-        points, _ = detector(image)
-        times.append(time.perf_counter())
-        crop = align.align_face(image, points)
-        times.append(time.perf_counter())
-        Image.fromarray(crop).save(folder / "crop.png")
-        times.append(time.perf_counter())
-        for step, seconds in zip(spent, np.diff(times), strict=True):
-            spent[step] += 1000 * seconds / len(photographs)
-    return spent
-
-
-def main(n=12, device="cpu"):
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photographs", type=int, default=12, help="how many (default 12)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         os.environ["TORCH_HOME"] = str(folder)
         write_weights(folder)
-        photographs, points = write_photographs(folder, int(n))
-        detector = KnownFace(device, points)
-        detector(np.zeros((64, 64, 3), np.uint8))  # the package compiles at first use
-        print(f"{n} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores, {device}", flush=True)
+        photographs, points = write_photographs(folder, args.photographs)
+        detector = KnownFace(pick_device(args.device), points)
+        detector(align.read_photo(photographs[0], align.DECODED_SIZE))  # the first is the slowest
+        print(f"{len(photographs)} JPEGs of {SIZE[0]}x{SIZE[1]}, {os.cpu_count()} cores, {args.device}\n", flush=True)
         for workers in (1, 2, 6):
-            for used, how in ((None, "--landmarks"), (detector, "detection")):
-                speed = rate(photographs, folder / "crops", points, used, workers)
-                print(f"{workers} workers, {how}: {speed:.3f} photographs/s", flush=True)
-        for step, milliseconds in time_split(photographs, folder, detector).items():
-            print(f"{step:<10} {milliseconds:>8.1f} ms per photograph")
+            for used, known, how in ((None, points.tolist(), "landmarks given"), (detector, None, "detection")):
+                jobs = align.plan({"a": photographs}, folder, dict.fromkeys(photographs, known), folder)
+                began = time.perf_counter()
+                with ThreadPoolExecutor(workers) as pool:
+                    facts = list(pool.map(lambda job, used=used: align.align_photo(job, used), jobs))
+                speed = len(jobs) / (time.perf_counter() - began)
+                print(f"| {workers} workers, {how} | {speed:.3f} photographs/s, {facts[0]['status']} |", flush=True)
+        times = []
+        for path in photographs:
+            times.append([time.perf_counter()])
+            image = align.read_photo(path, align.DECODED_SIZE)
+            times[-1].append(time.perf_counter())
+            points, _ = detector(image)
+            times[-1].append(time.perf_counter())
+            Image.fromarray(align.align_face(image, points)).save(folder / "crop.png")
+            times[-1].append(time.perf_counter())
+        for step, seconds in zip(("decode", "detect", "warp and write"), np.diff(times).mean(0), strict=True):
+            print(f"| {step} | {1000 * seconds:.1f} ms a photograph |")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,10 +3,10 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from argparse import ArgumentTypeError
 from pathlib import Path
 from unittest.mock import Mock
 from urllib.error import URLError
@@ -48,8 +48,17 @@ def write_input(folder, images, landmarks):
     (folder / "landmarks.json").write_text(json.dumps(landmarks))
 
 
-def report_of(folder):
-    return json.loads((folder / "crops" / "alignment_report.json").read_text())
+def run(photos, out, *more):
+    """Aligns with success; returns (totals, entries) of the report."""
+    assert align.main(arguments(photos, out, *more)) == 0
+    report = json.loads((out / "crops" / "alignment_report.json").read_text())
+    return report["totals"], report["photographs"]
+
+
+def one_photo(photos):
+    """(content, landmarks) of one of the photographs."""
+    points = json.loads((photos / "landmarks.json").read_text())["photos/family00A_0.jpg"]
+    return (photos / "photos" / "family00A_0.jpg").read_bytes(), points
 
 
 def error_of(capsys):
@@ -63,9 +72,8 @@ def error_of(capsys):
 
 def test_five_points_of_68():
     points = np.arange(136, dtype=float).reshape(68, 2)
-    five = align.five_points(points)
-    assert five.tolist() == [[77, 78], [89, 90], [60, 61], [96, 97], [108, 109]]
-    assert align.five_points(five.tolist()).tolist() == five.tolist()
+    five = [[77, 78], [89, 90], [60, 61], [96, 97], [108, 109]]
+    assert align.five_points(points).tolist() == align.five_points(five).tolist() == five
 
 
 @pytest.mark.parametrize("points", [[[1, 2]] * 4, [[1, 2, 3]] * 5, [[1, math.nan]] * 5, "abc", [["1", "2"]] * 5])
@@ -165,12 +173,11 @@ def test_values_without_a_known_white_are_refused_by_name(tmp_path, odd):
 def test_heic_under_any_name_is_named_with_both_ways_out(tmp_path, photos, brand):
     for name in ("IMG_1.HEIC", "IMG_2.jpg"):
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(3000))
-    (tmp_path / "good.jpg").write_bytes((photos / "photos" / "family00A_0.jpg").read_bytes())
-    points = json.loads((photos / "landmarks.json").read_text())["photos/family00A_0.jpg"]
+    content, points = one_photo(photos)
+    (tmp_path / "good.jpg").write_bytes(content)
     names = ["IMG_1.HEIC", "IMG_2.jpg", "good.jpg"]
     write_input(tmp_path, {"a": names}, dict.fromkeys(names, points))
-    assert align.main(arguments(tmp_path, tmp_path)) == 0
-    entries = report_of(tmp_path)["photographs"]
+    _, entries = run(tmp_path, tmp_path)
     assert [entry["status"] for entry in entries] == ["unreadable", "unreadable", "aligned"]
     for entry in entries[:2]:
         assert all(word in entry["reason"] for word in ("HEIC", "pip install pillow-heif", "JPEG"))
@@ -198,7 +205,7 @@ def test_a_real_face_lands_on_the_template(tmp_path, eileen):
     image, landmarks = eileen
     Image.fromarray(image).save(tmp_path / "astronaut.png")
     write_input(tmp_path, {"eileen": ["astronaut.png"]}, {"astronaut.png": landmarks.tolist()})
-    assert align.main(arguments(tmp_path, tmp_path)) == 0
+    run(tmp_path, tmp_path)
     crop = np.array(Image.open(tmp_path / "crops" / "eileen" / "astronaut.png"))
     # Her eyes are found again in the crop, by dlib, where the template has them.
     again = align.five_points(dlib_landmarks(cv2.resize(crop, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)) / 4)
@@ -262,13 +269,11 @@ HOSTILE = ["../../x", "/etc/passwd", "..", ".", "", "a\0b", "-rf", "C:\\x", "\ud
 def test_nothing_is_written_outside_the_folder(tmp_path, photos):
     out = tmp_path / "deep" / "er"
     out.mkdir(parents=True)
-    source = str(photos / "photos" / "family00A_0.jpg")
-    points = json.loads((photos / "landmarks.json").read_text())["photos/family00A_0.jpg"]
-    (out / "...jpg").write_bytes(Path(source).read_bytes())
+    content, points = one_photo(photos)
+    (out / "...jpg").write_bytes(content)
     write_input(out, {name: ["...jpg"] for name in HOSTILE}, {"...jpg": points})
-    assert align.main(arguments(out, out)) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["deep"]
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["er"]
+    run(out, out)
+    assert [p.name for p in tmp_path.glob("*")] + [p.name for p in tmp_path.glob("*/*")] == ["deep", "er"]
     assert len(list((out / "crops").glob("*/*.png"))) == len(HOSTILE)
     assert len(list((out / "crops").iterdir())) == len(HOSTILE) + 2  # and the report with its sheet
     mapping = json.loads((out / "aligned.json").read_text())
@@ -276,18 +281,11 @@ def test_nothing_is_written_outside_the_folder(tmp_path, photos):
     assert all((out / crop).is_file() for (crop,) in mapping.values())
 
 
-def test_an_id_that_is_too_long_for_a_folder_is_one_line(tmp_path, photos, capsys):
-    source, points = next(iter(json.loads((photos / "landmarks.json").read_text()).items()))
-    write_input(tmp_path, {"x" * 300: [str(photos / source)]}, {str(photos / source): points})
-    assert align.main(arguments(tmp_path, tmp_path)) == 2
-    assert "File name too long" in capsys.readouterr().err.splitlines()[-1]
-
-
 # ---- the stage
 
 
 def test_the_stage_writes_crops_mapping_and_report(tmp_path, photos, capsys):
-    assert align.main(arguments(photos, tmp_path, "--max_workers", 3)) == 0
+    totals, entries = run(photos, tmp_path, "--max_workers", 3)
     mapping = json.loads((tmp_path / "aligned.json").read_text())
     source = json.loads((photos / "id_to_images.json").read_text())
     for identity, crops in mapping.items():
@@ -296,9 +294,8 @@ def test_the_stage_writes_crops_mapping_and_report(tmp_path, photos, capsys):
             image = Image.open(tmp_path / crop)
             assert (image.mode, image.size) == ("RGB", (112, 112))
     assert list(mapping) == list(source)
-    report = report_of(tmp_path)
-    assert report["totals"] == {"aligned": 12}
-    assert all(0 < entry["residual"] < 8 and entry["eyes"] > 35 for entry in report["photographs"])
+    assert totals == {"aligned": 12}
+    assert all(0 < entry["residual"] < 8 and entry["eyes"] > 35 for entry in entries)
     assert Image.open(tmp_path / "crops" / "alignment_sheet.png").size[0] == 1200
     assert "12 photographs of 4 people: 12 aligned" in capsys.readouterr().out
 
@@ -311,25 +308,20 @@ def test_crops_that_show_nothing_are_flagged_and_counted(tmp_path, capsys):
     names = [f"{name}.png" for name in pictures]
     write_input(tmp_path, {"a": names}, dict.fromkeys(names, (align.TEMPLATE + 20).tolist()))
     for _ in range(2):
-        assert align.main(arguments(tmp_path, tmp_path)) == 0
-        report = report_of(tmp_path)
-        flags = [entry["flag"] for entry in report["photographs"]]
-        assert flags == ["nearly black", "nearly white", "nearly constant", ""]
-        assert report["totals"]["nearly black"] == report["totals"]["nearly constant"] == 1
+        totals, entries = run(tmp_path, tmp_path)
+        flags = ["nearly black", "nearly white", "nearly constant", ""]
+        assert [entry["flag"] for entry in entries] == flags
+        assert [totals[flag] for flag in flags[:3]] == [1, 1, 1]
         assert "1 nearly white" in capsys.readouterr().out
 
 
-def test_done_work_is_not_repeated_and_changes_are_noticed(tmp_path, photos, capsys):
-    for name in ("id_to_images.json", "landmarks.json"):
-        (tmp_path / name).write_bytes((photos / name).read_bytes())
-    (tmp_path / "photos").mkdir()
-    for photo in (photos / "photos").iterdir():
-        (tmp_path / "photos" / photo.name).write_bytes(photo.read_bytes())
+def test_done_work_is_not_repeated_and_changes_are_noticed(tmp_path, photos):
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
 
     def totals(*more):
-        assert align.main(arguments(tmp_path, tmp_path, *more)) == 0
-        facts.append([[e[k] for k in ("residual", "eyes", "flag")] for e in report_of(tmp_path)["photographs"]])
-        return report_of(tmp_path)["totals"]
+        found, entries = run(tmp_path, tmp_path, *more)
+        facts.append([[entry[k] for k in ("residual", "eyes", "flag")] for entry in entries])
+        return found
 
     facts = []
     assert totals() == {"aligned": 12}
@@ -349,15 +341,13 @@ def test_done_work_is_not_repeated_and_changes_are_noticed(tmp_path, photos, cap
         assert totals() == {"aligned": 1, "already done": 11}
     assert totals("--realign") == {"aligned": 12}
     moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert align.main(arguments(moved, moved)) == 0
-    assert report_of(moved)["totals"] == {"already done": 12}
+    assert run(moved, moved)[0] == {"already done": 12}
 
 
-def test_only_the_people_of_the_pairs(tmp_path, photos, capsys):
+def test_only_the_people_of_the_pairs(tmp_path, photos):
     (tmp_path / "pairs.json").write_text('[["family01B", "family01A"], ["family01A", "family01B"]]')
-    assert align.main(arguments(photos, tmp_path, "--pairs", f"{tmp_path}/pairs.json")) == 0
+    run(photos, tmp_path, "--pairs", tmp_path / "pairs.json")
     assert list(json.loads((tmp_path / "aligned.json").read_text())) == ["family01B", "family01A"]
-    assert "warning: 1 of 2 pairs" in capsys.readouterr().out
 
 
 def test_the_plans_names_are_the_defaults(tmp_path, photos, monkeypatch, capsys):
@@ -372,8 +362,7 @@ def test_the_plans_names_are_the_defaults(tmp_path, photos, monkeypatch, capsys)
 
 
 def test_bad_photographs_are_reported_and_left_out(tmp_path, photos, capsys):
-    content = (photos / "photos" / "family00A_0.jpg").read_bytes()
-    points = json.loads((photos / "landmarks.json").read_text())["photos/family00A_0.jpg"]
+    content, points = one_photo(photos)
     damaged = {"empty.jpg": b"", "truncated.jpg": content[: len(content) // 2], "text.jpg": b"no image"}
     for name, what in damaged.items():
         (tmp_path / name).write_bytes(what)
@@ -396,8 +385,7 @@ def test_bad_photographs_are_reported_and_left_out(tmp_path, photos, capsys):
         (tmp_path / name).write_bytes(content)
     write_input(tmp_path, {"a": names, "b": [unreadable[0]], "c": []}, landmarks)
     for _ in range(2):
-        assert align.main(arguments(tmp_path, tmp_path)) == 0
-        report = report_of(tmp_path)["photographs"]
+        _, report = run(tmp_path, tmp_path)
         found = {Path(entry["source"]).name: entry["status"] for entry in report}
         assert found.pop("good.jpg") in ("aligned", "already done")
         assert found == {
@@ -423,7 +411,7 @@ def test_the_sheet_begins_with_what_was_left_out_then_the_worst(tmp_path):
 @pytest.mark.parametrize("crops_before", [0, 1, 5, 11])
 def test_killed_at_any_moment_the_next_run_completes(tmp_path, photos, crops_before):
     """SIGKILL in the middle of writing a crop; the first run's mapping stays whole, leftovers do no harm."""
-    assert align.main(arguments(photos, tmp_path)) == 0
+    run(photos, tmp_path)
     whole = (tmp_path / "aligned.json").read_bytes()
     code = f"""if True:
         import itertools, os, signal, sys, align
@@ -434,7 +422,7 @@ def test_killed_at_any_moment_the_next_run_completes(tmp_path, photos, crops_bef
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert len(list((tmp_path / "crops").glob("*/.*.png"))) == 1
     assert (tmp_path / "aligned.json").read_bytes() == whole
-    assert align.main(arguments(photos, tmp_path)) == 0
+    run(photos, tmp_path)
     assert (tmp_path / "aligned.json").read_bytes() == whole
     assert all(Image.open(tmp_path / path).size == (112, 112) for ps in json.loads(whole).values() for path in ps)
 
@@ -483,58 +471,43 @@ def test_faces_on_their_side_and_profiles_are_no_slip(tmp_path):
 def test_landmarks_as_detectors_write_them(tmp_path, content):
     file = tmp_path / "landmarks.json"
     file.write_text(json.dumps({"a.jpg": content}))
-    if content in (None, []):
-        assert align.read_landmarks(file, tmp_path) == {str(tmp_path / "a.jpg"): []}
-    elif content in ([FACE.tolist()], FACE.tolist()):
-        assert align.read_landmarks(file, tmp_path) == {str(tmp_path / "a.jpg"): FACE.tolist()}
-    else:
+    if content in ([FACE.tolist()] * 2, [[]], "x", True):
         with pytest.raises(InputError, match=r"landmarks of 'a\.jpg': "):
             align.read_landmarks(file, tmp_path)
+    else:
+        assert align.read_landmarks(file, tmp_path) == {str(tmp_path / "a.jpg"): FACE.tolist() if content else []}
 
 
-# ---- the command line
+# ---- the command line; more in test_bad_input.py
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("images", "message"),
     [
-        ({"landmarks.json": "{}"}, "--landmarks "),
-        ({"landmarks.json": '{"photos/family00A_0.jpg": [[1, 2]]}'}, "landmarks of 'photos/family00A_0.jpg'"),
-        ({"landmarks.json": '{"other.jpg": [[1,1],[2,2],[3,3],[4,4],[5,5]]}'}, "compare the paths"),
-        ({"id_to_images.json": "[]"}, "--id_to_images "),
-        ({"id_to_images.json": '{"a": ["photos/nothing.jpg"]}', "landmarks.json": None}, "not one photograph gave"),
-        ({"pairs.json": '[["family00A", "nobody"]]'}, "'nobody'"),
-        ({"pairs.json": "7"}, "--pairs "),
-        ({"id_to_images.json": '{"Anna": [], "b": [], "anna": []}'}, "'Anna' and 'anna'"),
+        ({"a": ["nothing.jpg"]}, "not one photograph gave"),
+        ({"Anna": [], "b": [], "anna": []}, "'Anna' and 'anna'"),
+        ({"x" * 300: ["a.jpg"]}, "File name too long"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, photos, capsys, spoil, message):
-    for name in ("id_to_images.json", "landmarks.json"):
-        (tmp_path / name).write_bytes((photos / name).read_bytes())
-    for name, text in spoil.items():
-        points = json.dumps({"photos/nothing.jpg": align.TEMPLATE.tolist()})
-        (tmp_path / name).write_text(points if text is None else text)
-    more = ["--pairs", f"{tmp_path}/pairs.json"] if "pairs.json" in spoil else []
+def test_wrong_input_is_one_line_and_leaves_the_mapping(tmp_path, photos, capsys, images, message):
+    content, points = one_photo(photos)
+    (tmp_path / "a.jpg").write_bytes(content)
+    write_input(tmp_path, images, {"a.jpg": points, "nothing.jpg": points})
     (tmp_path / "aligned.json").write_text("as before")
-    assert align.main(arguments(tmp_path, tmp_path, *more)) == 2
-    line = error_of(capsys)
-    assert line.startswith("align.py: ")
-    assert message in line
+    assert align.main(arguments(tmp_path, tmp_path)) == 2
+    assert message in error_of(capsys)
     assert (tmp_path / "aligned.json").read_text() == "as before"
 
 
-@pytest.mark.parametrize("flags", ["--max_workers 0", "--device gpu", "--device mps", "--max_workers x", "--what"])
+@pytest.mark.parametrize("flags", ["--device gpu", "--device mps", "--what"])
 def test_wrong_flags_are_one_line_and_exit_code_2(capsys, flags):
     assert align.main(flags.split()) == 2
-    assert "--help lists all flags" in error_of(capsys)
+    assert flags.split()[0] in error_of(capsys)
 
 
 def test_between_is_a_closed_interval():
     parse = align.between(float, 0, 1)
     assert [parse("0"), parse("1"), parse("5e-1"), align.between(int, 1, 3)("3")] == [0.0, 1.0, 0.5, 3]
-    for kind, text in ((float, "1.01"), (float, "-1"), (float, "nan"), (float, "x"), (int, "0.5"), (int, "")):
-        with pytest.raises(ArgumentTypeError, match="from 0 to 1, not"):
-            align.between(kind, 0, 1)(text)
 
 
 @pytest.mark.parametrize(
@@ -657,7 +630,7 @@ def test_detection_is_done_once_and_faceless_photographs_are_remembered(tmp_path
         stand_in.clear()
         assert align.main([*flags, *more]) == 0
         assert len(stand_in) == calls
-        entries = report_of(tmp_path)["photographs"]
+        entries = json.loads((tmp_path / "crops" / "alignment_report.json").read_text())["photographs"]
         assert entries[2]["status"] == "no face"
         assert [entry["flag"] for entry in entries] == ["", "several faces", "", "", "", ""]
         mapping = json.loads((tmp_path / "aligned.json").read_text())

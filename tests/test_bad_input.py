@@ -4,10 +4,14 @@ A wrong input ends in exit code 2 and one line on stderr that names the file or 
 nothing is written. What an ID or a file name says never leads outside the folders that were asked for.
 """
 
+import errno
 import io
 import json
 import os
+import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -264,12 +268,10 @@ def saved(content):
 
 
 CHECKPOINTS = {  # from the tiny network's tensors to bytes, and what is said of them
-    "a web page": (lambda state: b"<!DOCTYPE html><html>", "not a readable checkpoint, download or copy it again"),
     "truncated": (lambda state: saved(state)[:-5000], "not a readable checkpoint, download or copy it again"),
     "another network": (lambda state: saved({"fc.weight": torch.zeros(2)}), "no AdaFace network in it"),
     "no dict": (lambda state: saved([state]), "holds list"),
     "half of the keys": (lambda state: saved(dict([*state.items()][::2])), "not a whole ir_tiny network"),
-    "two networks": (lambda state: saved({"a": state, "b": state}), "several networks in it (a/, b/)"),
     "NaN": (lambda state: saved(state | {"output_layer.3.bias": torch.full((512,), torch.nan)}), "bias holds NaN"),
 }
 
@@ -322,3 +324,121 @@ def test_no_id_leads_outside_the_folders(tmp_path, flags, run):
     assert len(new) > 16
     assert all((tmp_path / "out").resolve() in path.resolve().parents for path in new)
     assert not os.path.exists("/x")
+
+
+# ---- what people bring ----------------------------------------------------------------------------------------------
+def safetensors(state):
+    """The bytes of a safetensors file, by its format's description."""
+    head, parts = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in state.items():
+        data, kind = value.numpy().tobytes(), "F32" if value.is_floating_point() else "I64"
+        head[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(parts), len(parts) + len(data)]}
+        parts += data
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(8, "little") + text + parts
+
+
+def torchscript(folder, model):
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated; its files are not gone
+        torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 112, 112)), folder / "script.pt")
+    return (folder / "script.pt").read_bytes()
+
+
+def older_blocks(state):
+    """The keys of older IR networks, which have no BatchNorm behind a unit's first convolution."""
+    dropped = {key: value for key, value in state.items() if ".res_layer.2." not in key}
+    return {re.sub(r"res_layer\.([3-5])", lambda m: f"res_layer.{int(m[1]) - 1}", k): v for k, v in dropped.items()}
+
+
+OTHERS = {
+    "LFS pointer": (lambda *_: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "web page": (lambda *_: b"\n<!DOCTYPE html><html><body>Google Drive", "a web page"),
+    "ONNX": (lambda *_: b"\x08\x07\x12\x07pytorch\x1a\x051.8.1:" + bytes(99), "an ONNX model"),
+    "TorchScript": (torchscript, "state_dict()"),
+    "pickled module": (lambda _, model: saved(model), "save its state_dict()"),
+    "older blocks": (lambda _, model: saved(older_blocks(model.state_dict())), "blocks not of AdaFace's kind"),
+    "two networks": (
+        lambda _, model: saved({"model": model.state_dict(), "ema": model.state_dict()}),
+        "model/, ema/",
+    ),
+    "CVLface without yaml": (
+        lambda _, model: saved({f"net.{k}": v for k, v in model.state_dict().items()}),
+        "model.yaml beside it, or say --channels",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_of_another_kind_is_named_with_the_way_out(tmp_path, tiny_model, refuses, kind):
+    make, words = OTHERS[kind]
+    (tmp_path / "other.pth").write_bytes(make(tmp_path, tiny_model))
+    refuses("evaluate_twins.py", {"--checkpoints": tmp_path / "other.pth"}, "other.pth: ", words)
+
+
+def test_the_ways_out_lead_out(tmp_path, tiny_model):
+    torchscript(tmp_path, tiny_model)
+    torch.save(torch.jit.load(tmp_path / "script.pt").state_dict(), tmp_path / "new.pth")
+    torch.save({"model": tiny_model.state_dict()}["model"], tmp_path / "one.pth")
+    (tmp_path / "model.safetensors").write_bytes(safetensors(tiny_model.state_dict()))
+    for name in ("new.pth", "one.pth", "model.safetensors"):
+        for key, value in net.load_checkpoint(tmp_path / name).state_dict().items():
+            assert torch.equal(value, tiny_model.state_dict()[key])
+
+
+@pytest.mark.parametrize("told", ["yaml", "flag"])
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+@pytest.mark.parametrize("prefix", ["net.", "model.net."])
+def test_networks_of_cvlface_see_the_colours_that_they_were_trained_on(tmp_path, tiny_model, prefix, order, told):
+    state = {prefix + key: value for key, value in tiny_model.state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    if told == "yaml":
+        (tmp_path / "model.yaml").write_text(f"input_size: [3, 112, 112]\ncolor_space: '{order}'\nname: 'ir50'\n")
+    model = net.load_checkpoint(tmp_path / "model.pt", channels=order if told == "flag" else None)
+    bgr = net.to_input(torch.randint(256, (2, 112, 112, 3), dtype=torch.uint8))
+    as_trained = bgr.flip(1) if order == "RGB" else bgr
+    torch.testing.assert_close(model(bgr)[0], tiny_model(as_trained)[0], atol=1e-5, rtol=0)
+
+
+def test_a_features_file_that_cannot_be_written_is_done_without(tmp_path, run, capsys, monkeypatch):
+    def read_only(file, array):
+        raise OSError(errno.EROFS, "Read-only file system", file.name)
+
+    monkeypatch.setattr(np, "save", read_only)
+    assert run("train_twins.py", {"--freeze_backbone": "True"}) == 0
+    assert capsys.readouterr().out.count("cannot be kept for later runs (Read-only file system)") == 1
+
+
+def test_paths_written_on_windows_are_found_or_named(tmp_path, write_crops):
+    aligned, _ = write_crops([[2, 1]])
+    images = json.loads(aligned.read_text())
+    aligned.write_text(json.dumps({name: [p.replace("/", "\\") for p in paths] for name, paths in images.items()}))
+    found = triplet_dataset.read_id_to_images(aligned)
+    assert found == {name: [str(tmp_path / path) for path in paths] for name, paths in images.items()}
+    with pytest.raises(net.InputError, match="written on Windows"):
+        triplet_dataset.load_crops([r"C:\data\a.png"])
+
+
+def test_pairs_as_csv_name_the_form_that_is_expected(tmp_path, refuses):
+    (tmp_path / "pairs.csv").write_text("id,twin\na,b\n")
+    refuses("train_twins.py", {"--train_pairs": tmp_path / "pairs.csv"}, '[["ID", "twin\'s ID"], ...]', "--train_pairs")
+
+
+def test_checkpoints_by_wildcard_and_folder(tmp_path, tiny_model):
+    for name in ("a.pth", "b.pt", "c.ckpt", "d.txt"):
+        net.save_checkpoint(tmp_path / "models" / name, tiny_model)
+    listed = evaluate_twins.list_checkpoints([f"{tmp_path}/models/*.p*", f"{tmp_path}/models"], None)
+    assert [os.path.basename(path) for path in listed] == ["a.pth", "b.pt", "c.ckpt"]
+    with pytest.raises(net.InputError, match="nothing"):
+        evaluate_twins.list_checkpoints([f"{tmp_path}/nothing*.pth"], None)
+
+
+def test_a_test_set_that_is_the_training_set_under_new_ids_is_refused(tmp_path, run, write_crops, capsys):
+    assert run("train_twins.py") == 0
+    aligned, pairs = write_crops([[3, 2], [2, 2]])
+    renamed = {f"new {name}": paths for name, paths in json.loads(aligned.read_text()).items()}
+    aligned.write_text(json.dumps(renamed))
+    pairs.write_text(json.dumps([[f"new {name}" for name in pair] for pair in json.loads(pairs.read_text())]))
+    changes = {"--checkpoints": tmp_path / "out" / "models"}
+    assert run("evaluate_twins.py", changes) == 2
+    assert "9 test images are among those it was trained on" in capsys.readouterr().err
+    assert run("evaluate_twins.py", {**changes, "--allow_overlap": None}) == 0

@@ -1,16 +1,14 @@
 """Training and evaluation on CUDA: what needs a GPU, and what can be seen of it without one.
 
-A card that is not there is played by PyTorch's device "meta", so that no compiler is needed: `Fake` tensors say that
-they are there and keep their numbers on the CPU. The real trainer runs on it, in a process of its own; operations that
-mix CPU and GPU tensors are refused, and what the host would wait for is noted. It cannot see kernels' own refusals and
-rounding, autocast and GradScaler, cuDNN, NCCL, memory, speed, and what the host does in cudaMalloc.
+PyTorch's device "meta" plays a card that is not there: `Fake` tensors say that they are there and keep their numbers on
+the CPU. The real trainer runs on it, in a process of its own; what mixes CPU and GPU tensors is refused, and what the
+host would wait for is noted. It cannot see what kernels refuse or round, autocast, GradScaler, NCCL, memory and speed.
 """
 
 import json
 import subprocess
 import sys
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -24,67 +22,59 @@ import net
 from tests.conftest import GROUPED, SHUFFLED, Experiment, quick_features
 from train_twins import TwinTrainer, parse_args
 
-ROOT, CPU, META = Path(__file__).parent.parent, torch.device("cpu"), torch.device("meta")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+ROOT, META = Path(__file__).parent.parent, torch.device("meta")
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-MODES = (SHUFFLED, GROUPED, f"{SHUFFLED} --freeze_backbone", f"{GROUPED} --distance euclidean")
-modes = pytest.mark.parametrize("mode", [f"{mode} --quadruplet_weight 0.5 --drift_weight 0.5" for mode in MODES])
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+modes = pytest.mark.parametrize("mode", [SHUFFLED, GROUPED, f"{SHUFFLED} --freeze_backbone", "--distance euclidean"])
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
 SOURCE = {"aten::_to_copy": 0, "aten::copy_": 1}  # of a copy's arguments
 waits = []
 
 
-class Fake(torch.Tensor):
-    @staticmethod
-    def __new__(cls, inner):
-        facts = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        return cls._make_wrapper_subclass(cls, inner.shape, device=META, **facts)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def tolist(self):
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return execute(func, args, kwargs or {})
-
-
-class FakeDevice(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return execute(func, args, kwargs or {})
-
-
-def execute(func, args, kwargs):
+def execute(_, func, types, args=(), kwargs=None):
     """Do an operation on the CPU as strictly as CUDA would, and note what the host waits for."""
-    name, tensors = func._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    name, kwargs = func._schema.name, kwargs or {}
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     fake, source = any(isinstance(x, Fake) for x in tensors), SOURCE.get(name)
-    to_fake = torch.device(kwargs["device"]) == META if kwargs.get("device") else fake
-    to_fake = isinstance(args[0], Fake) if name == "aten::copy_" else to_fake
-    places = [x for x in args[1] if x is not None] if name in INDEXING else []
+    target = isinstance(args[0], Fake) if source == 1 else fake
+    to_fake = torch.device(kwargs["device"]) == META if kwargs.get("device") else target
+    places = [x for x in args[1] if x is not None] if "index" in name and isinstance(args[1], list) else []
     operands = [x for x in tensors if x.dim() and not any(x is place for place in places)]  # CPU scalars are taken
     if source is None and fake and not all(isinstance(x, Fake) for x in operands):
         raise RuntimeError(f"tensors on two devices in {name}")
-    blocking = not (kwargs.get("non_blocking") or (source == 1 and any(args[2:]))) or not to_fake
-    crosses = source is not None and isinstance(args[source], Fake) != to_fake
-    looked_up = fake and any(x.dtype == torch.bool or not isinstance(x, Fake) for x in places)
-    if (fake and name in WAITING) or (crosses and blocking) or looked_up:
+    later = to_fake and (kwargs.get("non_blocking") or (source == 1 and any(args[2:])))
+    waiting = name in WAITING or any(x.dtype == torch.bool or not isinstance(x, Fake) for x in places)
+    if (fake and waiting) or (source is not None and isinstance(args[source], Fake) != to_fake and not later):
         frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
         waits.append(f"{name} in {frames[-1].name}: {frames[-1].line}" if frames else name)
-    inner = {**kwargs, "device": CPU} if kwargs.get("device") else kwargs
-    inner_args, inner = tree_map(lambda x: x.inner if isinstance(x, Fake) else x, (args, inner))
-    out = func(*inner_args, **inner)
+    on_cpu = (args, kwargs | ({"device": "cpu"} if kwargs.get("device") else {}))
+    on_cpu = tree_map(lambda x: x.inner if isinstance(x, Fake) else x, on_cpu)
+    out = func(*on_cpu[0], **on_cpu[1])
     if not to_fake:
         return args[0] if source == 1 else out
     out = tree_map(lambda x: Fake(x) if isinstance(x, torch.Tensor) else x, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if fake else out
 
 
+class Fake(torch.Tensor):
+    __torch_dispatch__ = classmethod(execute)
+
+    @staticmethod
+    def __new__(cls, inner):
+        facts = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        fake = cls._make_wrapper_subclass(cls, inner.shape, device=META, **facts)
+        fake.inner = inner
+        return fake
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+
+FakeDevice = type("FakeDevice", (TorchDispatchMode,), {"__torch_dispatch__": execute})
+
+
 def prepare(flags):
-    trainer = TwinTrainer(parse_args(flags))
-    if trainer.device == CPU:  # its place is taken by the fake device
+    trainer = TwinTrainer(parse_args([*flags, "--quadruplet_weight", "0.5", "--drift_weight", "0.5"]))
+    if trainer.device.type == "cpu":  # its place is taken by the fake device
         trainer.device = trainer.processes.device = META
     trainer.load_data()
     trainer.build_model()
@@ -96,15 +86,10 @@ def fake_run(folder, mode):
     """Print the waits of an epoch's steps and the loss before it, after a proof that waits and mixing are seen."""
     net.Backbone.features = quick_features
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter becomes a Fake
-    with (
-        FakeDevice(),
-        mock.patch("torch.autocast", return_value=nullcontext()),
-        mock.patch("torch.optim.adam._device_dtype_check_for_fused"),
-    ):
+    with mock.patch("torch.autocast"), mock.patch("torch.optim.adam._device_dtype_check_for_fused"), FakeDevice():
         one = torch.ones(3).to(META, non_blocking=True)
-        assert not waits
-        assert (one.sum().item(), len(one[one > 0]), one.tolist(), len(torch.ones(3).to(META))) == (3, 3, [1, 1, 1], 3)
-        assert len(waits) == 4
+        assert (one.sum().item(), one[one > 0].tolist(), len(torch.ones(3).to(META))) == (3, [1, 1, 1], 3)
+        assert len(waits) == 4  # of the last line
         with pytest.raises(RuntimeError, match="two devices"):
             one + torch.ones(3)
         trainer, steps, loss = prepare(Experiment(Path(folder)).flags(mode))
@@ -116,61 +101,49 @@ def fake_run(folder, mode):
 
 @modes
 def test_no_step_mixes_devices_or_waits_on_a_device_that_is_not_there(run, tmp_path, mode):
-    command = [sys.executable, "-m", "tests.test_cuda", tmp_path / "fake", mode]
-    (tmp_path / "fake").mkdir()
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    found, loss = json.loads(done.stdout.splitlines()[-1])
-    assert found == []
-    assert loss == pytest.approx(run(f"{mode} --epochs 1")[1]["epochs"][0]["train_loss"], abs=1e-5)
+    command = [sys.executable, "-m", "tests.test_cuda", tmp_path, f"{mode} --run_name fake"]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    found, loss = json.loads(output.splitlines()[-1])
+    assert (found, loss) == ([], pytest.approx(run(f"{mode} --epochs 1")[1]["epochs"][0]["train_loss"], abs=1e-5))
 
 
-@needs_cuda
-@precisions
-@modes
-def test_ten_steps_do_not_wait_for_the_gpu(experiment, mode, precision):
-    trainer, steps, _ = prepare(experiment.flags(f"{mode} --device cuda --precision {precision}"))
-    trainer.step(steps[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+class TestOnAGpu:
+    @precisions
+    @modes
+    def test_ten_steps_do_not_wait_for_the_gpu(self, experiment, request, mode, precision):
+        trainer, steps, _ = prepare(experiment.flags(f"{mode} --device cuda --precision {precision}"))
+        trainer.step(steps[0])
+        request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
+        torch.cuda.set_sync_debug_mode("error")
         for i in range(10):
             trainer.step(steps[i % len(steps)])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
+    @precisions
+    def test_an_epoch_gives_the_cpus_losses_and_goes_on_after_an_interruption(self, run, interrupt, precision):
+        flags = f"{SHUFFLED} --device cuda --precision {precision}"
+        interrupt(flags, 3)
+        logs = run(SHUFFLED, "cpu")[1], run(flags, "cuda")[1], run(f"{flags} --resume")[1]
+        cpu, cuda, resumed = ([entry["train_loss"] for entry in log["epochs"]] for log in logs)
+        assert cuda == pytest.approx(cpu, abs=1e-3 if precision == "fp32" else 0.02)
+        assert resumed == pytest.approx(cuda, abs=1e-3)
 
-@needs_cuda
-@precisions
-def test_an_epoch_gives_the_cpus_losses_and_goes_on_after_an_interruption(run, interrupt, precision):
-    flags = f"{SHUFFLED} --device cuda --precision {precision}"
-    logs = [run(SHUFFLED, "cpu")[1], run(flags, "cuda")[1]]
-    interrupt(flags, 3)
-    logs.append(run(f"{flags} --resume")[1])
-    cpu, cuda, resumed = ([entry[f"{of}_loss"] for entry in log["epochs"] for of in ("train", "val")] for log in logs)
-    assert cuda == pytest.approx(cpu, abs=1e-3 if precision == "fp32" else 0.02)
-    assert resumed == pytest.approx(cuda, abs=1e-3)
+    def test_evaluation_gives_the_cpus_figures(self, experiment):
+        found = []
+        for device in ("cpu", "cuda"):
+            flags = f"--test_pairs {experiment.pairs} --aligned_json {experiment.aligned} --skip_alignment --flip "
+            flags += f"--checkpoints {experiment.start} --output_dir {experiment.folder / device} --device {device}"
+            assert evaluate_twins.main(flags.split()) == 0
+            (row,) = json.loads((experiment.folder / device / "comparison.json").read_text())["checkpoints"]
+            found.append({name: figure["value"] for name, figure in row["figures"].items()})
+        assert found[1] == pytest.approx(found[0], abs=1e-4)
 
-
-@needs_cuda
-def test_evaluation_gives_the_cpus_figures(experiment):
-    found = []
-    for device in ("cpu", "cuda"):
-        flags = f"--test_pairs {experiment.pairs} --aligned_json {experiment.aligned} --skip_alignment --flip "
-        flags += f"--checkpoints {experiment.start} --output_dir {experiment.folder / device} --device {device}"
-        assert evaluate_twins.main(flags.split()) == 0
-        (row,) = json.loads((experiment.folder / device / "comparison.json").read_text())["checkpoints"]
-        found.append({name: figure["value"] for name, figure in row["figures"].items()})
-    assert found[1] == pytest.approx(found[0], abs=1e-4)
-
-
-@needs_cuda
-def test_too_little_memory_is_told_in_one_line(run, refusal):
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(2**20 / torch.cuda.get_device_properties(0).total_memory)
-    try:
+    def test_too_little_memory_is_told_in_one_line(self, run, refusal, request):
+        request.addfinalizer(lambda: torch.cuda.set_per_process_memory_fraction(1.0))
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(2**20 / torch.cuda.get_device_properties(0).total_memory)
         assert run("--device cuda")[0] == 2
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert refusal().startswith("out of memory")
+        assert refusal().startswith("out of memory")
 
 
 if __name__ == "__main__":
