@@ -15,11 +15,12 @@ import json
 import os
 import re
 import reprlib
+import signal
 import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -336,7 +337,7 @@ def contact_sheet(report, columns=10, limit=100):
     """A PIL picture of what to look at: photographs that were left out, then crops, the largest residual first."""
     worst = sorted(report, key=lambda entry: (entry["crop"] is not None, -(entry["residual"] or 0)))[:limit]
     width, height = CROP_SIZE + 8, CROP_SIZE + 44
-    sheet = Image.new("RGB", (columns * width, -(-len(worst) // columns) * height), "lightgrey")
+    sheet = Image.new("RGB", (columns * width, max(1, -(-len(worst) // columns)) * height), "lightgrey")
     draw = ImageDraw.Draw(sheet)
     for i, entry in enumerate(worst):
         x, y = i % columns * width + 4, i // columns * height + 2
@@ -363,19 +364,20 @@ def write_report(mapping, report, folder):
         print(f"  {len(empty)} people have no crop, so their pairs will be skipped: {', '.join(empty[:5])}")
 
 
-def align_files(args, pairs_file=None, processes=None):
+def align_files(args, pairs_flag="pairs", processes=None):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
-    args: the flags of `add_alignment_arguments`; pairs_file: align only these people; the `processes` (net.Processes)
-    share the work, the first of them writes. Returns the mapping {ID: [crop path, ...]} that --aligned_json now holds,
-    there relative to its folder. Raises InputError for wrong input and where no photograph gave a crop.
+    args: the flags of `add_alignment_arguments`; `pairs_flag` names the one for the pairs, whose people alone are then
+    aligned; the `processes` (net.Processes) share the work, the first of them writes. Returns the mapping {ID: [crop
+    path, ...]} that --aligned_json now holds, there relative to its folder. Raises InputError for wrong input and where
+    no photograph gave a crop.
     """
     processes = processes or Processes(args.device)
-    photos = read_flag("--id_to_images", read_id_to_images, args.id_to_images)
-    if pairs_file:
-        photos = {name: photos[name] for pair in read_pairs(pairs_file, photos)[0] for name in pair}
+    photos = read_flag(args, "id_to_images", read_id_to_images)
+    if getattr(args, pairs_flag):
+        photos = {name: photos[name] for pair in read_flag(args, pairs_flag, read_pairs, photos)[0] for name in pair}
     home, folder = os.path.dirname(os.path.abspath(args.id_to_images)), args.aligned_folder
-    landmarks = read_flag("--landmarks", read_landmarks, args.landmarks, home) if args.landmarks else {}
+    landmarks = read_flag(args, "landmarks", read_landmarks, home) if args.landmarks else {}
     jobs, earlier = plan(photos, folder, landmarks, home), {}
     if landmarks and all(job.landmarks is None for job in jobs):
         raise InputError(f"{args.landmarks}: no photograph of {args.id_to_images} is in it; compare the paths")
@@ -442,6 +444,23 @@ def between(kind, low, high):
     return parse
 
 
+@contextmanager
+def postponed_interrupt():
+    """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def add_alignment_arguments(parser, kind="train", skip=True):
     """The flags that scripts share; `kind`, train or test, is in the default names; `skip`: --skip_alignment too."""
     add = parser.add_argument
@@ -460,12 +479,18 @@ def add_alignment_arguments(parser, kind="train", skip=True):
     add("--device", default="auto", help="auto (cuda if there is one that this PyTorch serves), cuda, cuda:N or cpu")
 
 
-def read_flag(flag, read, *args):
-    """`read(*args)`, its InputError beginning with the flag that names the file: `--pairs pairs.json: ...`."""
+def read_flag(args, flag, read, *more):
+    """`read` the file that a flag names; an InputError begins with the flag: `--pairs pairs.json: ...`."""
     try:
-        return read(*args)
+        return read(getattr(args, flag), *more)
     except InputError as error:
-        raise InputError(f"{flag} {error}") from error
+        raise InputError(f"--{flag} {error}") from error
+
+
+def read_inputs(args, images_flag, pairs_flag):
+    """({ID: [path, ...]}, [(ID, ID), ...], [warning, ...]) of the image list and the pairs that two flags name."""
+    images = read_flag(args, images_flag, read_id_to_images)
+    return images, *read_flag(args, pairs_flag, read_pairs, images)
 
 
 def run_script(name, work, interrupted):
@@ -506,7 +531,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run the stage; returns the exit code (see run_script)."""
     interrupted = "interrupted; the crops made so far are kept, run it again to go on"
-    return run_script("align.py", lambda: align_files(args := parse_args(argv), args.pairs), interrupted)
+    return run_script("align.py", lambda: align_files(parse_args(argv), "pairs"), interrupted)
 
 
 if __name__ == "__main__":

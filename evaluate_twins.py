@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from align import Parser, add_alignment_arguments, align_files, between, file_names, read_flag, run_script
+from align import Parser, add_alignment_arguments, align_files, between, file_names, read_inputs, run_script
 from net import InputError, backbone_sha256, embed, leave, load_checkpoint, pick_device, progress, replacing
-from triplet_dataset import People, TwinImages, read_id_to_images, read_pairs, write_json
+from triplet_dataset import People, TwinImages, write_json
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
@@ -472,9 +472,8 @@ def find_overlap(facts, ids):
 def evaluate(args):
     """The whole evaluation of the command line; returns the list of Results, the baseline first."""
     device = pick_device(args.device)
-    flag = "--aligned_json" if args.skip_alignment else "--id_to_images"
-    listed = read_flag(flag, read_id_to_images, getattr(args, flag[2:]))
-    pairs, notes = read_flag("--test_pairs", read_pairs, args.test_pairs, listed)
+    flag = "aligned_json" if args.skip_alignment else "id_to_images"
+    listed, pairs, notes = read_inputs(args, flag, "test_pairs")
     tested, facts, backbones = {name for pair in pairs for name in pair}, {}, {}
     for path in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
         model = load_checkpoint(path, channels=args.channels)
@@ -486,7 +485,7 @@ def evaluate(args):
             raise InputError(f"{path}: was trained or validated on {who}; test on others, or say --allow_overlap")
         if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
             raise InputError(f"--aligned_folder {trained}: {path} was trained from there; name another")
-    people = People(listed if args.skip_alignment else align_files(args, args.test_pairs), pairs)
+    people = People(listed if args.skip_alignment else align_files(args, "test_pairs"), pairs)
     for path in [] if args.allow_overlap else facts:
         if seen := len({*facts[path].get("crop_sha256", [])} & {*people.crops.sha256}):
             raise InputError(f"{path}: {seen} test images are among those it was trained on; see --allow_overlap")

@@ -27,19 +27,11 @@ from tqdm import tqdm
 CROP_SIZE = 112  # pixels, width and height of an aligned crop
 
 # name: (units per stage, channels per stage, bottleneck units, squeeze-and-excitation)
-_BASIC, _WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
-ARCHITECTURES = {
-    "ir_18": ((2, 2, 2, 2), _BASIC, False, False),
-    "ir_34": ((3, 4, 6, 3), _BASIC, False, False),
-    "ir_50": ((3, 4, 14, 3), _BASIC, False, False),
-    "ir_101": ((3, 13, 30, 3), _BASIC, False, False),
-    "ir_152": ((3, 8, 36, 3), _WIDE, True, False),
-    "ir_200": ((3, 24, 36, 3), _WIDE, True, False),
-    "ir_se_50": ((3, 4, 14, 3), _BASIC, False, True),
-    "ir_se_101": ((3, 13, 30, 3), _BASIC, False, True),
-    "ir_se_152": ((3, 8, 36, 3), _WIDE, True, True),
-    "ir_se_200": ((3, 24, 36, 3), _WIDE, True, True),
-}
+_UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
+_UNITS[200] = (3, 24, 36, 3)
+_CHANNELS = {False: (64, 128, 256, 512), True: (256, 512, 1024, 2048)}  # of basic units, of bottlenecks
+ARCHITECTURES = {f"ir_{n}": (units, _CHANNELS[n >= 152], n >= 152, False) for n, units in _UNITS.items()}
+ARCHITECTURES |= {f"ir_se_{n}": (*ARCHITECTURES[f"ir_{n}"][:3], True) for n in (50, 101, 152, 200)}
 
 
 class SEBlock(nn.Module):

@@ -17,7 +17,6 @@ import math
 import platform
 import signal
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -26,21 +25,11 @@ import PIL
 import torch
 import torchvision
 
+import align
 import net
-from align import Parser, add_alignment_arguments, align_files, between, file_name, read_flag, run_script
 from evaluate_twins import TwinEvaluator, colour, compare, describe, plot_figure, plot_line
 from net import InputError, Processes, progress, to_input
-from triplet_dataset import (
-    GroupedSteps,
-    People,
-    ShuffledSteps,
-    TwinTripletDataset,
-    read_id_to_images,
-    read_json,
-    read_pairs,
-    split_pairs,
-    write_json,
-)
+from triplet_dataset import People, TwinTripletDataset, read_json, split_pairs, write_json
 from triplet_loss import DISTANCES, TripletLoss
 
 CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
@@ -61,38 +50,43 @@ def boolean(text):
 
 def parse_args(argv=None):
     description = "Fine-tune AdaFace to tell identical twins apart, with triplet loss."
-    parser = Parser(prog="train_twins.py", description=description)
-    count, seed, weight = between(int, 1, 10**9), between(int, 0, 2**32 - 1), between(float, 0, 1e6)
+    parser = align.Parser(prog="train_twins.py", description=description)
+    count, seed, weight = align.between(int, 1, 10**9), align.between(int, 0, 2**32 - 1), align.between(float, 0, 1e6)
 
     group = parser.add_argument_group("data and stage 1, alignment")
     group.add_argument("--train_pairs", default="train_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
-    add_alignment_arguments(group, "train")
+    align.add_alignment_arguments(group, "train")
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--arch", default="ir_50", help=f"network: {', '.join(net.ARCHITECTURES)}")
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
     bare = {"type": boolean, "nargs": "?", "const": True}
     add("--freeze_backbone", **bare, default=False, help="train only the embedding layer; bare means True")
-    add("--train_percentage", type=between(int, 1, 100), default=100, help="share of each training pair's triplets")
-    add("--validation_split", type=between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
+    add(
+        "--train_percentage",
+        type=align.between(int, 1, 100),
+        default=100,
+        help="share of each training pair's triplets",
+    )
+    add("--validation_split", type=align.between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
 
     add = parser.add_argument_group("how it is trained").add_argument
-    add("--margin", type=between(float, 1e-6, 2), default=0.3, help="of the triplet loss, a distance")
+    add("--margin", type=align.between(float, 1e-6, 2), default=0.3, help="of the triplet loss, a distance")
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
     add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
     text = f"epochs at most, by default as many as make {STEPS['full']} steps, frozen {STEPS['frozen']}"
     add("--epochs", type=count, help=text)
     text = "share of the loss that compares each distance to a positive with those to all twins of the step"
-    add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help=f"{text}; 0: the triplet loss")
+    add("--quadruplet_weight", type=align.between(float, 0, 1), default=1.0, help=f"{text}; 0: the triplet loss")
     text = "weight of the mean cosine distance of a step's embeddings to those before training"
     add("--drift_weight", type=weight, default=0.5, help=text)
     add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
-    text = "the rate rises over the first tenth and falls to zero by the last epoch, or stays"
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help=text)
+    schedules = ("cosine", "constant")
+    add("--schedule", choices=schedules, default="cosine", help="the rate rises and falls to zero, or stays")
     add("--weight_decay", type=weight, default=1e-4, help="decoupled; not on BatchNorm, PReLU and biases")
-    text = "what the best epoch is best by on the validation twins"
-    add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help=text)
+    monitors = ("val_auc", "val_eer", "val_loss")
+    add("--monitor", choices=monitors, default="val_auc", help="what the best epoch is best by, on validation twins")
     add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
     text = "of training steps; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 on a CPU; figures are fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
@@ -102,7 +96,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="models", help="where the best epoch's checkpoint goes")
     add("--log_dir", default="training_logs", help="its folder <run name>/ gets logs, curves and last.pth")
-    add("--run_name", type=file_name, help="name of the run, by default like full_100pct_margin0.3")
+    add("--run_name", type=align.file_name, help="name of the run, by default like full_100pct_margin0.3")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
     add("--overwrite", action="store_true", help="replace the run of this name")
@@ -127,10 +121,8 @@ class Run:
     def __init__(self, args):
         self.args, self.mode, self.state = args, "frozen" if args.freeze_backbone else "full", None
         self.name = args.run_name or f"{self.mode}_{args.train_percentage}pct_margin{args.margin:g}"
-        self.prefix, self.folder = (
-            f"twin_tuned_{args.arch.replace('_', '')}_{self.name}_epoch",
-            Path(args.log_dir, self.name),
-        )
+        self.folder, arch = Path(args.log_dir) / self.name, args.arch.replace("_", "")
+        self.prefix = f"twin_tuned_{arch}_{self.name}_epoch"
         self.last, log_file = self.folder / "last.pth", self.folder / "training_log.json"
         self.log = {"config": {}, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
         if args.resume and self.last.is_file():
@@ -161,8 +153,9 @@ class Run:
         """Take over the settings and write config.json."""
         self.check_same(config)
         self.log["config"] = config
-        if self.state is None:
-            self.last.unlink(missing_ok=True)  # of a replaced run, with which --resume could go on
+        if self.state is None:  # what a replaced run left must not pass for this one's on --resume
+            self.last.unlink(missing_ok=True)
+            (self.folder / "training_log.json").unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)
 
     def append(self, entry):
@@ -187,25 +180,8 @@ class Run:
     def delete_superseded(self):
         """Delete this run's checkpoints but the best; to be called when what replaces them is saved."""
         for path in self.checkpoints():
-            if str(path) != self.log["best_checkpoint"]:
+            if path.name != Path(self.log["best_checkpoint"] or "").name:
                 path.unlink()
-
-
-@contextmanager
-def postponed_interrupt():
-    """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- parts of training ----------------------------------------------------------------------------------------------
@@ -233,10 +209,7 @@ def backbone_features(model, people, aligned_json, processes):
 
 
 def make_optimizer(model, learning_rate, weight_decay):
-    """AdamW over the parameters that require gradients; no decay on BatchNorm, PReLU and biases.
-
-    Those are the one-dimensional parameters: pulling a scale or an offset toward zero is no regulariser.
-    """
+    """AdamW over the parameters that require gradients; no decay on the one-dimensional: BatchNorm, PReLU, biases."""
     trained = [p for p in model.parameters() if p.requires_grad]
     flat, others = [p for p in trained if p.ndim <= 1], [p for p in trained if p.ndim > 1]
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
@@ -284,19 +257,19 @@ class TwinTrainer:
 
     def choose_precision(self):
         """fp32, bf16 or fp16 of the training steps; a resumed run keeps the one that it began with where it can."""
-        name, cuda = self.args.precision, self.device.type == "cuda"
+        cuda, name = self.device.type == "cuda", self.args.precision
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
+        bf16 = found.get("avx512_bf16") or found.get("amx_bf16")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
         if name == "auto" and self.run.state:
             name = self.run.log["config"]["used_precision"]
-        if name == "auto":
-            found = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
-            bf16 = not self.args.freeze_backbone and (
-                found.get("avx512_bf16") or found.get("amx_bf16")
-            )  # no gain there
-            if cuda:
-                bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return "bf16" if bf16 else "fp16" if cuda else "fp32"
-        if name == "fp16" and not cuda:
-            raise InputError("fp16 steps need CUDA; on a CPU say --precision fp32 or bf16")
+        if name == "auto":  # on a CPU, steps without the backbone gain nothing
+            worth = bf16 and (cuda or not self.args.freeze_backbone)
+            return "bf16" if worth else "fp16" if cuda else "fp32"
+        if (name == "fp16" and not cuda) or (name == "bf16" and cuda and not bf16):
+            raise InputError(
+                f"{self.device} has no {name}: say --precision {'fp32 or fp16' if cuda else 'fp32 or bf16'}"
+            )
         return name
 
     def say(self, text):
@@ -305,7 +278,7 @@ class TwinTrainer:
 
     def align(self):
         """Stage 1: align the photographs of all training pairs and write --aligned_json."""
-        align_files(self.args, self.args.train_pairs, self.processes)
+        align.align_files(self.args, "train_pairs", self.processes)
 
     def train(self):
         """Stage 2: fine-tune and write everything; returns the content of training_log.json."""
@@ -319,21 +292,20 @@ class TwinTrainer:
             run.log["stopped"] = "epochs"
         while not run.log["stopped"]:
             epoch = len(run.log["epochs"])
-            with postponed_interrupt() as self.interrupts:
+            with align.postponed_interrupt() as self.interrupts:
                 self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
                 if self.processes.any(self.interrupts) and not run.log["stopped"]:  # in the last step or the validation
                     self.save(epoch + 1)
                     raise KeyboardInterrupt
         if self.first:
-            with postponed_interrupt():  # seconds from the end
+            with align.postponed_interrupt():  # seconds from the end
                 self.conclude()
         return run.log
 
     def load_data(self):
         """Crops, families, split and triplets."""
         args = self.args
-        aligned = read_flag("--aligned_json", read_id_to_images, args.aligned_json)
-        pairs, notes = read_flag("--train_pairs", read_pairs, args.train_pairs, aligned)
+        aligned, pairs, notes = align.read_inputs(args, "aligned_json", "train_pairs")
         people = self.people = self.people or People(aligned, pairs)
         usable = TwinTripletDataset(people.id_to_images, people.pairs)  # without the pairs that make no triplet
         train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=people.pairs)
@@ -341,8 +313,8 @@ class TwinTrainer:
         self.val_set = TwinTripletDataset(people.id_to_images, val) if val else None
         self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
         self.train_rows, self.n_skipped = people.rows(self.train_set.images.paths), usable.n_skipped
-        steps = max(1, len(self.epoch_steps(1)))
-        args.epochs = args.epochs or math.ceil(STEPS[self.run.mode] / steps)
+        steps = self.train_set.steps(1, args.images_per_batch, args.batch_size)
+        args.epochs = args.epochs or math.ceil(STEPS[self.run.mode] / max(1, len(steps)))
         # A network that has died must not be saved: without validation, a few training images are looked at.
         self.val_rows = people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
         for warning in notes + people.warnings:
@@ -363,15 +335,15 @@ class TwinTrainer:
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
-        for p in self.model.parameters():  # a process without images in a step has gradients too: zeros
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.embeddings, self.progress = {}, {"epoch": 0}
         run.start(self.describe_run())
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(
+                state["scaler"] or self.scaler.state_dict()
+            )  # empty of steps that were not fp16
             self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
             self.progress, run.state = state["progress"], None  # it holds weights and Adam's moments
         images = self.people.crops.pixels
@@ -379,8 +351,8 @@ class TwinTrainer:
             images = backbone_features(self.model, self.people, args.aligned_json, self.processes)
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            images = images.to(self.device) if images.nbytes < free / 2 else images.pin_memory()
-        self.images, self.saved_at = images, time.monotonic()
+            images = images.to(self.device) if images.nbytes < free / 2 else images
+        self.images, self.save_at = images, time.monotonic() + 60 * SAVE_MINUTES
 
     def describe_run(self):
         """The content of config.json; its first figures are also told."""
@@ -402,18 +374,12 @@ class TwinTrainer:
 
     def embed(self, rows):
         """Embeddings (K, 512) float32 of the images `rows` (K,) of the crops; the processes share the work."""
-        frozen, parts = self.args.freeze_backbone, [torch.empty((0, 512), device=self.device)]
+        frozen, parts = self.args.freeze_backbone, []
         size = 256 if frozen else net.chunk_size(self.device)
-        for few in rows[self.processes.share(len(rows))].split(size):
-            images = self.images[few.to(self.images.device)].to(self.device, non_blocking=True)
+        for few in rows[self.processes.share(len(rows))].split(size):  # at least one, which may be empty
+            images = self.images[few.to(self.images.device, non_blocking=True)].to(self.device, non_blocking=True)
             parts.append(self.model.head(images)[0] if frozen else self.model(to_input(images))[0])
         return self.processes.gather(torch.cat(parts), len(rows))
-
-    def epoch_steps(self, epoch):
-        """The epoch's steps, as (T, 3) triplets each."""
-        if self.args.batch_size:
-            return ShuffledSteps(self.train_set, epoch, self.args.batch_size)
-        return GroupedSteps(self.train_set, epoch, self.args.images_per_batch)
 
     def measure_start(self):
         """Epoch 0, the network before training: the mean statistics of the training triplets."""
@@ -428,7 +394,7 @@ class TwinTrainer:
         When an interruption is asked for, or when it is time, the state is saved within the epoch.
         """
         args, self.began = self.args, time.perf_counter()
-        steps = self.epoch_steps(epoch)
+        steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
         within = self.progress["epoch"] == epoch  # after an interruption
         start, sums = (self.progress["step"], self.progress["sums"]) if within else (0, [0.0] * 5)
         sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
@@ -447,7 +413,7 @@ class TwinTrainer:
                 hint = "; --freeze_backbone takes minutes" if whole > 7200 and not args.freeze_backbone else ""
                 self.say(f"{text}, and the validation{hint}")
             stop = self.processes.any(self.interrupts) and not last
-            save = stop or (self.processes.any(self.save_is_due()) and not last)
+            save = stop or (self.processes.any(time.monotonic() > self.save_at) and not last)
             if (i + 1) % CHECK_EVERY == 0 or last or save:
                 self.check_finite(sums, f"epoch {epoch}, step {i + 1}")
             if save:
@@ -471,7 +437,7 @@ class TwinTrainer:
         loss = (1 - args.quadruplet_weight) * criterion.loss(positive, negative)
         loss = loss + args.quadruplet_weight * criterion.quadruplet_loss(positive, negative)
         loss = loss + args.drift_weight * (1 - (embeddings * before).sum(1)).mean()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.processes.sum_([p.grad for p in self.model.parameters() if p.requires_grad])
         self.scaler.step(self.optimizer)
@@ -521,11 +487,8 @@ class TwinTrainer:
                 f", val loss {entry['val_loss']:.4f}, EER {100 * entry['val_eer']:.2f} %, AUC {entry['val_auc']:.4f}"
             )
         self.say(f"{text}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
-        if self.processes.any(self.save_is_due()):
+        if self.processes.any(time.monotonic() > self.save_at):
             self.save(epoch + 1)
-
-    def save_is_due(self):
-        return time.monotonic() - self.saved_at > 60 * SAVE_MINUTES
 
     def save(self, epoch, step=0, sums=(0.0,) * 5):
         """Write last.pth, from which --resume goes on at a step of an epoch."""
@@ -537,7 +500,7 @@ class TwinTrainer:
             net.save_checkpoint(self.run.last, self.model, **facts)
             self.run.delete_superseded()
             plot_curves(self.run.folder, self.run.log)
-        self.saved_at = time.monotonic()
+        self.save_at = time.monotonic() + 60 * SAVE_MINUTES
 
     def conclude(self):
         """Say how the best epoch compares with the start, write the last files, drop the state to resume from."""
@@ -558,41 +521,34 @@ class TwinTrainer:
 
 def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
-    epochs, name = [entry["epoch"] for entry in log["epochs"]], log["config"]["run_name"]
-
-    def draw(axes, ylabel, curves, scale=1):
-        for number, (key, label) in enumerate(curves.items(), 1):
-            values = [math.nan if entry[key] is None else scale * entry[key] for entry in log["epochs"]]
-            plot_line(axes, number, epochs, values, label=label, marker="o", markersize=3)
-            axes.axhline(values[0], color=colour(number), linewidth=0.8, linestyle=":")
-        axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
-
-    with plot_figure(folder / "loss_curves.png", 7.4) as axes:
-        losses = {"train_loss": "training", "val_loss": "validation"}
-        draw(axes, f"triplet loss ({log['config']['distance']} distance)", losses)
-        axes.set(title=name, ylim=(0, 1.05 * axes.dataLim.ymax or None))
-    with plot_figure(folder / "validation_curves.png", 7.4, 7.4, 3) as panels:
-        draw(panels[0], "EER (%)", {"val_eer": "twins"}, 100)
-        draw(panels[1], "AUC", {"val_auc": "twins"})
-        draw(panels[2], "AUC", {"val_general_auc": "everyone else"})
-        panels[0].set_title(f"{name}: validation people")
+    losses = {f"triplet loss ({log['config']['distance']})": {"train_loss": "training", "val_loss": "validation"}}
+    figures = {"EER": {"val_eer": "twins"}, "twin AUC": {"val_auc": "twins"}}
+    figures["general AUC"] = {"val_general_auc": "everyone else"}
+    for file, panels in (("loss_curves.png", losses), ("validation_curves.png", figures)):
+        with plot_figure(folder / file, 7.4, 2.6 + 1.6 * len(panels), len(panels)) as grid:
+            for axes, (ylabel, curves) in zip(np.atleast_1d(grid), panels.items(), strict=True):
+                for number, (key, label) in enumerate(curves.items(), 1):
+                    values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
+                    plot_line(axes, number, range(len(values)), values, label=label, marker="o", markersize=3)
+                    axes.axhline(values[0], color=colour(number), linewidth=0.8, linestyle=":")
+                axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
+                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
+            np.atleast_1d(grid)[0].set_title(log["config"]["run_name"])
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-def train(args):
-    """Both stages."""
-    trainer = TwinTrainer(args)
-    if not args.skip_alignment:
-        trainer.align()
-    trainer.train()
-
-
 def main(argv=None):
     """Run both stages; returns the exit code (see align.run_script)."""
+
+    def work():
+        trainer = TwinTrainer(parse_args(argv))
+        if not trainer.args.skip_alignment and not trainer.run.finished:
+            trainer.align()
+        trainer.train()
+
     interrupted = "interrupted; what was done is saved, --resume goes on"
-    return run_script("train_twins.py", lambda: train(parse_args(argv)), interrupted)
+    return align.run_script("train_twins.py", work, interrupted)
 
 
 if __name__ == "__main__":

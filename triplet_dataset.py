@@ -310,21 +310,22 @@ class TwinTripletDataset(Dataset):
     def by_pair(self, chunk=1 << 20):
         """Yield (rows, triplets) over all sampled triplets, pair by pair: one small matrix of distances for each.
 
-        rows (n + m,) are the pair's images; triplets (K, 3), K <= chunk, index into `rows`.
+        triplets (K, 3), K <= chunk, index into the images `rows`.
         """
-        for pair, ((first, other), (n, m)) in enumerate(zip(self._first, self._count, strict=True)):
-            rows = np.r_[first : first + n, other : other + m]
-            for start in range(self._begin[pair], self._end[pair], chunk):
-                triplets = self.triplets(np.arange(start, min(start + chunk, self._end[pair])))
-                own = (triplets >= first) & (triplets < first + n)
-                yield rows, np.where(own, triplets - first, triplets - other + n)
+        for begin, end in zip(self._begin, self._end, strict=True):
+            for start in range(begin, end, chunk):
+                rows, index = np.unique(self.triplets(np.arange(start, min(start + chunk, end))), return_inverse=True)
+                yield rows, index.reshape(-1, 3)
+
+    def steps(self, epoch, images_per_batch, batch_size=None):
+        """The epoch's steps, (T, 3) rows each: ShuffledSteps of `batch_size` triplets, without that GroupedSteps."""
+        return ShuffledSteps(self, epoch, batch_size) if batch_size else GroupedSteps(self, epoch, images_per_batch)
 
     def count_touched_images(self):
         """How many distinct images stand in at least one sampled triplet."""
-        seen = np.zeros(len(self.images.paths), bool)
-        for rows, triplets in self.by_pair():
-            seen[rows[triplets]] = True
-        return int(seen.sum())
+        if self.percentage == 100:
+            return len(self.images.paths)
+        return len({row for rows, _ in self.by_pair() for row in rows.tolist()})
 
     def load(self):
         """All crops, decoded once, (N, 112, 112, 3) uint8 RGB, rows as `images.paths`."""

@@ -47,19 +47,15 @@ class TripletLoss(nn.Module):
             to_negative = torch.linalg.vector_norm(anchor - negative, dim=1)
         return self.loss(to_positive, to_negative)
 
-    def matrix(self, embeddings):
-        """(N, D) float -> (N, N) float32 distances of all pairs."""
+    def distances(self, embeddings, triplets):
+        """(N, D) embeddings and (T, 3) int64 rows of them -> (d(a, p), d(a, n)), each (T,) float32."""
+        anchor, positive, negative = triplets.unbind(1)
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
             if self.distance == "cosine":
-                return 1 - unit @ unit.T
-            # sqrt(2 - 2 cos) would be shorter, but loses half of the digits of small distances.
-            return torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def distances(self, embeddings, triplets):
-        """(N, D) embeddings and (T, 3) int64 rows of them -> (d(a, p), d(a, n)), each (T,) float32."""
-        matrix = self.matrix(embeddings)
-        anchor, positive, negative = triplets.unbind(1)
+                matrix = 1 - unit @ unit.T
+            else:  # sqrt(2 - 2 cos) would be shorter, but loses half of the digits of small distances
+                matrix = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
         return matrix[anchor, positive], matrix[anchor, negative]
 
     def loss(self, to_positive, to_negative):
@@ -74,11 +70,10 @@ class TripletLoss(nn.Module):
         quadruplet loss (Chen et al., Beyond triplet loss, CVPR 2017). Distances (T,) are sorted, so T log T work for
         T^2 comparisons.
         """
-        positive, negative = to_positive.detach().sort().values, to_negative.detach().sort().values
-        below = torch.searchsorted(negative, to_positive.detach() + self.margin)
-        above = len(positive) - torch.searchsorted(positive, to_negative.detach() - self.margin, right=True)
-        total = (below * (to_positive + self.margin)).sum() - (above * to_negative).sum()
-        return total / len(positive) ** 2
+        raised = to_positive + self.margin  # compared as one number on both sides, so that ties agree
+        below = torch.searchsorted(to_negative.detach().sort().values, raised.detach())
+        above = len(raised) - torch.searchsorted(raised.detach().sort().values, to_negative.detach(), right=True)
+        return ((below * raised).sum() - (above * to_negative).sum()) / len(raised) ** 2
 
     def statistics(self, to_positive, to_negative):
         """What the triplets of a batch say, from their distances (T,): the means of STATISTICS, (5,) detached.
@@ -91,6 +86,3 @@ class TripletLoss(nn.Module):
         excess = to_positive - to_negative + self.margin
         active, violated = (excess > 0).float(), (to_positive > to_negative).float()
         return torch.stack([x.mean() for x in (F.relu(excess), to_positive, to_negative, active, violated)])
-
-    def extra_repr(self):
-        return f"margin={self.margin}, distance={self.distance!r}"

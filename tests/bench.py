@@ -124,7 +124,7 @@ def ours(facts, args, folder, crops, frozen, triplets, precision, flags):
         distances = trainer.criterion.distances(trainer.embed(trainer.train_rows[images]), place)
     facts |= {"precision": trainer.precision, "loss": trainer.criterion.loss(*distances)}
     for epoch in range(1, 10**9):
-        steps = trainer.epoch_steps(epoch)
+        steps = trainer.train_set.steps(epoch, trainer.args.images_per_batch, trainer.args.batch_size)
         facts["steps"] = len(steps)
         for chosen in (steps[i] for i in range(len(steps))):
             trainer.step(chosen)
@@ -224,7 +224,10 @@ def measure_cost(args, folder, n_pairs):
     trainer = measure("data set", lambda: make_trainer(args, folder, crops, "--pretrained none"))
     row |= {"triplets": len(trainer.train_set), "validation images": len(trainer.val_set.images.paths)}
     measure("touched images", trainer.train_set.count_touched_images)
-    measure("first grouped step", lambda: trainer.epoch_steps(1)[0])
+    measure(
+        "first grouped step",
+        lambda: trainer.train_set.steps(1, trainer.args.images_per_batch, trainer.args.batch_size)[0],
+    )
     measure("first shuffled step", lambda: ShuffledSteps(trainer.train_set, 1, BATCH)[0])
     embeddings = F.normalize(torch.randn(row["validation images"], 512))
     measure("loss", lambda: train_twins.mean_statistics(trainer.criterion, trainer.val_set, embeddings))

@@ -79,7 +79,11 @@ def prepare(flags):
     trainer.load_data()
     trainer.build_model()
     trainer.images = trainer.images.to(trainer.device)
-    return trainer, trainer.epoch_steps(1), trainer.measure_start()["loss"]
+    return (
+        trainer,
+        trainer.train_set.steps(1, trainer.args.images_per_batch, trainer.args.batch_size),
+        trainer.measure_start()["loss"],
+    )
 
 
 def fake_run(folder, mode):
