@@ -4,9 +4,8 @@
     python align.py --pairs train_twin_id_pairs.json      # only the people of these pairs
     python align.py --landmarks landmarks.json            # your own landmarks; no detector is loaded
 
-Landmarks (by face-alignment, or from a file) -> least-squares similarity to the ArcFace template -> crop, as AdaFace
-was trained. Every crop carries a key of its source and settings, so a repeated run only does what is new. Beside them,
-alignment_report.json says what became of each photograph, and alignment_sheet.png shows the worst.
+Landmarks -> least-squares similarity to the ArcFace template -> crop. Every crop carries a key of its source, so a
+repeated run only does what is new; alignment_report.json and alignment_sheet.png beside them say what became of each.
 """
 
 import argparse
@@ -188,10 +187,8 @@ def read_landmarks(path, images_folder):
     are taken from `images_folder`, that of id_to_images.json, and also from the landmark file's own.
     """
     expected = '{"path": [[x, y], ...] or null, ...} with 5 or 68 points per photograph'
-    content, landmarks = read_json(path, expected), {}
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: expected {expected}")
-    for image, points in content.items():
+    landmarks = {}
+    for image, points in read_json(path, expected).items():
         try:
             face = points[0] if np.ndim(points) == 3 and len(points) == 1 else points
             found = five_points(face).tolist() if face else []

@@ -281,14 +281,11 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
         figure.savefig(temporary, format="png")
 
 
-def colour(number):
-    """Black for the baseline, number 0; the others take turns."""
-    return COLOURS[number and 1 + (number - 1) % (len(COLOURS) - 1)]
-
-
 def plot_line(axes, number, x, y, **options):
-    """A line in the colour and style of its number."""
-    axes.plot(x, y, **{"color": colour(number), "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2, **options})
+    """Draw a line in the colour and style of its number, black for 0, the baseline; returns the colour."""
+    colour = COLOURS[number and 1 + (number - 1) % (len(COLOURS) - 1)]
+    axes.plot(x, y, **{"color": colour, "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2, **options})
+    return colour
 
 
 def literal(text):
@@ -393,8 +390,8 @@ def plot_data_percentage(path, results, checkpoints):
         for number, (setting, points) in enumerate(sorted(lines.items()), 1):
             share, change, low, high = np.array(sorted(points)).T
             share = share * 1.04 ** (number - 1)  # beside each other
-            plot_line(axes, number, share, change, marker="o", label=setting)
-            axes.vlines(share, low, high, color=colour(number), linewidth=1)
+            colour = plot_line(axes, number, share, change, marker="o", label=setting)
+            axes.vlines(share, low, high, color=colour, linewidth=1)
         axes.axhline(0, color="black", linewidth=0.8, label=f"{literal(results[0].name)} (baseline)")
         axes.set(xscale="log", xlim=(0.8, 160), xlabel="share of the training triplets, and distinct images in it")
         axes.set(title="How much data is enough", ylabel="change of the EER against twins (points, 95 %)")
@@ -463,25 +460,21 @@ def list_checkpoints(names, baseline):
     return list({os.path.abspath(file): file for file in files}.values())
 
 
-def find_overlap(facts, ids):
-    """The test IDs that a checkpoint was trained or validated on, by its own account."""
-    config = facts.get("config", {})
-    return sorted(set(ids) & {*config.get("train_ids", []), *config.get("val_ids", [])})
-
-
 def evaluate(args):
     """The whole evaluation of the command line; returns the list of Results, the baseline first."""
     device = pick_device(args.device)
     flag = "aligned_json" if args.skip_alignment else "id_to_images"
     listed, pairs, notes = read_inputs(args, flag, "test_pairs")
-    tested, facts, backbones = {name for pair in pairs for name in pair}, {}, {}
+    tested, facts, backbones, overlaps = {name for pair in pairs for name in pair}, {}, {}, {}
     for path in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
         model = load_checkpoint(path, channels=args.channels)
         facts[path] = model.facts
         backbones.setdefault(backbone_sha256(model), []).append(path)
-        overlap, trained = find_overlap(model.facts, tested), model.facts.get("config", {}).get("aligned_folder")
-        if overlap and not args.allow_overlap:
-            who = f"{len(overlap)} of the {len(tested)} test people: {', '.join(overlap)}"
+        config = model.facts.get("config", {})
+        overlaps[path] = sorted(tested & {*config.get("train_ids", []), *config.get("val_ids", [])})
+        trained = config.get("aligned_folder")
+        if overlaps[path] and not args.allow_overlap:
+            who = f"{len(overlaps[path])} of the {len(tested)} test people: {', '.join(overlaps[path])}"
             raise InputError(f"{path}: was trained or validated on {who}; test on others, or say --allow_overlap")
         if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
             raise InputError(f"--aligned_folder {trained}: {path} was trained from there; name another")
@@ -501,9 +494,9 @@ def evaluate(args):
         models = [load_checkpoint(path, channels=args.channels) for path in group]
         embeddings = embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
         for path, embedding in zip(group, embeddings, strict=True):
-            scores, overlap = evaluator.score(embedding), find_overlap(facts[path], images.ids)
+            scores = evaluator.score(embedding)
             estimate = evaluator.estimate(scores, f"resampling {names[path]}")
-            results[path] = Result(names[path], path, facts[path], scores, estimate, overlap)
+            results[path] = Result(names[path], path, facts[path], scores, estimate, overlaps[path])
             write_result(output / names[path], evaluator, results[path], pixels, home, args.flip)
     results, counts = [results[path] for path in facts], evaluator.counts
     content = write_comparison(output, results)

@@ -43,8 +43,7 @@ class SEBlock(nn.Module):
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
 
     def forward(self, x):
-        means = nn.functional.adaptive_avg_pool2d(x, 1)
-        return x * self.fc2(self.fc1(means).relu()).sigmoid()
+        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
 class ResidualUnit(nn.Module):

@@ -5,10 +5,9 @@
     python train_twins.py --skip_alignment --resume           # go on after an interruption
     torchrun --standalone --nproc_per_node=8 train_twins.py   # on eight GPUs of one machine
 
-Writes the best epoch to --output_dir, and logs and curves to --log_dir; `evaluate_twins.py` measures checkpoints on
-other twins. The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off. So an
-embedding depends on its image alone, and an image is embedded once per step however many of its triplets use it; a
-frozen backbone runs once per image for the whole run.
+Writes the best epoch to --output_dir, and logs and curves to --log_dir. The network stays in eval mode: BatchNorm keeps
+its pretrained statistics and dropout is off, so an embedding depends on its image alone. An image is embedded once per
+step however many of its triplets use it; a frozen backbone runs once per image for the whole run.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import torchvision
 
 import align
 import net
-from evaluate_twins import TwinEvaluator, colour, compare, describe, plot_figure, plot_line
+from evaluate_twins import TwinEvaluator, compare, describe, plot_figure, plot_line
 from net import InputError, Processes, progress, to_input
 from triplet_dataset import People, TwinTripletDataset, read_json, split_pairs, write_json
 from triplet_loss import DISTANCES, TripletLoss
@@ -75,18 +74,15 @@ def parse_args(argv=None):
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
     add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
-    text = f"epochs at most, by default as many as make {STEPS['full']} steps, frozen {STEPS['frozen']}"
-    add("--epochs", type=count, help=text)
-    text = "share of the loss that compares each distance to a positive with those to all twins of the step"
-    add("--quadruplet_weight", type=align.between(float, 0, 1), default=1.0, help=f"{text}; 0: the triplet loss")
+    add("--epochs", type=count, help=f"by default as many as make {STEPS['full']} steps, frozen {STEPS['frozen']}")
+    text = "share of the loss that compares all pairs of a step's triplets, as one threshold does; 0: the triplet loss"
+    add("--quadruplet_weight", type=align.between(float, 0, 1), default=1.0, help=text)
     text = "weight of the mean cosine distance of a step's embeddings to those before training"
     add("--drift_weight", type=weight, default=0.5, help=text)
     add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
-    schedules = ("cosine", "constant")
-    add("--schedule", choices=schedules, default="cosine", help="the rate rises and falls to zero, or stays")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="the rate rises and falls, or stays")
     add("--weight_decay", type=weight, default=1e-4, help="decoupled; not on BatchNorm, PReLU and biases")
-    monitors = ("val_auc", "val_eer", "val_loss")
-    add("--monitor", choices=monitors, default="val_auc", help="what the best epoch is best by, on validation twins")
+    add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help="what chooses the epoch")
     add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
     text = "of training steps; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 on a CPU; figures are fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
@@ -267,9 +263,7 @@ class TwinTrainer:
             worth = bf16 and (cuda or not self.args.freeze_backbone)
             return "bf16" if worth else "fp16" if cuda else "fp32"
         if (name == "fp16" and not cuda) or (name == "bf16" and cuda and not bf16):
-            raise InputError(
-                f"{self.device} has no {name}: say --precision {'fp32 or fp16' if cuda else 'fp32 or bf16'}"
-            )
+            raise InputError(f"{self.device} has no {name}: --precision {'fp32 or fp16' if cuda else 'fp32 or bf16'}")
         return name
 
     def say(self, text):
@@ -529,8 +523,8 @@ def plot_curves(folder, log):
             for axes, (ylabel, curves) in zip(np.atleast_1d(grid), panels.items(), strict=True):
                 for number, (key, label) in enumerate(curves.items(), 1):
                     values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
-                    plot_line(axes, number, range(len(values)), values, label=label, marker="o", markersize=3)
-                    axes.axhline(values[0], color=colour(number), linewidth=0.8, linestyle=":")
+                    colour = plot_line(axes, number, range(len(values)), values, label=label, marker="o", markersize=3)
+                    axes.axhline(values[0], color=colour, linewidth=0.8, linestyle=":")
                 axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
@@ -547,8 +541,7 @@ def main(argv=None):
             trainer.align()
         trainer.train()
 
-    interrupted = "interrupted; what was done is saved, --resume goes on"
-    return align.run_script("train_twins.py", work, interrupted)
+    return align.run_script("train_twins.py", work, "interrupted; what was done is saved, --resume goes on")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@
     positive, negative = criterion.distances(embeddings, triplets)  # one (N, 512) matrix, (T, 3) indices
     loss = criterion.loss(positive, negative)
 
-The second form is the one training uses: an image that stands in many triplets of a step is embedded once,
-and each distance is looked up in one (N, N) matrix.
-
+Training uses the second form: an image in many triplets is embedded once, and distances stand in one (N, N) matrix.
 The loss is `mean(max(0, d(a, p) - d(a, n) + margin))` (Schroff et al., FaceNet, arXiv 1503.03832). d is
 `1 - cos`, in [0, 2], or the euclidean distance of the L2-normalised embeddings, in [0, 2].
 """

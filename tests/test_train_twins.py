@@ -553,9 +553,7 @@ def test_the_short_command_works_in_a_folder_with_files_of_the_default_names(tmp
     files = {path.name for path in Path("training_logs/full_50pct_margin0.3").iterdir()}
     assert files == {"config.json", "training_log.json", "loss_curves.png", "validation_curves.png"}
     assert train_twins.main([*command.split(), "--resume"]) == 0
-    out = capsys.readouterr().out
-    assert "12 already done" in out
-    assert "is finished" in out
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["--id_to_images id_to_images.json", "--aligned_json id_to_train_aligned_images.json"])
