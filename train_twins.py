@@ -48,8 +48,7 @@ def boolean(text):
 
 
 def parse_args(argv=None):
-    description = "Fine-tune AdaFace to tell identical twins apart, with triplet loss."
-    parser = align.Parser(prog="train_twins.py", description=description)
+    parser = align.Parser(prog="train_twins.py", description="Fine-tune AdaFace on identical twins with triplet loss.")
     count, seed, weight = align.between(int, 1, 10**9), align.between(int, 0, 2**32 - 1), align.between(float, 0, 1e6)
 
     group = parser.add_argument_group("data and stage 1, alignment")
@@ -61,12 +60,7 @@ def parse_args(argv=None):
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
     bare = {"type": boolean, "nargs": "?", "const": True}
     add("--freeze_backbone", **bare, default=False, help="train only the embedding layer; bare means True")
-    add(
-        "--train_percentage",
-        type=align.between(int, 1, 100),
-        default=100,
-        help="share of each training pair's triplets",
-    )
+    add("--train_percentage", type=align.between(int, 1, 100), default=100, help="share of each pair's triplets")
     add("--validation_split", type=align.between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
 
     add = parser.add_argument_group("how it is trained").add_argument
@@ -128,22 +122,21 @@ class Run:
             log = read_json(log_file, "a training log")
             self.log = log if log["stopped"] else self.log  # else it was killed before its first state: begin again
         elif not args.overwrite and (log_file.is_file() or self.checkpoints()):
-            ways = "--resume goes on with it, --overwrite replaces it, --run_name NAME starts another"
-            raise InputError(f"{self.folder}: a run of this name is there; {ways}")
+            ways = "--resume goes on, --overwrite replaces it, --run_name NAME starts another"
+            raise InputError(f"{self.folder}: this run is there; {ways}")
         self.finished = self.log["stopped"] is not None and self.state is None
         self.check_same(vars(args))
         if args.pretrained != "none" and not Path(args.pretrained).is_file():
-            ways = "download AdaFace's weights (README, 'Weights'), or say --pretrained none for random ones"
+            ways = "README, 'Weights', says where it is; none: random weights"
             raise InputError(f"--pretrained {args.pretrained}: no such file; {ways}")
 
     def check_same(self, settings):
         """Refuse to go on with other settings or data than the run began with."""
         before = self.log["config"]
-        keys = [key for key in RECIPE if key in settings and key in before and before[key] != settings[key]]
+        keys = [key for key in RECIPE if key in before and before[key] != settings.get(key, before[key])]
         if keys:
             differing = "; ".join(f"{key} was {str(before[key])[:60]}, is {str(settings[key])[:60]}" for key in keys)
-            ways = "use the first ones, or --run_name for another run"
-            raise InputError(f"{self.folder}: cannot resume with other settings or data: {differing}; {ways}")
+            raise InputError(f"{self.folder}: cannot resume: {differing}; use the first ones, or another --run_name")
 
     def start(self, config):
         """Take over the settings and write config.json."""
@@ -322,22 +315,18 @@ class TwinTrainer:
         """The network, its optimizer and its images, new or as the run to resume left them."""
         args, run, state = self.args, self.run, self.run.state
         torch.manual_seed(args.seed)
-        if args.pretrained == "none" and not state:
-            self.model = net.build_model(args.arch)
-        else:
-            self.model = net.load_checkpoint(run.last if state else args.pretrained, args.arch, args.channels)
-        self.model.to(self.device, memory_format=torch.channels_last).eval()
+        start = run.last if state else args.pretrained
+        model = net.build_model(args.arch) if start == "none" else net.load_checkpoint(start, args.arch, args.channels)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.embeddings, self.progress = {}, {"epoch": 0}
+        self.embeddings, self.progress = {}, {}
         run.start(self.describe_run())
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(
-                state["scaler"] or self.scaler.state_dict()
-            )  # empty of steps that were not fp16
+            self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # {} of steps not in fp16
             self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
             self.progress, run.state = state["progress"], None  # it holds weights and Adam's moments
         images = self.people.crops.pixels
@@ -389,9 +378,8 @@ class TwinTrainer:
         """
         args, self.began = self.args, time.perf_counter()
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
-        within = self.progress["epoch"] == epoch  # after an interruption
-        start, sums = (self.progress["step"], self.progress["sums"]) if within else (0, [0.0] * 5)
-        sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        start = self.progress.pop("step", 0)  # not 0 where an interrupted epoch goes on
+        sums = torch.tensor(self.progress.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
         for i in progress(range(start, len(steps)), f"epoch {epoch}", "step", disable=not self.first):
             factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / args.epochs, args.schedule)
             for group in self.optimizer.param_groups:
@@ -399,12 +387,10 @@ class TwinTrainer:
             sums += self.step(steps[i])  # no wait for the device here
             last = i + 1 == len(steps)
             if epoch == 1 and i + 1 == min(5, len(steps)):
-                seconds = (time.perf_counter() - self.began) / (i + 1)
-                whole = seconds * len(steps) * args.epochs
-                text = (
-                    f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {args.epochs} epochs: {whole / 60:.0f} min"
-                )
-                hint = "; --freeze_backbone takes minutes" if whole > 7200 and not args.freeze_backbone else ""
+                seconds = (time.perf_counter() - self.began) / (i + 1 - start)
+                minutes = seconds * len(steps) * args.epochs / 60
+                hint = "; --freeze_backbone takes minutes" if minutes > 120 and not args.freeze_backbone else ""
+                text = f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {args.epochs} epochs: {minutes:.0f} min"
                 self.say(f"{text}, and the validation{hint}")
             stop = self.processes.any(self.interrupts) and not last
             save = stop or (self.processes.any(time.monotonic() > self.save_at) and not last)
@@ -440,8 +426,8 @@ class TwinTrainer:
 
     def check_finite(self, sums, where):
         """Stop the run when the loss or a weight is not finite any more: one wait for the GPU."""
-        weights = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
-        if not bool(torch.stack([sums.isfinite().all(), *weights]).all()):
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if not torch.stack([x.detach().isfinite().all() for x in (sums, *weights)]).all():
             raise InputError(f"{self.run.name}, {where}: the loss or the weights are not finite; {self.way_out()}")
 
     def way_out(self):
@@ -469,18 +455,16 @@ class TwinTrainer:
         if epoch == 0 or best:
             self.embeddings["val_best" if best else "val_start"] = embeddings
         if best and self.first:
-            metrics = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
-            facts = {"epoch": epoch, "config": run.log["config"], "metrics": metrics}
+            facts = {"epoch": epoch, "config": run.log["config"]}
+            facts["metrics"] = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
             facts["crop_sha256"] = self.people.crops.sha256  # to find a leak under other IDs
             net.save_checkpoint(run.log["best_checkpoint"], self.model, **facts)
         if self.first:
             write_json(run.folder / "training_log.json", {**run.log, "stopped": None})
-        text = f"epoch {epoch}: train loss {entry['train_loss']:.4f}, {100 * entry['active_triplets']:.0f} % active"
+        text = "epoch {epoch}: train loss {train_loss:.4f}, {active_triplets:.0%} active"
         if self.val_set:
-            text += (
-                f", val loss {entry['val_loss']:.4f}, EER {100 * entry['val_eer']:.2f} %, AUC {entry['val_auc']:.4f}"
-            )
-        self.say(f"{text}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
+            text += ", val loss {val_loss:.4f}, EER {val_eer:.2%}, AUC {val_auc:.4f}"
+        self.say(f"{text.format(**entry)}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
         if self.processes.any(time.monotonic() > self.save_at):
             self.save(epoch + 1)
 

@@ -1,14 +1,21 @@
+import contextlib
+import csv
+import importlib
+import io
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+import align
 import net
-from tests.synthetic import set_batchnorm_statistics
+from tests.synthetic import set_batchnorm_statistics, write_photos
 
 # A network of AdaFace's kind, small enough that a test trains it in a second. Not (8, 8, 16, 16): the backward pass of
 # Conv2d(8, 16, 1, stride=2) on channels_last corrupts the heap in PyTorch 2.14 on CPUs with AVX-512.
@@ -197,3 +204,149 @@ def refusal(capsys):
         return line.removeprefix("train_twins.py: ")
 
     return read
+
+
+# ---- the three scripts
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with three photographs of each of four people, as write_photos leaves it."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, 2, 3, seed=5)
+    return folder
+
+
+@pytest.fixture
+def script_flags(tmp_path, write_crops, tiny_model, photos):
+    """{script: {flag: value}} that works; all that the scripts write goes to tmp_path/out."""
+    aligned, pairs = write_crops([[3, 2], [2, 2]])
+    net.save_checkpoint(tmp_path / "start.pth", tiny_model)
+    out = tmp_path / "out"
+    crops = {"--skip_alignment": None, "--aligned_json": aligned, "--device": "cpu"}
+    return {
+        "align.py": {
+            "--id_to_images": photos / "id_to_images.json",
+            "--landmarks": photos / "landmarks.json",
+            "--pairs": photos / "pairs.json",
+            "--aligned_folder": out / "crops",
+            "--aligned_json": out / "aligned.json",
+        },
+        "train_twins.py": crops
+        | {
+            "--train_pairs": pairs,
+            "--arch": "ir_tiny",
+            "--pretrained": tmp_path / "start.pth",
+            "--output_dir": out / "models",
+            "--log_dir": out / "logs",
+            "--epochs": 1,
+        },
+        "evaluate_twins.py": crops
+        | {"--test_pairs": pairs, "--checkpoints": tmp_path / "start.pth", "--output_dir": out / "results"},
+    }
+
+
+@pytest.fixture
+def run_script(script_flags):
+    """run("align.py", {"--pairs": path}) -> exit code of the script with its flags and these changes."""
+
+    def start(script, changes=()):
+        values = script_flags[script] | dict(changes)
+        return importlib.import_module(script.removesuffix(".py")).main(
+            [str(x) for item in values.items() for x in item if x is not None]
+        )
+
+    return start
+
+
+@pytest.fixture
+def refuses(tmp_path, run_script, capfd, recwarn):
+    """refuses("align.py", {"--pairs": path}, *words): the script refuses that in one line holding the words."""
+
+    def check(script, changes, *words):
+        assert run_script(script, changes) == 2
+        error = "".join([*(f"{warning.message}\n" for warning in recwarn), capfd.readouterr().err])
+        assert error.count("\n") == len(error.splitlines()) == 1, error
+        assert error.startswith(f"{script}: ")
+        assert [word for word in words if word not in error] == [], error
+        assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+    return check
+
+
+# ---- evaluation and the detector
+
+
+def variant(model, seed):
+    """A copy of a network with another embedding layer."""
+    other = net.build_model("ir_tiny").eval()
+    other.load_state_dict(model.state_dict())
+    other.output_layer[3].weight.data += 0.02 * torch.randn(512, 32 * 49, generator=torch.manual_seed(seed))
+    return other
+
+
+def tuned(**config):
+    """What training writes beside the weights, as far as evaluation reads it."""
+    ids = {"train_ids": ["x"], "val_ids": ["y", "z"]}
+    return {**ids, "train_percentage": 10, "freeze_backbone": True, "margin": 0.3, "n_touched_images": 90, **config}
+
+
+EVALUATED = ("start.ckpt", "models/a.pth", "models/b.pth", "models/leak.pth", "other/a.pth")
+
+
+SEEN = ["test0a", "test1c"]  # test people that leak.pth was trained on
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """One evaluation of upstream's start and four tuned networks: two share a stem, one has seen test people."""
+    import evaluate_twins
+
+    folder = tmp_path_factory.mktemp("evaluation")
+    aligned, _ = crop_writer(folder)([[4, 4], [3, 3, 2], [4, 3], [4, 4], [4, 3], [3, 4], [5, 4], [3, 0]], "test")
+    images, again = json.loads(aligned.read_text()), "test_aligned/again.png"
+    (folder / again).write_bytes((folder / images["test0a"][0]).read_bytes())
+    aligned.write_text(json.dumps(images | {"test0a": [*images["test0a"], again]}))
+    torch.manual_seed(0)
+    start = net.build_model("ir_tiny").eval()
+    torch.save({"state_dict": {f"model.{key}": x for key, x in start.state_dict().items()}}, folder / "start.ckpt")
+    for number, name in enumerate(EVALUATED[1:]):
+        config = tuned(train_percentage=10 * number + 10, train_ids=SEEN if "leak" in name else ["x"])
+        facts = {"config": config, "metrics": {"val_auc": (0.7, 0.9, 0.8, None)[number]}}
+        net.save_checkpoint(folder / name, variant(start, number), **facts)
+    (folder / "models" / "notes.txt").write_text("no checkpoint")
+    figures, savefig = {}, Figure.savefig
+
+    def keep(figure, path, **options):
+        figures[path.parent.name, path.name.split(".", 2)[2]] = figure  # the temporary name is .<process>.<name>
+        savefig(figure, path, **options)
+
+    flags = f"--test_pairs {folder}/test_pairs.json --skip_alignment --aligned_json {aligned} --output_dir {folder}/out"
+    flags += f" --device cpu --allow_overlap --baseline {folder}/start.ckpt --checkpoints {folder}/models"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(Figure, "savefig", keep)
+        assert evaluate_twins.main([*flags.split(), f"{folder}/other/a.pth"]) == 0
+    out, content = folder / "out", json.loads((folder / "out" / "comparison.json").read_text())
+    checkpoints = content.pop("checkpoints")
+    metrics = {entry["name"]: json.loads((out / entry["name"] / "metrics.json").read_text()) for entry in checkpoints}
+    files = (out / "b" / "pair_scores.csv", out / "comparison.csv")
+    pairs, table = ([*csv.DictReader(file.read_text().splitlines())] for file in files)
+    return SimpleNamespace(**locals())
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """align.FaceDetector without a network: a face in the middle, none in dark photographs, several in odd heights."""
+    calls = []
+
+    class StandIn:
+        def __init__(self, device):
+            calls.append(str(device))
+
+        def __call__(self, image):
+            calls.append(image.shape)
+            face = align.TEMPLATE + np.array(image.shape[1::-1]) / 2 - 56
+            return (None, False) if image.mean() < 20 else (face, image.shape[0] % 2 == 1)
+
+    monkeypatch.setattr(align, "FaceDetector", StandIn)
+    return calls

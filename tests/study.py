@@ -45,8 +45,7 @@ def estimates(id_to_images, pairs, checkpoints, device, resamples):
     found = {}
     for group in filter(None, groups):
         for model, embedding in zip(group, embed(group, crops, device, description="testing"), strict=True):
-            scores = evaluator.score(embedding)
-            found[id(model)] = evaluator.figures(scores), evaluator.resample(scores)
+            found[id(model)] = tuple(evaluator.estimate(evaluator.score(embedding)))
     return [found[id(model)] for model in models]
 
 
@@ -109,7 +108,7 @@ def main(argv=None):
     pairs, _ = read_pairs(args.pairs, images)
     parts = folds(pairs, args.folds)
     used = args.use_folds or range(args.folds)
-    data, logs, recipes = {}, {}, {}
+    people, logs, recipes = {}, {}, {}
     for recipe in args.recipe:
         name, _, flags = recipe.partition(":")
         for fold in used:
@@ -121,9 +120,9 @@ def main(argv=None):
                 common += ["--pretrained", args.pretrained, "--arch", args.arch, "--resume", "--seed", seed]
                 common += ["--output_dir", output / "models", "--log_dir", output / "logs", "--run_name", run]
                 arguments = [str(flag) for flag in [*common, "--device", args.device, *flags.split()]]
-                trainer = train_twins.TwinTrainer(train_twins.parse_args(arguments), data.get(fold))
+                trainer = train_twins.TwinTrainer(train_twins.parse_args(arguments), people.get(fold))
                 logs.setdefault(name, []).append((fold, trainer.train()))
-                data[fold] = trainer.data or data.get(fold)
+                people[fold] = trainer.people or people.get(fold)
         minutes = [sum(e["timing"]["seconds"] for e in log["epochs"]) / 60 for _, log in logs[name]]
         steps = [sum(e.get("steps", 0) for e in log["epochs"]) for _, log in logs[name]]
         recipes[name] = f"{np.mean(steps):.0f} | {np.mean(minutes):.1f}"
@@ -133,12 +132,12 @@ def main(argv=None):
     if args.test_pairs:
         further = read_id_to_images(args.test_aligned_json)
         looks["Further people"] = dict.fromkeys(used, (further, read_pairs(args.test_pairs, further)[0]))
-    for title, people in looks.items():
+    for title, tested in looks.items():
         results, starts = {}, {}
         for fold in used:
             runs = [(name, log["best_checkpoint"]) for name in logs for f, log in logs[name] if f == fold]
             checkpoints = [args.pretrained, *(checkpoint for _, checkpoint in runs)]
-            starts[fold], *found = estimates(*people[fold], checkpoints, device, args.resamples)
+            starts[fold], *found = estimates(*tested[fold], checkpoints, device, args.resamples)
             for (name, _), estimate in zip(runs, found, strict=True):
                 results.setdefault(name, []).append((fold, *estimate))
         print_table(title, recipes, results, starts)

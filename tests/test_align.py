@@ -23,16 +23,10 @@ from skimage.transform import SimilarityTransform
 
 import align
 from net import InputError
-from tests.synthetic import write_photos
+from tests.files import write_detector_weights
+from tests.reference import crop_of_pattern, dlib_landmarks
 
 ROOT = Path(align.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, 2, 3, seed=5)
-    return folder
 
 
 def arguments(photos, out, *more):
@@ -99,19 +93,6 @@ def test_a_face_in_template_position_is_copied_exactly():
     np.testing.assert_array_equal(align.align_face(image, align.TEMPLATE), image[:112, :112])
     shifted = align.align_face(image, align.TEMPLATE + np.array([10, 20]))
     np.testing.assert_array_equal(shifted, image[20:132, 10:122])
-
-
-def crop_of_pattern(size, pattern):
-    """(align_face's crop, plain bilinear warp, supersampled reference) of pattern(x, y) at `size` times the crop."""
-    side = int(112 * size)
-    y, x = (np.mgrid[:side, :side] + 0.5) / size - 0.5
-    image = np.repeat(pattern(x, y)[:, :, None], 3, 2).round().astype(np.uint8)
-    points = (align.TEMPLATE + 0.5) * size - 0.5
-    crop = align.align_face(image, points)
-    naive = cv2.warpAffine(image, align.similarity_transform(points, align.TEMPLATE), (112, 112))
-    grid = (np.arange(112 * 16) + 0.5) / 16 - 0.5
-    reference = pattern(*np.meshgrid(grid, grid)).reshape(112, 16, 112, 16).mean((1, 3))
-    return crop[:, :, 0].astype(float), naive[:, :, 0].astype(float), reference
 
 
 @pytest.mark.parametrize("size", [3.3, 6.5, 10.7])
@@ -181,18 +162,6 @@ def test_heic_under_any_name_is_named_with_both_ways_out(tmp_path, photos, brand
     assert [entry["status"] for entry in entries] == ["unreadable", "unreadable", "aligned"]
     for entry in entries[:2]:
         assert all(word in entry["reason"] for word in ("HEIC", "pip install pillow-heif", "JPEG"))
-
-
-def dlib_landmarks(image):
-    """68 landmarks of the uppermost face of an RGB image, by dlib's networks (a test-only oracle)."""
-    import dlib
-
-    # face_recognition_models cannot be imported without pkg_resources; only its data files are needed.
-    folder = Path(importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]) / "models"
-    faces = dlib.get_frontal_face_detector()(image, 1)
-    face = min(faces, key=lambda face: face.top())  # lower down, dlib takes a badge on her suit for a face
-    shape = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))(image, face)
-    return np.array([[p.x, p.y] for p in shape.parts()], float)
 
 
 @pytest.fixture(scope="module")
@@ -548,22 +517,8 @@ def test_a_closed_pipe_is_quiet():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from face_alignment.detection.sfd.net_s3fd import s3fd
-    from face_alignment.models import FAN
-
     home = tmp_path_factory.mktemp("torch_home")
-    (home / "hub" / "checkpoints").mkdir(parents=True)
-    generator, detector = torch.Generator().manual_seed(3), s3fd()
-    torch.manual_seed(0)
-    for name, parameter in detector.named_parameters():
-        if name.endswith("mbox_loc.weight"):
-            parameter.data.normal_(0, 0.001, generator=generator)
-        elif "_mbox_" in name:
-            torch.nn.init.zeros_(parameter)
-        if name.endswith("mbox_conf.bias"):  # background everywhere but at one of the coarser scales
-            parameter.data[-1] = 4.0 if name.startswith("conv6_2") else -4.0
-    torch.save(detector.state_dict(), home / "hub" / "checkpoints" / "s3fd-619a316812.pth")
-    torch.save(FAN(4).state_dict(), home / "hub" / "checkpoints" / "2DFAN4-11f355bf06.pth.tar")
+    write_detector_weights(home)
     return home
 
 
@@ -599,24 +554,6 @@ def test_the_largest_most_central_face_is_taken_and_a_rival_noticed():
     assert (box.tolist(), several) == (central, False)
     assert align.main_face(np.array([central, [0, 0, 900, 900]], float), shape)[0].tolist() == [0, 0, 900, 900]
     assert align.main_face(np.zeros((0, 4)), shape) == (None, False)
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """align.FaceDetector without a network: a face in the middle, none in dark photographs, several in odd heights."""
-    calls = []
-
-    class StandIn:
-        def __init__(self, device):
-            calls.append(str(device))
-
-        def __call__(self, image):
-            calls.append(image.shape)
-            face = align.TEMPLATE + np.array(image.shape[1::-1]) / 2 - 56
-            return (None, False) if image.mean() < 20 else (face, image.shape[0] % 2 == 1)
-
-    monkeypatch.setattr(align, "FaceDetector", StandIn)
-    return calls
 
 
 def test_detection_is_done_once_and_faceless_photographs_are_remembered(tmp_path, stand_in):

@@ -5,94 +5,39 @@ nothing is written. What an ID or a file name says never leads outside the folde
 """
 
 import errno
-import io
 import json
 import os
-import re
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import align
 import evaluate_twins
 import net
-import train_twins
 import triplet_dataset
+from tests.files import Call, older_blocks, png, safetensors, saved, torchscript
 from tests.synthetic import write_photos
 
-MAIN = {"align.py": align.main, "train_twins.py": train_twins.main, "evaluate_twins.py": evaluate_twins.main}
+NUMBERS = {
+    "align.py": {"--max_workers": ["0", "-1", "nan", "x", "1.5", "1025"]},
+    "evaluate_twins.py": {"--max_workers": ["0"], "--batch_size": ["0", "1e3"], "--seed": ["-1", "1.5", str(2**32)]},
+    "train_twins.py": {
+        "--epochs": ["0", "inf", "1e3"],
+        "--train_percentage": ["0", "101", "1.5"],
+        "--margin": ["0", "nan", "3", "x"],
+        "--learning_rate": ["-1", "nan", "1e999"],
+        "--validation_split": ["-0.1", "1", "nan"],
+        "--freeze_backbone": ["maybe"],
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, 1, 2, seed=5)
-    return folder
-
-
-@pytest.fixture
-def flags(tmp_path, write_crops, tiny_model, photos):
-    """{script: {flag: value}} that works; all that the scripts write goes to tmp_path/out."""
-    aligned, pairs = write_crops([[3, 2], [2, 2]])
-    net.save_checkpoint(tmp_path / "start.pth", tiny_model)
-    out = tmp_path / "out"
-    crops = {"--skip_alignment": None, "--aligned_json": aligned, "--device": "cpu"}
-    return {
-        "align.py": {
-            "--id_to_images": photos / "id_to_images.json",
-            "--landmarks": photos / "landmarks.json",
-            "--pairs": photos / "pairs.json",
-            "--aligned_folder": out / "crops",
-            "--aligned_json": out / "aligned.json",
-        },
-        "train_twins.py": crops
-        | {
-            "--train_pairs": pairs,
-            "--arch": "ir_tiny",
-            "--pretrained": tmp_path / "start.pth",
-            "--output_dir": out / "models",
-            "--log_dir": out / "logs",
-            "--epochs": 1,
-        },
-        "evaluate_twins.py": crops
-        | {"--test_pairs": pairs, "--checkpoints": tmp_path / "start.pth", "--output_dir": out / "results"},
-    }
-
-
-@pytest.fixture
-def run(flags):
-    """run("align.py", {"--pairs": path}) -> exit code of the script with its flags and these changes."""
-
-    def run_(script, changes=()):
-        values = flags[script] | dict(changes)
-        return MAIN[script]([str(x) for item in values.items() for x in item if x is not None])
-
-    return run_
-
-
-@pytest.fixture
-def refuses(tmp_path, run, capfd, recwarn):
-    """refuses("align.py", {"--pairs": path}, *words): the script refuses that in one line holding the words."""
-
-    def check(script, changes, *words):
-        assert run(script, changes) == 2
-        error = "".join([*(f"{warning.message}\n" for warning in recwarn), capfd.readouterr().err])
-        assert error.count("\n") == len(error.splitlines()) == 1, error
-        assert error.startswith(f"{script}: ")
-        assert [word for word in words if word not in error] == [], error
-        assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
-
-    return check
-
-
-@pytest.mark.parametrize("script", MAIN)
-def test_the_flags_that_the_cases_spoil_do_work(run, script):
-    assert run(script) == 0
+@pytest.mark.parametrize("script", NUMBERS)
+def test_the_flags_that_the_cases_spoil_do_work(run_script, script):
+    assert run_script(script) == 0
 
 
 # ---- JSON files -----------------------------------------------------------------------------------------------------
@@ -190,19 +135,6 @@ def test_any_pair_list_is_read_as_it_is_meant_or_refused(tmp_path_factory, conte
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
-NUMBERS = {
-    "align.py": {"--max_workers": ["0", "-1", "nan", "x", "1.5", "1025"]},
-    "evaluate_twins.py": {"--max_workers": ["0"], "--batch_size": ["0", "1e3"], "--seed": ["-1", "1.5", str(2**32)]},
-    "train_twins.py": {
-        "--epochs": ["0", "inf", "1e3"],
-        "--train_percentage": ["0", "101", "1.5"],
-        "--margin": ["0", "nan", "3", "x"],
-        "--learning_rate": ["-1", "nan", "1e999"],
-        "--validation_split": ["-0.1", "1", "nan"],
-        "--freeze_backbone": ["maybe"],
-    },
-}
-
 
 @pytest.mark.parametrize(("script", "flag"), [(script, flag) for script in NUMBERS for flag in NUMBERS[script]])
 def test_a_value_out_of_range_names_its_flag(refuses, script, flag):
@@ -211,12 +143,6 @@ def test_a_value_out_of_range_names_its_flag(refuses, script, flag):
 
 
 # ---- crops ----------------------------------------------------------------------------------------------------------
-
-
-def png(size=(112, 112), mode="RGB"):
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, "PNG")
-    return file.getvalue()
 
 
 CROPS = {
@@ -248,22 +174,6 @@ def test_one_crop_under_two_ids_names_both(tmp_path, refuses):
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-class Call:
-    """Pickles as a call, which an unwary reader makes."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def saved(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
 
 
 CHECKPOINTS = {  # from the tiny network's tensors to bytes, and what is said of them
@@ -302,7 +212,7 @@ def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_model, refuses):
 # ---- hostile names --------------------------------------------------------------------------------------------------
 
 
-def test_no_id_leads_outside_the_folders(tmp_path, flags, run):
+def test_no_id_leads_outside_the_folders(tmp_path, script_flags, run_script):
     names = ["../../x", "/x", "..", "a/b", "a\\b", "x\ny", "~", "con\0"]
     inputs = tmp_path / "inputs"
     write_photos(inputs, 4, 2, seed=6)
@@ -313,11 +223,11 @@ def test_no_id_leads_outside_the_folders(tmp_path, flags, run):
     def files():
         return {path for path in tmp_path.rglob("*") if path.is_file()}
 
-    before, made, pairs = files(), flags["align.py"]["--aligned_json"], inputs / "pairs.json"
+    before, made, pairs = files(), script_flags["align.py"]["--aligned_json"], inputs / "pairs.json"
     changes = {"--id_to_images": inputs / "id_to_images.json", "--landmarks": inputs / "landmarks.json"}
-    assert run("align.py", {**changes, "--pairs": pairs}) == 0
-    assert run("evaluate_twins.py", {"--test_pairs": pairs, "--aligned_json": made}) == 0
-    assert run("train_twins.py", {"--train_pairs": pairs, "--aligned_json": made}) == 0
+    assert run_script("align.py", {**changes, "--pairs": pairs}) == 0
+    assert run_script("evaluate_twins.py", {"--test_pairs": pairs, "--aligned_json": made}) == 0
+    assert run_script("train_twins.py", {"--train_pairs": pairs, "--aligned_json": made}) == 0
     aligned, new = triplet_dataset.read_id_to_images(made), files() - before
     assert {name: len(crops) for name, crops in aligned.items()} == dict.fromkeys(names, 2)
     assert len(new) > 16
@@ -326,29 +236,6 @@ def test_no_id_leads_outside_the_folders(tmp_path, flags, run):
 
 
 # ---- what people bring ----------------------------------------------------------------------------------------------
-def safetensors(state):
-    """The bytes of a safetensors file, by its format's description."""
-    head, parts = {"__metadata__": {"format": "pt"}}, b""
-    for key, value in state.items():
-        data, kind = value.numpy().tobytes(), "F32" if value.is_floating_point() else "I64"
-        head[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(parts), len(parts) + len(data)]}
-        parts += data
-    text = json.dumps(head).encode()
-    return len(text).to_bytes(8, "little") + text + parts
-
-
-def torchscript(folder, model):
-    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated; its files are not gone
-        torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, 112, 112)), folder / "script.pt")
-    return (folder / "script.pt").read_bytes()
-
-
-def older_blocks(state):
-    """The keys of older IR networks, which have no BatchNorm behind a unit's first convolution."""
-    dropped = {key: value for key, value in state.items() if ".res_layer.2." not in key}
-    return {re.sub(r"res_layer\.([3-5])", lambda m: f"res_layer.{int(m[1]) - 1}", k): v for k, v in dropped.items()}
-
-
 OTHERS = {
     "LFS pointer": (lambda *_: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     "web page": (lambda *_: b"\n<!DOCTYPE html><html><body>Google Drive", "a web page"),
@@ -398,12 +285,12 @@ def test_networks_of_cvlface_see_the_colours_that_they_were_trained_on(tmp_path,
     torch.testing.assert_close(model(bgr)[0], tiny_model(as_trained)[0], atol=1e-5, rtol=0)
 
 
-def test_a_features_file_that_cannot_be_written_is_done_without(tmp_path, run, capsys, monkeypatch):
+def test_a_features_file_that_cannot_be_written_is_done_without(tmp_path, run_script, capsys, monkeypatch):
     def read_only(file, array):
         raise OSError(errno.EROFS, "Read-only file system", file.name)
 
     monkeypatch.setattr(np, "save", read_only)
-    assert run("train_twins.py", {"--freeze_backbone": "True"}) == 0
+    assert run_script("train_twins.py", {"--freeze_backbone": "True"}) == 0
     assert capsys.readouterr().out.count("cannot be kept for later runs (Read-only file system)") == 1
 
 
@@ -431,13 +318,13 @@ def test_checkpoints_by_wildcard_and_folder(tmp_path, tiny_model):
         evaluate_twins.list_checkpoints([f"{tmp_path}/nothing*.pth"], None)
 
 
-def test_a_test_set_that_is_the_training_set_under_new_ids_is_refused(tmp_path, run, write_crops, capsys):
-    assert run("train_twins.py") == 0
+def test_a_test_set_that_is_the_training_set_under_new_ids_is_refused(tmp_path, run_script, write_crops, capsys):
+    assert run_script("train_twins.py") == 0
     aligned, pairs = write_crops([[3, 2], [2, 2]])
     renamed = {f"new {name}": paths for name, paths in json.loads(aligned.read_text()).items()}
     aligned.write_text(json.dumps(renamed))
     pairs.write_text(json.dumps([[f"new {name}" for name in pair] for pair in json.loads(pairs.read_text())]))
     changes = {"--checkpoints": tmp_path / "out" / "models"}
-    assert run("evaluate_twins.py", changes) == 2
+    assert run_script("evaluate_twins.py", changes) == 2
     assert "9 test images are among those it was trained on" in capsys.readouterr().err
-    assert run("evaluate_twins.py", {**changes, "--allow_overlap": None}) == 0
+    assert run_script("evaluate_twins.py", {**changes, "--allow_overlap": None}) == 0

@@ -1,56 +1,22 @@
-import contextlib
-import csv
-import io
 import json
 import re
-from fractions import Fraction
 from itertools import combinations, product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
 import evaluate_twins as ev
 import net
-from tests.conftest import crop_writer
+from tests.conftest import EVALUATED, SEEN, tuned, variant
+from tests.reference import brute_force, kind_of, people
 from tests.synthetic import write_photos
 from triplet_dataset import TwinImages
 
 CPU = torch.device("cpu")
-
-
-def brute_force(genuine, twin, general, scores=()):
-    """The metrics by the words of DESIGN.md: every threshold tried (also at `scores`), rates as fractions."""
-    genuine, twin, general = map(np.asarray, (genuine, twin, general))
-    found = dict.fromkeys(ev.METRICS, np.nan)
-
-    def accepted(values, t):
-        return Fraction(int((values >= t).sum()), len(values))
-
-    for name, impostor in (("auc", twin), ("general_auc", general)):
-        if len(genuine) and len(impostor):
-            found[name] = ((genuine[:, None] > impostor).mean() + (genuine[:, None] >= impostor).mean()) / 2
-    if len(genuine) and len(twin):
-        rows = []
-        for t in [*sorted({*genuine, *twin, *scores}), np.inf]:
-            fmr, tar = accepted(twin, t), accepted(genuine, t)
-            right = (tar * len(genuine) + (1 - fmr) * len(twin)) / (len(genuine) + len(twin))
-            rows.append((abs(fmr - (1 - tar)), t, fmr, tar, right))
-        _, t, fmr, tar, right = min(rows)
-        found |= {"eer": (fmr + 1 - tar) / 2, "eer_threshold": t, "accuracy_at_eer": right}
-        found["best_accuracy"] = max(right for *_, right in rows)
-        for far in ("0.01", "0.001", "0.0001"):
-            found[f"tar_at_far_{far}"] = max(tar for _, _, fmr, tar, _ in rows if fmr <= Fraction(far))
-    for far in ("0.001", "0.0001") if len(genuine) and len(twin) and len(general) else ():
-        above = np.nextafter(np.unique(general), np.inf)  # the general FMR falls there and nowhere else
-        t = found[f"general_threshold_{far}"] = next(t for t in above if accepted(general, t) <= Fraction(far))
-        found |= {f"twin_fmr_{far}": accepted(twin, t), f"fnmr_{far}": 1 - accepted(genuine, t)}
-    return {name: float(value) for name, value in found.items()}
 
 
 def metrics_of(genuine, twin, general=()):
@@ -104,21 +70,6 @@ def test_metrics_of_a_case_worked_out_by_hand():
     expected |= {"twin_fmr_0.001": 0, "fnmr_0.001": 2 / 3}
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert got["general_threshold_0.001"] == np.nextafter(5, 6)  # none of the three may be accepted
-
-
-def people(*families):
-    """TwinImages of families given as images per person: people((3, 2), (2, 2, 2))."""
-    named = [{f"{f}{'abc'[i]}": n for i, n in enumerate(sizes)} for f, sizes in enumerate(families)]
-    images = {name: [f"/{name}/{i}" for i in range(n)] for family in named for name, n in family.items()}
-    return TwinImages(images, [pair for family in named for pair in combinations(family, 2)])
-
-
-def kind_of(images, i, j):
-    """What the pair of images i and j is, by the people's names; None for siblings that are no pair."""
-    a, b = (images.ids[images.person[k]] for k in (i, j))
-    twins = [{images.ids[x], images.ids[y]} for x, y in images.pairs]
-    apart = images.family[i] != images.family[j]
-    return "genuine" if a == b else "twin" if {a, b} in twins else "general" if apart else None
 
 
 def test_image_pairs_equal_brute_force():
@@ -247,14 +198,6 @@ def test_a_comparison_in_words():
     assert ev.describe(ev.compare(*few)) == words
 
 
-def variant(model, seed):
-    """A copy of a network with another embedding layer."""
-    other = net.build_model("ir_tiny").eval()
-    other.load_state_dict(model.state_dict())
-    other.output_layer[3].weight.data += 0.02 * torch.randn(512, 32 * 49, generator=torch.manual_seed(seed))
-    return other
-
-
 @pytest.mark.parametrize("flip", [False, True])
 def test_embeddings_are_upstreams_whatever_the_batch_and_a_common_backbone_runs_once(tiny_model, flip):
     """`flip`: upstream adds the embeddings of both mirror images, each times its norm. Here in double precision."""
@@ -282,51 +225,6 @@ def test_dead_networks_are_refused(tiny_model):
         tiny_model.output_layer[4].running_mean.fill_(mean)
         with pytest.raises(net.InputError, match=f"ir_tiny is dead: {reason}"):
             net.embed([alive, tiny_model], crops, CPU)
-
-
-FILES = ("start.ckpt", "models/a.pth", "models/b.pth", "models/leak.pth", "other/a.pth")
-SEEN = ["test0a", "test1c"]  # test people that leak.pth was trained on
-
-
-def tuned(**config):
-    """What training writes beside the weights, as far as evaluation reads it."""
-    ids = {"train_ids": ["x"], "val_ids": ["y", "z"]}
-    return {**ids, "train_percentage": 10, "freeze_backbone": True, "margin": 0.3, "n_touched_images": 90, **config}
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
-    """One evaluation of upstream's start and four tuned networks: two share a stem, one has seen test people."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    aligned, _ = crop_writer(folder)([[4, 4], [3, 3, 2], [4, 3], [4, 4], [4, 3], [3, 4], [5, 4], [3, 0]], "test")
-    images, again = json.loads(aligned.read_text()), "test_aligned/again.png"
-    (folder / again).write_bytes((folder / images["test0a"][0]).read_bytes())
-    aligned.write_text(json.dumps(images | {"test0a": [*images["test0a"], again]}))
-    torch.manual_seed(0)
-    start = net.build_model("ir_tiny").eval()
-    torch.save({"state_dict": {f"model.{key}": x for key, x in start.state_dict().items()}}, folder / "start.ckpt")
-    for number, name in enumerate(FILES[1:]):
-        config = tuned(train_percentage=10 * number + 10, train_ids=SEEN if "leak" in name else ["x"])
-        facts = {"config": config, "metrics": {"val_auc": (0.7, 0.9, 0.8, None)[number]}}
-        net.save_checkpoint(folder / name, variant(start, number), **facts)
-    (folder / "models" / "notes.txt").write_text("no checkpoint")
-    figures, savefig = {}, Figure.savefig
-
-    def keep(figure, path, **options):
-        figures[path.parent.name, path.name.split(".", 2)[2]] = figure  # the temporary name is .<process>.<name>
-        savefig(figure, path, **options)
-
-    flags = f"--test_pairs {folder}/test_pairs.json --skip_alignment --aligned_json {aligned} --output_dir {folder}/out"
-    flags += f" --device cpu --allow_overlap --baseline {folder}/start.ckpt --checkpoints {folder}/models"
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setattr(Figure, "savefig", keep)
-        assert ev.main([*flags.split(), f"{folder}/other/a.pth"]) == 0
-    out, content = folder / "out", json.loads((folder / "out" / "comparison.json").read_text())
-    checkpoints = content.pop("checkpoints")
-    metrics = {entry["name"]: json.loads((out / entry["name"] / "metrics.json").read_text()) for entry in checkpoints}
-    files = (out / "b" / "pair_scores.csv", out / "comparison.csv")
-    pairs, table = ([*csv.DictReader(file.read_text().splitlines())] for file in files)
-    return SimpleNamespace(**locals())
 
 
 def test_files_agree_with_an_independent_evaluation(evaluated):
@@ -365,7 +263,7 @@ def test_the_comparison_stands_in_json_csv_and_terminal_the_baseline_first(evalu
     rows = {(row["name"], row["figure"]): row for row in table}
     assert len(table) == len(rows) == 5 * len(ev.METRICS)  # no two names alike
     assert evaluated.content["baseline"] == start["name"] == "start"
-    for checkpoint, file in zip(evaluated.checkpoints, FILES, strict=True):
+    for checkpoint, file in zip(evaluated.checkpoints, EVALUATED, strict=True):
         name, figures = checkpoint["name"], checkpoint["figures"]
         alone = evaluated.metrics[name]
         assert alone["checkpoint"] == checkpoint["checkpoint"] == str(evaluated.folder / file)

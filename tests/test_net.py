@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import net
+from tests.files import Call
 from tests.oracle import fill
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -158,16 +159,6 @@ def test_a_lightning_file_loads_without_the_packages_it_names(tmp_path, tiny_mod
 
 
 # ---- checkpoints that are refused -----------------------------------------------------------------------------------
-
-
-class Call:
-    """Pickles as a call, which an unwary reader makes."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 ATTACKS = {
