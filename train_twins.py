@@ -127,8 +127,7 @@ class Run:
         self.finished = self.log["stopped"] is not None and self.state is None
         self.check_same(vars(args))
         if args.pretrained != "none" and not Path(args.pretrained).is_file():
-            ways = "README, 'Weights', says where it is; none: random weights"
-            raise InputError(f"--pretrained {args.pretrained}: no such file; {ways}")
+            raise InputError(f"--pretrained {args.pretrained}: no such file; see README, 'Weights'; none: random ones")
 
     def check_same(self, settings):
         """Refuse to go on with other settings or data than the run began with."""
