@@ -204,7 +204,12 @@ def save_checkpoint(path, model, **facts):
     """
     state = {f"model.{key}": value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"state_dict": state, "arch": model.arch, "epoch": None, "config": {}, "metrics": {}, **facts}
-    data = io.BytesIO()  # PyTorch's own writing hides what the system says of a full disk
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path, content):
+    """Write the dict of a checkpoint, atomically; OSError says what the system says."""
+    data = io.BytesIO()  # PyTorch's own writing hides the reason, such as a full disk
     torch.save(content, data)
     with replacing(path) as temporary:
         temporary.write_bytes(data.getbuffer())

@@ -155,7 +155,8 @@ class Run:
         values = [e[key] for e in self.log["epochs"][1:]]
         best = epoch if entry[key] is None else 1 + values.index((max if key == "val_auc" else min)(values))
         self.log["best_epoch"] = best
-        self.log["best_checkpoint"] = str(Path(self.args.output_dir) / f"{self.prefix}{best}.pth")
+        if best == epoch:  # an earlier one lies where it was written, perhaps in another --output_dir
+            self.log["best_checkpoint"] = str(Path(self.args.output_dir) / f"{self.prefix}{best}.pth")
         impatient = "patience" if epoch - best >= self.args.patience else None
         self.log["stopped"] = "epochs" if epoch >= self.args.epochs else impatient
         return best == epoch
@@ -281,7 +282,7 @@ class TwinTrainer:
             with align.postponed_interrupt() as self.interrupts:
                 self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
                 if self.processes.any(self.interrupts) and not run.log["stopped"]:  # in the last step or the validation
-                    self.save(epoch + 1)
+                    self.save()
                     raise KeyboardInterrupt
         if self.first:
             with align.postponed_interrupt():  # seconds from the end
@@ -396,7 +397,7 @@ class TwinTrainer:
             if (i + 1) % CHECK_EVERY == 0 or last or save:
                 self.check_finite(sums, f"epoch {epoch}, step {i + 1}")
             if save:
-                self.save(epoch, i + 1, sums.tolist())
+                self.save(i + 1, sums.tolist())
             if stop:
                 raise KeyboardInterrupt
         means = zip(self.criterion.STATISTICS, (sums / max(1, len(steps))).tolist(), strict=True)
@@ -439,7 +440,8 @@ class TwinTrainer:
         run, trained = self.run, time.perf_counter()
         with torch.no_grad():
             embeddings = self.embed(self.val_rows)
-        net.check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", self.way_out())
+        way_out = self.way_out() if epoch else "take another checkpoint to start from"
+        net.check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
         entry = {"epoch": epoch, "train_loss": statistics.pop("loss"), **statistics}
         entry |= dict.fromkeys(("val_loss", "val_eer", "val_auc", "val_general_auc"))
         if self.val_set:
@@ -465,14 +467,14 @@ class TwinTrainer:
             text += ", val loss {val_loss:.4f}, EER {val_eer:.2%}, AUC {val_auc:.4f}"
         self.say(f"{text.format(**entry)}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
         if self.processes.any(time.monotonic() > self.save_at):
-            self.save(epoch + 1)
+            self.save()
 
-    def save(self, epoch, step=0, sums=(0.0,) * 5):
-        """Write last.pth, from which --resume goes on at a step of an epoch."""
+    def save(self, step=0, sums=(0.0,) * 5):
+        """Write last.pth, from which --resume goes on at a step of the epoch behind the logged ones."""
         if self.first:
             facts = {"config": self.run.log["config"], "log": self.run.log}
             facts |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            facts["progress"] = {"epoch": epoch, "step": step, "sums": list(sums)}
+            facts["progress"] = {"step": step, "sums": list(sums)}
             facts["embeddings"] = {key: value.cpu() for key, value in self.embeddings.items()}
             net.save_checkpoint(self.run.last, self.model, **facts)
             self.run.delete_superseded()
@@ -488,8 +490,7 @@ class TwinTrainer:
             log["against_start"] = compare(self.evaluator.estimate(best), self.evaluator.estimate(start))
             self.say(f"On the validation people, against the start: {describe(log['against_start'])}.")
             content = net.read_checkpoint(log["best_checkpoint"])  # which carries the verdict too
-            with net.replacing(log["best_checkpoint"]) as temporary:
-                torch.save({**content, "against_start": log["against_start"]}, temporary)
+            net.write_checkpoint(log["best_checkpoint"], {**content, "against_start": log["against_start"]})
         plot_curves(run.folder, log)
         write_json(run.folder / "training_log.json", log)  # now that all is there, it says that the run is over
         run.delete_superseded()
