@@ -494,8 +494,10 @@ def run_script(name, work, interrupted):
     """Run `work()` as a script's main: returns its exit code.
 
     0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`; 141 nobody reads
-    the output any more. Anything else that is raised is a bug and passes. Of torchrun's processes the first speaks.
+    the output any more. Anything else that is raised is a bug and passes. Of torchrun's processes the first speaks,
+    but each tells what it may meet alone: a full memory, a missing file.
     """
+    shared = True
     try:
         work()
         sys.stdout.flush()
@@ -506,14 +508,18 @@ def run_script(name, work, interrupted):
     except KeyboardInterrupt:
         code, message = 130, interrupted
     except torch.OutOfMemoryError:
-        code, message = 2, "out of memory: lower --images_per_batch or --batch_size, or take another --device"
+        code, shared, message = (
+            2,
+            False,
+            "out of memory: lower --images_per_batch or --batch_size, or take another --device",
+        )
     except InputError as error:
         code, message = 2, str(error)
     except OSError as error:
         if error.errno is None:
             raise
-        code, message = 2, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
-    if os.environ.get("RANK", "0") == "0":
+        code, shared, message = 2, False, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
+    if os.environ.get("RANK", "0") == "0" or not shared:
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import net
 from tests.conftest import GROUPED, SHUFFLED, assert_equal_weights, without_timing
 from tests.runner import finish, launch
 from train_twins import TwinTrainer
@@ -196,3 +197,12 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(experiment, run, refusal
     (experiment.folder / "file").write_text("")
     assert run(f"{flag} {experiment.folder}/file/x")[0] == 2
     assert f"{experiment.folder}/file/x" in refusal()
+
+
+def test_a_run_that_goes_on_with_another_output_folder_keeps_its_best_checkpoint(experiment, run, interrupt, tmp_path):
+    flags = "--learning_rate 0 --epochs 4 --patience 9"  # so the first epoch stays the best
+    interrupt(flags, 3)
+    code, log = run(f"{flags} --resume --output_dir {tmp_path}/elsewhere")
+    assert code == 0
+    assert log["best_epoch"] == 1
+    assert "against_start" in net.read_checkpoint(log["best_checkpoint"])
