@@ -500,15 +500,16 @@ class TwinTrainer:
 def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
     losses = {f"triplet loss ({log['config']['distance']})": {"train_loss": "training", "val_loss": "validation"}}
-    figures = {"EER": {"val_eer": "twins"}, "twin AUC": {"val_auc": "twins"}}
-    figures["general AUC"] = {"val_general_auc": "everyone else"}
+    figures = {"EER, as a share": {"val_eer": "validation twins"}, "AUC": {"val_auc": "validation twins"}}
+    figures["general AUC"] = {"val_general_auc": "validation people"}
     for file, panels in (("loss_curves.png", losses), ("validation_curves.png", figures)):
         with plot_figure(folder / file, 7.4, 2.6 + 1.6 * len(panels), len(panels)) as grid:
             for axes, (ylabel, curves) in zip(np.atleast_1d(grid), panels.items(), strict=True):
                 for number, (key, label) in enumerate(curves.items(), 1):
                     values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
                     colour = plot_line(axes, number, range(len(values)), values, label=label, marker="o", markersize=3)
-                    axes.axhline(values[0], color=colour, linewidth=0.8, linestyle=":")
+                    before = None if number > 1 else "before training"
+                    axes.axhline(values[0], color=colour, linewidth=0.8, linestyle=":", label=before)
                 axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
