@@ -12,12 +12,14 @@ import csv
 import glob
 import os
 import signal
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 
 from align import Parser, add_alignment_arguments, align_files, between, file_names, read_inputs, run_script
@@ -26,16 +28,28 @@ from triplet_dataset import People, TwinImages, write_json
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
+# Operating points from validation: which figure of the validation people is the threshold, and what it is for.
+OPERATING_POINTS = {"val_eer": ("eer_threshold", "equal errors on twins")}
+OPERATING_POINTS["val_general"] = ("general_threshold_0.001", "a general FMR of 0.1 %")
 METRICS = ("eer", "eer_threshold", "auc", "best_accuracy", "accuracy_at_eer")
 METRICS += (*(f"tar_at_far_{far:g}" for far in FALSE_ACCEPT_RATES), "general_auc")
-METRICS += tuple(f"{name}_{far:g}" for far in GENERAL_MATCH_RATES for name in ("general_threshold", "twin_fmr", "fnmr"))
-LOWER_IS_BETTER = ("eer", "twin_fmr", "fnmr")
+METRICS += tuple(f"general_threshold_{rate:g}" for rate in GENERAL_MATCH_RATES)
+RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each of the last and at each operating point
+METRICS += tuple(f"{rate}_{at}" for at in ("0.001", "0.0001", *OPERATING_POINTS) for rate in RATES)
+LOWER_IS_BETTER = ("eer", *RATES)
+# What makes two training runs two settings, by their flags and config.json; the seed does not.
+SETTINGS = ("freeze_backbone", "train_percentage", "margin", "distance", "images_per_batch", "batch_size", "epochs")
+SETTINGS += ("quadruplet_weight", "drift_weight", "learning_rate", "schedule", "weight_decay", "monitor", "patience")
+SETTINGS += ("used_precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256")
 GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")  # of the checkpoints in a folder
 MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
 # Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+PICTURE_STYLE = {"axes.prop_cycle": cycler(color=COLOURS, linestyle=STYLES), "lines.linewidth": 1.2, "axes.grid": True}
+PICTURE_STYLE |= {"lines.markersize": 4, "grid.alpha": 0.3, "legend.frameon": False, "legend.fontsize": 8}
+PICTURE_STYLE |= {"text.parse_math": False}  # a name may hold dollar signs
 
 
 # ---- pairs and metrics ----------------------------------------------------------------------------------------------
@@ -54,17 +68,19 @@ class Pairs:
         return self.below
 
 
-def verification_metrics(genuine, twin, general, weightings):
+def verification_metrics(genuine, twin, general, weightings, applied=None):
     """{name: (R,) float64} of the metrics for R weightings of the families, each (F,) int: how often it counts.
 
     genuine, twin and general: Pairs, whose codes are f, f and f * F + g for families f and g. A general pair counts
-    w_f * w_g times, so copies of one family are no strangers. NaN where a weighting leaves none of the pairs needed.
+    w_f * w_g times, so copies of one family are no strangers. applied: {name: threshold} that other people gave. NaN
+    where a weighting leaves none of the pairs needed.
 
     - "eer_threshold": the lowest score where |FMR - FNMR|, exactly compared, is least; "eer": the mean of both there.
     - "auc", "general_auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
     - "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
     - "tar_at_far_<rate>": the largest 1 - FNMR whose twin FMR is no more than that.
-    - "general_threshold_<rate>": the lowest with no higher general FMR; "twin_fmr_<rate>", "fnmr_<rate>": those there.
+    - "general_threshold_<rate>": the lowest with no higher general FMR; "twin_fmr_<rate>", "general_fmr_<rate>",
+      "fnmr_<rate>": those there, and so with the name of an applied threshold.
     """
     thresholds = np.append(np.unique(np.concatenate([genuine.scores, twin.scores])), np.inf)
     genuine_at, twin_at = (np.searchsorted(pairs.scores, thresholds) for pairs in (genuine, twin))
@@ -86,12 +102,17 @@ def verification_metrics(genuine, twin, general, weightings):
                 row[f"tar_at_far_{far:g}"] = 1 - rejected[np.argmax(accepted <= far * n_twin)] / n
         if n and n_general:
             row["general_auc"] = np.diff(below) @ (general_below[left] + general_below[right]) / (2 * n * n_general)
-        for rate in GENERAL_MATCH_RATES if n and n_twin and n_general else ():
-            allowed = int(rate * n_general + 1e-9)  # a float would make searchsorted convert all sums
-            highest_rejected = np.searchsorted(general_below, n_general - allowed) - 1
-            t = row[f"general_threshold_{rate:g}"] = np.nextafter(general.scores[highest_rejected], np.inf)
-            row[f"twin_fmr_{rate:g}"] = 1 - twin_below[np.searchsorted(twin.scores, t)] / n_twin
-            row[f"fnmr_{rate:g}"] = below[np.searchsorted(genuine.scores, t)] / n
+        if n and n_twin and n_general:
+            points = dict(applied or {})
+            for rate in GENERAL_MATCH_RATES:
+                allowed = int(rate * n_general + 1e-9)  # a float would make searchsorted convert all sums
+                highest_rejected = np.searchsorted(general_below, n_general - allowed) - 1
+                t = points[f"{rate:g}"] = np.nextafter(general.scores[highest_rejected], np.inf)
+                row[f"general_threshold_{rate:g}"] = t
+            for name, t in points.items():
+                row[f"twin_fmr_{name}"] = 1 - twin_below[np.searchsorted(twin.scores, t)] / n_twin
+                row[f"general_fmr_{name}"] = 1 - general_below[np.searchsorted(general.scores, t)] / n_general
+                row[f"fnmr_{name}"] = below[np.searchsorted(genuine.scores, t)] / n
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in METRICS}
 
 
@@ -138,26 +159,29 @@ class TwinEvaluator:
             scores[kind] = torch.cat([(embeddings[a] * embeddings[b]).sum(1) for a, b in parts]).cpu().double().numpy()
         return scores
 
-    def _metrics(self, scores, weightings):
+    def _metrics(self, scores, weightings, applied):
         codes = {kind: self.family[rows[:, 0]] for kind, rows in self.rows.items()}
         codes["general"] = codes["general"] * self.counts["families"] + self.family[self.rows["general"][:, 1]]
-        return verification_metrics(*(Pairs(scores[kind], code) for kind, code in codes.items()), weightings)
+        return verification_metrics(*(Pairs(scores[kind], code) for kind, code in codes.items()), weightings, applied)
 
-    def figures(self, scores):
-        """{name: float or None} of all metrics, each family counting once; a rate takes at least 1/rate impostors."""
+    def figures(self, scores, applied=None):
+        """{name: float or None} of all metrics, each family counting once; a rate takes at least 1/rate impostors.
+
+        applied: thresholds {a name of OPERATING_POINTS: float} found on other people.
+        """
         figures = {}
-        for name, (value,) in self._metrics(scores, np.ones((1, self.counts["families"]), np.int64)).items():
+        for name, (value,) in self._metrics(scores, np.ones((1, self.counts["families"]), np.int64), applied).items():
             rate, impostors = name.rpartition("_")[2], self.counts["twin" if name.startswith("tar") else "general"]
             known = np.isfinite(value) and not (rate[0].isdigit() and impostors * float(rate) < 1)
             figures[name] = float(value) if known else None
         return figures
 
-    def estimate(self, scores, description=None):
+    def estimate(self, scores, description=None, applied=None):
         """The Estimate of scores, with `description` as label of a progress bar, or None for none."""
         if self.counts["families"] < MIN_FAMILIES:
-            return Estimate(self.figures(scores), None)
+            return Estimate(self.figures(scores, applied), None)
         weights = progress(self.weights, description, "resample") if description else self.weights
-        return Estimate(self.figures(scores), self._metrics(scores, weights))
+        return Estimate(self.figures(scores, applied), self._metrics(scores, weights, applied))
 
 
 # ---- intervals and verdicts -----------------------------------------------------------------------------------------
@@ -188,15 +212,19 @@ def compare(estimate, baseline=None):
     return result
 
 
-def describe(comparison):
+def spell(value, bounds, form, scale=1):
+    """A figure and its interval, or None for either, as text: "0.12 [0.10, 0.15]"."""
+    numbers = [f"{scale * x:{form}}" for x in (value, *(bounds or []))]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" if bounds else numbers[0]
+
+
+def describe(comparison, separator=", "):
     """What a comparison with the start says of twins and of everyone else, as text: the verdicts on both AUCs."""
     words = []
     for name, people in (("auc", "twins"), ("general_auc", "everyone else")):
-        entry = comparison[name]
-        bounds = " [{:+.4f}, {:+.4f}]".format(*entry["difference_interval"]) if entry["difference_interval"] else ""
-        change = "" if entry["difference"] is None else f" (AUC {entry['difference']:+.4f}{bounds})"
-        words.append(f"{entry['verdict']} on {people}{change}")
-    return ", ".join(words)
+        change, bounds, verdict = (comparison[name][key] for key in ("difference", "difference_interval", "verdict"))
+        words.append(f"{verdict} on {people}" + ("" if change is None else f" (AUC {spell(change, bounds, '+.4f')})"))
+    return separator.join(words)
 
 
 class Result(NamedTuple):
@@ -210,11 +238,58 @@ class Result(NamedTuple):
     overlap: list  # test IDs that the checkpoint was trained or validated on
 
 
-def chosen_by_validation(results):
-    """The name of the result with the highest validation AUC; None unless two or more share validation people."""
-    known = [r for r in results if r.facts.get("metrics", {}).get("val_auc") is not None]
-    groups = {tuple(sorted(r.facts["config"].get("val_ids", []))) for r in known}
-    return max(known, key=lambda r: r.facts["metrics"]["val_auc"]).name if len(known) > 1 and len(groups) == 1 else None
+class Setting(NamedTuple):
+    """Results that differ in nothing but the seed."""
+
+    name: str
+    parts: dict  # what tells it from the other settings, {name of SETTINGS: its value in words}
+    results: list
+    figures: dict  # see `compare`: the means of theirs against the baseline; "range": their lowest and highest value
+
+
+def mean_estimate(estimates):
+    """The Estimate of the mean figures of several networks on the same people; None where one is None."""
+    figures = {key: [estimate.figures[key] for estimate in estimates] for key in METRICS}
+    figures = {key: None if None in values else sum(values) / len(values) for key, values in figures.items()}
+    samples = [estimate.samples for estimate in estimates]
+    return Estimate(figures, samples[0] and {key: np.mean([one[key] for one in samples], 0) for key in METRICS})
+
+
+def group_settings(results):
+    """[Setting, ...] of Results, named by what differs among them; the first result, the baseline, stands alone."""
+    groups, settings = {}, []
+    for result in results:
+        config = result.facts.get("config")
+        key = repr([config.get(name) for name in SETTINGS]) if config and groups else result.name
+        while config and config.get("seed") in [other.facts["config"].get("seed") for other in groups.get(key, [])]:
+            key += "+"  # two with one seed, such as two epochs of a run, differ in more than the seed
+        groups.setdefault(key, []).append(result)
+    configs = [result.facts["config"] for result in results if result.facts.get("config")]
+    differing = [name for name in SETTINGS if len({repr(config.get(name)) for config in configs}) > 1]
+    for group in groups.values():
+        config, parts = group[0].facts.get("config"), {}
+        for key in differing if config else ():
+            value = config.get(key)
+            words = {"freeze_backbone": "frozen" if value else "full", "train_percentage": f"{value} %"}
+            parts[key] = words.get(key) or f"{key} {str(value)[-24:]}"
+        name = ", ".join(parts.values())
+        named = settings and name and name not in [setting.name for setting in settings]
+        figures = compare(mean_estimate([r.estimate for r in group]), results[0].estimate if settings else None)
+        for key, entry in figures.items():
+            values = [result.estimate.figures[key] for result in group]
+            entry["range"] = None if None in values else [min(values), max(values)]
+        settings.append(Setting(name if named else group[0].name, parts, group, figures))
+    return settings
+
+
+def chosen_by_validation(settings):
+    """The name of the setting with the highest mean validation AUC; None unless two or more share validation people."""
+    means, people = {}, set()
+    for setting in settings:
+        if all(result.facts.get("metrics", {}).get("val_auc") for result in setting.results):
+            means[setting.name] = np.mean([result.facts["metrics"]["val_auc"] for result in setting.results])
+            people |= {tuple(sorted(result.facts["config"].get("val_ids", []))) for result in setting.results}
+    return max(means, key=means.get) if len(means) > 1 and len(people) == 1 else None
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -245,24 +320,27 @@ def write_result(folder, evaluator, result, crops, home, flip):
     plot_hardest(folder / "hardest_pairs.png", evaluator, result, crops)
 
 
-def write_comparison(folder, results):
+def write_comparison(folder, results, settings):
     """comparison.json, whose content is returned, its table and pictures; the first result is the baseline."""
-    first, entries, table = results[0], [], []
+    entries, table, content = [], [], {"baseline": results[0].name}
+    content |= {"chosen_by_validation": chosen_by_validation(settings), "settings": [], "checkpoints": entries}
+    for setting in settings:
+        names = [result.name for result in setting.results]
+        content["settings"].append({"name": setting.name, "checkpoints": names, "figures": setting.figures})
     for result in results:
-        figures = compare(result.estimate, None if result is first else first.estimate)
+        figures = compare(result.estimate, None if result is results[0] else results[0].estimate)
         entry = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
         entries.append({**entry, "validation": result.facts.get("metrics", {}), "figures": figures})
         for name, figure in figures.items():
-            row = {"name": result.name, "checkpoint": result.checkpoint, "figure": name}
+            row = {**entry, "overlap": len(result.overlap), "figure": name}
             for key, bounds in (("value", "interval"), ("difference", "difference_interval")):
                 low, high = figure.get(bounds) or (None, None)
                 row |= {key: figure.get(key), f"{key}_low": low, f"{key}_high": high}
-            table.append({**row, "verdict": figure.get("verdict"), "overlap": len(result.overlap)})
-    content = {"baseline": first.name, "chosen_by_validation": chosen_by_validation(results), "checkpoints": entries}
+            table.append({**row, "verdict": figure.get("verdict")})
     write_json(folder / "comparison.json", content)
     write_csv(folder / "comparison.csv", table)
-    plot_comparison(folder / "comparison.png", results, entries)
-    plot_data_percentage(folder / "data_percentage.png", results, entries)
+    plot_comparison(folder / "comparison.png", settings)
+    plot_data_percentage(folder / "data_percentage.png", settings)
     return content
 
 
@@ -270,43 +348,30 @@ def write_comparison(folder, results):
 @contextmanager
 def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
     """Yield the axes (an array of several) of a picture; at the end they get a grid and, outside, a legend."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, columns)
-    yield axes
-    for one in np.atleast_1d(axes).flat:
-        one.grid(alpha=0.3)
-        if one.get_legend_handles_labels()[0]:
-            one.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    with rc_context(PICTURE_STYLE):
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        axes = figure.subplots(rows, columns)
+        yield axes
+        for one in np.atleast_1d(axes).flat:
+            if one.get_legend_handles_labels()[0]:
+                one.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def plot_line(axes, number, x, y, **options):
-    """Draw a line in the colour and style of its number, black for 0, the baseline; returns the colour."""
-    colour = COLOURS[number and 1 + (number - 1) % (len(COLOURS) - 1)]
-    axes.plot(x, y, **{"color": colour, "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2, **options})
-    return colour
-
-
-def literal(text):
-    """Text for a picture as it is: matplotlib would read formulas between dollar signs."""
-    return text.replace("$", r"\$")
 
 
 def plot_rates(axes, results, kind):
     """ROC ("roc") or DET ("det") of genuine against twin impostor pairs, one line per result, with its EER."""
     lowest, bottom = 100 / len(results[0].scores["twin"]), 50.0  # a logarithmic axis has no 0: curves end at one pair
-    for number, result in enumerate(results):
+    for result in results:
         genuine, twin = np.sort(result.scores["genuine"]), np.sort(result.scores["twin"])
         thresholds = np.append(np.unique(np.concatenate([genuine, twin])), np.inf)
         fmr = np.maximum(100 - 100 * np.searchsorted(twin, thresholds) / len(twin), lowest)
         fnmr = 100 * np.searchsorted(genuine, thresholds) / len(genuine)
         bottom = min(bottom, max(100 / len(genuine), fnmr[np.argmax(fmr <= 50)] / 2))
-        eer, auc = 100 * result.estimate.figures["eer"], result.estimate.figures["auc"]
-        label = f"{literal(result.name)}\nAUC {auc:.3f}, EER {eer:.1f} %"
-        y, at = (100 - fnmr, 100 - eer) if kind == "roc" else (fnmr, eer)
-        plot_line(axes, number, fmr, y, label=label, drawstyle="steps-post")
-        plot_line(axes, number, [eer], [at], marker="o", markersize=4)
+        figures, at = result.estimate.figures, [int(np.argmin(np.abs(fmr - fnmr)))]
+        label = f"{result.name}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %"
+        y = 100 - fnmr if kind == "roc" else fnmr
+        axes.plot(fmr, y, label=label, drawstyle="steps-post", marker="o", markevery=at)
     chance = np.geomspace(lowest, 100, 200)
     axes.plot(chance, chance if kind == "roc" else 100 - chance, ":", color="grey", linewidth=1, label="chance")
     axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%); dot: EER")
@@ -316,31 +381,36 @@ def plot_rates(axes, results, kind):
         axis.set(major_formatter="{x:g}", minor_formatter=lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
 
 
-def plot_comparison(path, results, checkpoints):
-    """The differences of all checkpoints to the baseline with 95 % intervals, and their DET with the legend."""
+def differences(entries):
+    """(K,) differences and (2, K) bounds of their intervals, of entries of `compare`; NaN where there is none."""
+    bounds = [entry["difference_interval"] or [None, None] for entry in entries]
+    return np.array([entry["difference"] for entry in entries], float), np.array(bounds, float).T
+
+
+def plot_comparison(path, settings):
+    """The differences of all settings to the baseline with 95 % intervals, and the DET of each one's median seed."""
     shown = {"auc": "twin AUC", "eer": "EER", "general_auc": "general AUC", "fnmr_0.001": "FNMR at\ngeneral FMR 0.1 %"}
-    with plot_figure(path, 13.0, 4.6, 1, 2) as (left, right):
-        for number, entry in enumerate(checkpoints[1:], 1):
-            for place, change in enumerate(entry["figures"][name] for name in shown):
-                if change["difference"] is not None:
-                    y = place + 0.6 * (number / len(checkpoints) - 0.5)
-                    bounds = change["difference_interval"] or [change["difference"]]
-                    plot_line(left, number, 100 * np.array(bounds), [y] * len(bounds))
-                    plot_line(left, number, [100 * change["difference"]], [y], marker="o", markersize=4)
-        left.axvline(0, color="black", linewidth=0.8)
+    with plot_figure(path, 13.0, max(4.6, 2 + 0.4 * len(settings)), 1, 2) as (left, right):
+        left.plot([0, 0], [-1, len(shown)])
+        for number, setting in enumerate(settings[1:], 1):
+            change, bounds = differences([setting.figures[name] for name in shown])
+            y = np.arange(len(shown)) + 0.8 * (number / len(settings) - 0.5)
+            (dots,) = left.plot(100 * change, y, "o")
+            left.hlines(y, *(100 * bounds), color=dots.get_color(), linewidth=1.2)
         left.set(yticks=range(len(shown)), yticklabels=shown.values(), ylim=(len(shown) - 0.5, -0.5))
-        left.set(title=f"difference to {literal(results[0].name)}", xlabel="points (0.01 of AUC), 95 % interval")
-        plot_rates(right, results, "det")
+        left.set(title=f"difference to {settings[0].name}", xlabel="points (0.01 of AUC), 95 % interval")
+        seeds = [sorted(s.results, key=lambda r: r.estimate.figures["eer"])[len(s.results) // 2] for s in settings]
+        plot_rates(right, [seed._replace(name=s.name) for seed, s in zip(seeds, settings, strict=True)], "det")
 
 
 def plot_distributions(path, result):
     """Distributions of genuine, twin impostor and general impostor scores, and the rates at two thresholds."""
     low, scores = -0.6, result.scores  # one axis for all checkpoints; what lies lower is counted in the first bin
     with plot_figure(path, 8.6) as axes:
-        for number, (kind, values) in enumerate(scores.items(), 1):
+        for kind, values in scores.items():
             share = np.histogram(np.clip(values, low, 1), 80, (low, 1))[0] * 100 / max(1, len(values))
             label = kind if kind == "genuine" else f"{kind} impostor"
-            plot_line(axes, number, np.linspace(low, 1, 80), share, label=label, drawstyle="steps-mid")
+            axes.plot(np.linspace(low, 1, 80), share, label=label, drawstyle="steps-mid")
         for name, what in (("eer_threshold", "twin EER"), ("general_threshold_0.001", "general FMR 0.1 %")):
             if (at := result.estimate.figures[name]) is not None:
                 text = f"threshold at {what}\nFNMR {100 * (scores['genuine'] < at).mean():.1f} %"
@@ -348,20 +418,24 @@ def plot_distributions(path, result):
                 if len(scores["general"]):
                     text += f"\ngeneral FMR {100 * (scores['general'] >= at).mean():.2g} %"
                 axes.axvline(at, color="black", linewidth=1, linestyle="-" if "eer" in name else "--", label=text)
-        axes.set(xlim=(low, 1), yscale="log", xlabel="score (cosine similarity)", title=literal(result.name))
+        axes.set(xlim=(low, 1), yscale="log", xlabel="score (cosine similarity)", title=result.name)
         axes.set_ylabel("share of the image pairs per bin (%)")
 
 
 def plot_hardest(path, evaluator, result, crops, columns=4):
     """Crops (N, 112, 112, 3) of the worst errors at the EER threshold, each crop once at most, each family twice."""
     threshold = result.estimate.figures["eer_threshold"]
-    names = [literal("/".join(Path(p).parts[-2:])[-17:]) for p in evaluator.images.paths]
+    names = ["/".join(Path(p).parts[-2:])[-17:] for p in evaluator.images.paths]
     with plot_figure(path, 2.4 * columns, 7.0, 4, columns) as grid:
         kinds = (("twin", "twins taken for one person", -1), ("genuine", "one person refused", 1))
         for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
             rows, values = evaluator.rows[kind], result.scores[kind]
-            wrong = np.count_nonzero(values >= threshold if sign < 0 else values < threshold)
-            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs\n", fontsize=7)
+            mistaken = values >= threshold if sign < 0 else values < threshold
+            wrong, often = np.count_nonzero(mistaken), Counter(rows[mistaken].ravel().tolist()).most_common(1)
+            for image, times in often:
+                of = np.count_nonzero(rows == image)
+                often = f"; {names[image]} is in {times} of its {of}: look at it" if times >= max(4, of / 2) else ""
+            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs{often or ''}\n", fontsize=7, loc="left")
             seen, families, places = set(), [], iter(axes)
             for k in np.argsort(sign * values, kind="stable")[:wrong]:  # the farthest from the threshold first
                 (a, b), family = rows[k], evaluator.family[rows[k][0]]
@@ -370,63 +444,78 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
                     families.append(family)
                     place.imshow(np.concatenate([crops[a], crops[b]], 1))
                     place.set_title(f"{place.get_title()}score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
-        title = f"{literal(result.name)}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
+        title = f"{result.name}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
         grid[0, 0].figure.suptitle(title, fontsize=9)
         for place in grid.flat:
             place.set_axis_off()
 
 
-def plot_data_percentage(path, results, checkpoints):
-    """Difference of the EER to the baseline against the share of triplets, one line per mode and margin."""
+def plot_data_percentage(path, settings):
+    """Differences of both AUCs to the baseline by the share of triplets: a line per setting, its seeds as a band."""
     lines, images = {}, {}
-    for result, entry in zip(results[1:], checkpoints[1:], strict=True):
-        config, change = result.facts.get("config", {}), entry["figures"]["eer"]
+    for setting in settings[1:]:
+        config = setting.results[0].facts.get("config", {})
         if share := config.get("train_percentage"):
-            setting = f"{'embedding layer' if config['freeze_backbone'] else 'full network'}, margin {config['margin']}"
-            bounds = change["difference_interval"] or [change["difference"]] * 2
-            lines.setdefault(setting, []).append((share, 100 * change["difference"], *(100 * b for b in bounds)))
+            label = ", ".join(words for key, words in setting.parts.items() if key != "train_percentage")
+            lines.setdefault(label or "all runs", []).append((share, setting.figures))
             images[share] = f"{share} %\n{config['n_touched_images']} images"
-    with plot_figure(path, 7.8) as axes:
-        for number, (setting, points) in enumerate(sorted(lines.items()), 1):
-            share, change, low, high = np.array(sorted(points)).T
-            share = share * 1.04 ** (number - 1)  # beside each other
-            colour = plot_line(axes, number, share, change, marker="o", label=setting)
-            axes.vlines(share, low, high, color=colour, linewidth=1)
-        axes.axhline(0, color="black", linewidth=0.8, label=f"{literal(results[0].name)} (baseline)")
-        axes.set(xscale="log", xlim=(0.8, 160), xlabel="share of the training triplets, and distinct images in it")
-        axes.set(title="How much data is enough", ylabel="change of the EER against twins (points, 95 %)")
-        axes.set_xticks(list(images), images.values(), fontsize=7)
-        axes.set_xticks([], minor=True)
+    with plot_figure(path, 8.6, 6.2, 2) as grid:
+        for axes, (name, people) in zip(grid, {"auc": "twins", "general_auc": "everyone else"}.items(), strict=True):
+            axes.plot([0.8, 160], [0, 0], label=f"{settings[0].name} (baseline)")
+            for number, (label, points) in enumerate(sorted(lines.items())):
+                points = sorted(points, key=lambda point: point[0])
+                entries = [figures[name] for _, figures in points]
+                share = np.array([share for share, _ in points]) * 1.04**number  # beside each other
+                change, bounds = differences(entries)
+                seeds = np.array([entry["range"] or [None, None] for entry in entries], float).T
+                seeds += change - np.array([entry["value"] for entry in entries], float)
+                (line,) = axes.plot(share, change, marker="o", label=label)
+                axes.fill_between(share, *seeds, color=line.get_color(), alpha=0.2, linewidth=0)
+                axes.vlines(share, *bounds, color=line.get_color(), linewidth=1)
+            axes.set(xscale="log", xlim=(0.8, 160), ylabel=f"change of the AUC, {people}")
+            axes.set_xticks(list(images), images.values(), fontsize=7)
+            axes.set_xticks([], minor=True)
+        grid[0].set_title("How much data is enough: means, 95 % intervals, and the range of the seeds as a band")
+        grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 
 # ---- terminal -------------------------------------------------------------------------------------------------------
-def comparison_table(results, content):
+def comparison_table(settings, chosen):
     """Text for the terminal: the figures, the differences to the baseline in words, and how not to use them."""
     columns = {"EER %": "eer", "AUC": "auc", "best acc %": "best_accuracy", "TAR@FAR1%": "tar_at_far_0.01"}
     columns |= {"twin FMR %": "twin_fmr_0.001", "FNMR %": "fnmr_0.001", "general AUC": "general_auc"}
-    width = max(len("checkpoint"), *(len(result.name) for result in results))
-    lines = [f"{'checkpoint':{width}}  " + "  ".join(f"{title:>11}" for title in columns)]
-    for result in results:
-        lines.append(f"{result.name:{width}}")
+    width = max(len("setting"), *(len(setting.name) for setting in settings))
+    lines = [f"{'setting':{width}}  " + "  ".join(f"{title:>11}" for title in columns)]
+    for setting in settings:
+        lines.append(f"{setting.name:{width}}")
         for name in columns.values():
-            value = result.estimate.figures[name]
-            known = [r.estimate.figures[name] for r in results if r.estimate.figures[name] is not None]
-            best = len(results) > 1 and known and value == (min if name.startswith(LOWER_IS_BETTER) else max)(known)
+            value = setting.figures[name]["value"]
+            known = [s.figures[name]["value"] for s in settings if s.figures[name]["value"] is not None]
+            best = len(settings) > 1 and known and value == (min if name.startswith(LOWER_IS_BETTER) else max)(known)
             text = "-" if value is None else f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
             lines[-1] += f"  {text + ('*' if best else ' '):>11}"
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %; -: too few pairs to say.")
-    for result, entry in zip(results, content["checkpoints"], strict=True):
-        if result is not results[0]:
-            lines.append(f"{result.name} against {results[0].name}: {describe(entry['figures'])}.")
-            if "worse" in [entry["figures"][name]["verdict"] for name in ("general_auc", "fnmr_0.001")]:
+    for setting in settings:
+        figures = setting.figures
+        if setting is not settings[0]:
+            runs = ", ".join(result.name for result in setting.results)
+            lines.append(f"{setting.name} ({runs}) against {settings[0].name}: {describe(figures)}.")
+            if "worse" in [figures[name]["verdict"] for name in ("general_auc", "fnmr_0.001")]:
                 lines.append("  It got WORSE at recognising people in general.")
-        if "against_start" in result.facts:
-            lines.append(f"  Its training said of its validation people: {describe(result.facts['against_start'])}.")
-        if seen := len(result.overlap):
-            lines.append(f"OVERLAP: {result.name} has seen {seen} of the test people; it looks too good.")
-    if len(results) > 1:
+        for result in setting.results:
+            if "against_start" in result.facts:
+                said = describe(result.facts["against_start"])
+                lines.append(f"  The training of {result.name} said of its validation people: {said}.")
+            if seen := len(result.overlap):
+                lines.append(f"OVERLAP: {result.name} has seen {seen} of the test people; it looks too good.")
+        for point, (_, purpose) in OPERATING_POINTS.items():
+            rates = [figures[f"{rate}_{point}"] for rate in RATES]
+            if None not in [rate["value"] for rate in rates]:
+                twin, general, fnmr = (spell(rate["value"], rate["interval"], ".3g", 100) for rate in rates)
+                reached = f"twin FMR {twin} %, general FMR {general} %, FNMR {fnmr} %"
+                lines.append(f"  At the threshold that gave its validation people {purpose}: {reached}.")
+    if len(settings) > 1:
         lines.append("* best on this test set, a description: choosing by it would be selection on the test set.")
-        chosen = content["chosen_by_validation"]
         lines.append(f"Validation would have chosen: {chosen}" if chosen else "No common validation to choose by.")
     return "\n".join(lines)
 
@@ -458,6 +547,19 @@ def list_checkpoints(names, baseline):
             raise InputError(f"{name}: no file ending in {', '.join(SUFFIXES)} there")
         files += found
     return list({os.path.abspath(file): file for file in files}.values())
+
+
+def validation_thresholds(path, facts):
+    """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, {} if none is known.
+
+    facts: {path: what the checkpoint says}. Those of a start are of epoch 0 of a run that began with this file.
+    """
+    own = facts[path].get("metrics") or {}
+    for other in facts.values() if not own else ():
+        if Path(other.get("config", {}).get("pretrained", "")).name == Path(path).name:
+            own = other.get("start_metrics", {})
+    thresholds = {name: own.get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
+    return {name: threshold for name, threshold in thresholds.items() if threshold is not None}
 
 
 def evaluate(args):
@@ -495,14 +597,16 @@ def evaluate(args):
         embeddings = embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
         for path, embedding in zip(group, embeddings, strict=True):
             scores = evaluator.score(embedding)
-            estimate = evaluator.estimate(scores, f"resampling {names[path]}")
+            applied = {} if args.flip else validation_thresholds(path, facts)  # scores of fused embeddings are others
+            estimate = evaluator.estimate(scores, f"resampling {names[path]}", applied)
             results[path] = Result(names[path], path, facts[path], scores, estimate, overlaps[path])
             write_result(output / names[path], evaluator, results[path], pixels, home, args.flip)
     results, counts = [results[path] for path in facts], evaluator.counts
-    content = write_comparison(output, results)
+    settings = group_settings(results)
+    content = write_comparison(output, results, settings)
     print(f"{counts['images']} images of {len(images.ids)} people in {counts['families']} families, on {device}:")
     print(f"{counts['genuine']} genuine, {counts['twin']} twin impostor, {counts['general']} general impostor pairs")
-    print(comparison_table(results, content), f"results in {args.output_dir}", sep="\n")
+    print(comparison_table(settings, content["chosen_by_validation"]), f"results in {args.output_dir}", sep="\n")
     return results
 
 

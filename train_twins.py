@@ -3,6 +3,7 @@
     python train_twins.py                                     # the full network
     python train_twins.py --freeze_backbone                   # only the embedding layer
     python train_twins.py --skip_alignment --resume           # go on after an interruption
+    python train_twins.py --freeze_backbone True False --train_percentage 10 50 100 --seed 1 2 3   # a run of each
     torchrun --standalone --nproc_per_node=8 train_twins.py   # on eight GPUs of one machine
 
 Writes the best epoch to --output_dir, and logs and curves to --log_dir. The network stays in eval mode: BatchNorm keeps
@@ -12,10 +13,16 @@ step however many of its triplets use it; a frozen backbone runs once per image 
 
 import argparse
 import hashlib
+import itertools
 import math
 import platform
+import shlex
 import signal
+import sys
 import time
+import traceback
+from configparser import RawConfigParser
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -23,31 +30,31 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from tqdm import tqdm
 
 import align
 import net
-from evaluate_twins import TwinEvaluator, compare, describe, plot_figure, plot_line
+from evaluate_twins import OPERATING_POINTS, SETTINGS, TwinEvaluator, compare, describe, plot_figure
 from net import InputError, Processes, progress, to_input
 from triplet_dataset import People, TwinTripletDataset, read_json, split_pairs, write_json
 from triplet_loss import DISTANCES, TripletLoss
 
 CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
 SAVE_MINUTES = 10  # between states to resume from
-STEPS = {"frozen": 400, "full": 200}  # of a default run: their number decides, whatever number of pairs there is
+STEPS = {True: 400, False: 200}  # of a default run, frozen or not: they decide, whatever number of pairs there is
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 def boolean(text):
     """An argparse type: True or False in any usual spelling."""
-    word = text.strip().lower()
-    if word in ("true", "t", "yes", "y", "on", "1"):
-        return True
-    if word in ("false", "f", "no", "n", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    words = {**RawConfigParser.BOOLEAN_STATES, "t": True, "y": True, "f": False, "n": False}
+    if text.strip().lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return words[text.strip().lower()]
 
 
-def parse_args(argv=None):
+def parse_runs(argv=None):
+    """The settings of each run that the command line asks for, the cheapest first."""
     parser = align.Parser(prog="train_twins.py", description="Fine-tune AdaFace on identical twins with triplet loss.")
     count, seed, weight = align.between(int, 1, 10**9), align.between(int, 0, 2**32 - 1), align.between(float, 0, 1e6)
 
@@ -58,17 +65,20 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is trained").add_argument
     add("--arch", default="ir_50", help=f"network: {', '.join(net.ARCHITECTURES)}")
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
-    bare = {"type": boolean, "nargs": "?", "const": True}
-    add("--freeze_backbone", **bare, default=False, help="train only the embedding layer; bare means True")
-    add("--train_percentage", type=align.between(int, 1, 100), default=100, help="share of each pair's triplets")
+    text = "train only the embedding layer; bare means True; several values, here and below, are a run of each"
+    add("--freeze_backbone", type=boolean, nargs="*", metavar="BOOL", default=False, help=text)
+    several = {"nargs": "+", "metavar": "N"}
+    percentage = align.between(int, 1, 100)
+    add("--train_percentage", type=percentage, **several, default=100, help="share of each pair's triplets")
     add("--validation_split", type=align.between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
 
     add = parser.add_argument_group("how it is trained").add_argument
-    add("--margin", type=align.between(float, 1e-6, 2), default=0.3, help="of the triplet loss, a distance")
+    margin = align.between(float, 1e-6, 2)
+    add("--margin", type=margin, **several, default=0.3, help="of the triplet loss, a distance")
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
     add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
-    add("--epochs", type=count, help=f"by default as many as make {STEPS['full']} steps, frozen {STEPS['frozen']}")
+    add("--epochs", type=count, help=f"by default as many as make {STEPS[False]} steps, frozen {STEPS[True]}")
     text = "share of the loss that compares all pairs of a step's triplets, as one threshold does; 0: the triplet loss"
     add("--quadruplet_weight", type=align.between(float, 0, 1), default=1.0, help=text)
     text = "weight of the mean cosine distance of a step's embeddings to those before training"
@@ -80,7 +90,7 @@ def parse_args(argv=None):
     add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
     text = "of training steps; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 on a CPU; figures are fp32"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
-    add("--seed", type=seed, default=42, help="of the sampled triplets, their order and random weights")
+    add("--seed", type=seed, **several, default=42, help="of the sampled triplets, their order and random weights")
     add("--split_seed", type=seed, default=42, help="of who is validated on")
 
     add = parser.add_argument_group("output").add_argument
@@ -90,15 +100,33 @@ def parse_args(argv=None):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
     add("--overwrite", action="store_true", help="replace the run of this name")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+
+    given = {key: getattr(args, key) for key in ("freeze_backbone", "train_percentage", "margin", "seed")}
+    if given["freeze_backbone"] == []:
+        given["freeze_backbone"] = True
+    values = [sorted({*x}) if isinstance(x, list) else [x] for x in given.values()]
+    runs = [argparse.Namespace(**vars(args) | dict(zip(given, x, strict=True))) for x in itertools.product(*values)]
+    runs.sort(key=lambda run: (not run.freeze_backbone, run.train_percentage))
+    if args.run_name and len(runs) > 1:
+        raise InputError(f"--run_name {args.run_name}: names one run; {len(runs)} runs get names of their own")
+    for run in runs:
+        mode = "frozen" if run.freeze_backbone else "full"
+        seed = f"_seed{run.seed}" if len(values[-1]) > 1 else ""
+        run.run_name = run.run_name or f"{mode}_{run.train_percentage}pct_margin{run.margin:g}{seed}"
+    return runs
+
+
+def parse_args(argv=None):
+    """The settings of a single run."""
+    (args,) = parse_runs(argv)
+    return args
 
 
 # ---- the state of a run ---------------------------------------------------------------------------------------------
 
 # What a resumed run must share with its beginning; the rest is how long, where, and how the crops came about.
-RECIPE = ("arch", "pretrained", "freeze_backbone", "train_percentage", "validation_split", "margin", "distance")
-RECIPE += ("images_per_batch", "batch_size", "quadruplet_weight", "drift_weight", "learning_rate", "schedule")
-RECIPE += ("weight_decay", "monitor", "seed", "split_seed", "crops_sha256")
+RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "used_precision")))
 
 
 class Run:
@@ -109,8 +137,7 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.mode, self.state = args, "frozen" if args.freeze_backbone else "full", None
-        self.name = args.run_name or f"{self.mode}_{args.train_percentage}pct_margin{args.margin:g}"
+        self.args, self.name, self.epochs, self.state = args, args.run_name, args.epochs, None
         self.folder, arch = Path(args.log_dir) / self.name, args.arch.replace("_", "")
         self.prefix = f"twin_tuned_{arch}_{self.name}_epoch"
         self.last, log_file = self.folder / "last.pth", self.folder / "training_log.json"
@@ -158,7 +185,7 @@ class Run:
         if best == epoch:  # an earlier one lies where it was written, perhaps in another --output_dir
             self.log["best_checkpoint"] = str(Path(self.args.output_dir) / f"{self.prefix}{best}.pth")
         impatient = "patience" if epoch - best >= self.args.patience else None
-        self.log["stopped"] = "epochs" if epoch >= self.args.epochs else impatient
+        self.log["stopped"] = "epochs" if epoch >= self.epochs else impatient
         return best == epoch
 
     def checkpoints(self):
@@ -174,27 +201,16 @@ class Run:
 
 
 # ---- parts of training ----------------------------------------------------------------------------------------------
-def backbone_features(model, people, aligned_json, processes):
-    """Backbone.features (N, C, 7, 7) float32 of all crops of `people`, each passed once, kept in a file for later runs.
-
-    The file lies beside aligned_json and may be deleted; its name tells the crops and the backbone.
-    """
-    key = hashlib.sha256(f"{people.crops.sha256} {net.backbone_sha256(model)}".encode()).hexdigest()[:16]
-    path, pixels = Path(f"{aligned_json}.features-{key}.npy"), people.crops.pixels
-    if path.exists():
-        return torch.from_numpy(np.load(path))
-    own = pixels[processes.share(len(pixels))].split(net.chunk_size(processes.device))
-    with torch.no_grad():
-        bar = progress(own, "backbone, once per image", "batch", disable=processes.rank > 0)
-        features = torch.cat([model.features(to_input(few.to(processes.device))).contiguous().cpu() for few in bar])
-    features = processes.gather(features, len(pixels))
-    if processes.rank == 0:
-        try:
-            with net.replacing(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, features.numpy())
-        except OSError as error:  # a read-only folder, a full disk
-            print(f"warning: {path} cannot be kept for later runs ({error.strerror})")
-    return features
+def backbone_features(model, people, processes):
+    """Backbone.features (N, C, 7, 7) float32 of all crops of `people`, who keep them: each image passes once."""
+    key = net.backbone_sha256(model)
+    if key not in people.features:
+        own = people.crops.pixels[processes.share(len(people.crops.pixels))].split(net.chunk_size(processes.device))
+        with torch.no_grad():
+            bar = progress(own, "backbone, once per image", "batch", disable=processes.rank > 0)
+            parts = [model.features(to_input(few.to(processes.device))).contiguous().cpu() for few in bar]
+        people.features = {key: processes.gather(torch.cat(parts), len(people.crops.pixels))}
+    return people.features[key]
 
 
 def make_optimizer(model, learning_rate, weight_decay):
@@ -261,7 +277,8 @@ class TwinTrainer:
 
     def say(self, text):
         if self.first:
-            print(text, flush=True)
+            (tqdm.write if sys.stderr.isatty() else print)(text)  # print alone would run into a progress bar
+            sys.stdout.flush()
 
     def align(self):
         """Stage 1: align the photographs of all training pairs and write --aligned_json."""
@@ -275,25 +292,27 @@ class TwinTrainer:
             return run.log
         self.load_data()
         self.build_model()
-        if len(run.log["epochs"]) > self.args.epochs:  # resumed with fewer than are done
+        if len(run.log["epochs"]) > run.epochs:  # resumed with fewer than are done
             run.log["stopped"] = "epochs"
         while not run.log["stopped"]:
             epoch = len(run.log["epochs"])
             with align.postponed_interrupt() as self.interrupts:
                 self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
-                if self.processes.any(self.interrupts) and not run.log["stopped"]:  # in the last step or the validation
+                if self.save_is_due() and not run.log["stopped"]:
                     self.save()
-                    raise KeyboardInterrupt
         if self.first:
             with align.postponed_interrupt():  # seconds from the end
                 self.conclude()
         return run.log
 
+    def load_people(self):
+        """The People of the pairs, read and decoded unless there are some."""
+        self.people = self.people or People(*align.read_inputs(self.args, "aligned_json", "train_pairs"))
+        return self.people
+
     def load_data(self):
         """Crops, families, split and triplets."""
-        args = self.args
-        aligned, pairs, notes = align.read_inputs(args, "aligned_json", "train_pairs")
-        people = self.people = self.people or People(aligned, pairs)
+        args, people = self.args, self.load_people()
         usable = TwinTripletDataset(people.id_to_images, people.pairs)  # without the pairs that make no triplet
         train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=people.pairs)
         self.train_set = TwinTripletDataset(people.id_to_images, train, args.train_percentage, args.seed)
@@ -301,10 +320,10 @@ class TwinTrainer:
         self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
         self.train_rows, self.n_skipped = people.rows(self.train_set.images.paths), usable.n_skipped
         steps = self.train_set.steps(1, args.images_per_batch, args.batch_size)
-        args.epochs = args.epochs or math.ceil(STEPS[self.run.mode] / max(1, len(steps)))
+        self.run.epochs = args.epochs or math.ceil(STEPS[args.freeze_backbone] / max(1, len(steps)))
         # A network that has died must not be saved: without validation, a few training images are looked at.
         self.val_rows = people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
-        for warning in notes + people.warnings:
+        for warning in people.warnings:
             self.say(f"warning: {warning}")
         if self.n_skipped:
             self.say(f"warning: {self.n_skipped} of {len(people.pairs)} pairs have too few crops; skipped")
@@ -331,7 +350,7 @@ class TwinTrainer:
             self.progress, run.state = state["progress"], None  # it holds weights and Adam's moments
         images = self.people.crops.pixels
         if args.freeze_backbone:
-            images = backbone_features(self.model, self.people, args.aligned_json, self.processes)
+            images = backbone_features(self.model, self.people, self.processes)
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             images = images.to(self.device) if images.nbytes < free / 2 else images
@@ -343,7 +362,7 @@ class TwinTrainer:
         n_train, n_val, images = len(train.pairs), len(val.pairs) if val else 0, train.count_touched_images()
         text = f"{n_train} training and {n_val} validation pairs, {len(train)} of {train.n_possible} triplets"
         self.say(f"{self.run.name}: {text} with {images} images; {self.model.arch} on {device}, {self.precision}")
-        config = {**vars(self.args), "run_name": self.run.name, "used_precision": self.precision}
+        config = {**vars(self.args), "planned_epochs": self.run.epochs, "used_precision": self.precision}
         config |= {"n_train_pairs": n_train, "n_val_pairs": n_val, "n_skipped_pairs": self.n_skipped}
         config |= {"n_train_triplets": len(train), "n_val_triplets": len(val) if val else 0}
         config |= {"n_train_images": len(train.images.paths), "n_touched_images": images}
@@ -381,25 +400,23 @@ class TwinTrainer:
         start = self.progress.pop("step", 0)  # not 0 where an interrupted epoch goes on
         sums = torch.tensor(self.progress.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
         for i in progress(range(start, len(steps)), f"epoch {epoch}", "step", disable=not self.first):
-            factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / args.epochs, args.schedule)
+            factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / self.run.epochs, args.schedule)
             for group in self.optimizer.param_groups:
                 group["lr"] = args.learning_rate * factor
             sums += self.step(steps[i])  # no wait for the device here
             last = i + 1 == len(steps)
             if epoch == 1 and i + 1 == min(5, len(steps)):
                 seconds = (time.perf_counter() - self.began) / (i + 1 - start)
-                minutes = seconds * len(steps) * args.epochs / 60
+                epochs = self.run.epochs
+                minutes = seconds * len(steps) * epochs / 60
                 hint = "; --freeze_backbone takes minutes" if minutes > 120 and not args.freeze_backbone else ""
-                text = f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {args.epochs} epochs: {minutes:.0f} min"
+                text = f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {epochs} epochs: {minutes:.0f} min"
                 self.say(f"{text}, and the validation{hint}")
-            stop = self.processes.any(self.interrupts) and not last
-            save = stop or (self.processes.any(time.monotonic() > self.save_at) and not last)
-            if (i + 1) % CHECK_EVERY == 0 or last or save:
+            due = self.save_is_due() and not last
+            if (i + 1) % CHECK_EVERY == 0 or last or due:
                 self.check_finite(sums, f"epoch {epoch}, step {i + 1}")
-            if save:
+            if due:
                 self.save(i + 1, sums.tolist())
-            if stop:
-                raise KeyboardInterrupt
         means = zip(self.criterion.STATISTICS, (sums / max(1, len(steps))).tolist(), strict=True)
         return {**dict(means), "steps": len(steps)}
 
@@ -443,11 +460,12 @@ class TwinTrainer:
         way_out = self.way_out() if epoch else "take another checkpoint to start from"
         net.check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
         entry = {"epoch": epoch, "train_loss": statistics.pop("loss"), **statistics}
-        entry |= dict.fromkeys(("val_loss", "val_eer", "val_auc", "val_general_auc"))
+        kept = ("eer", "auc", "general_auc", *(key for key, _ in OPERATING_POINTS.values()))
+        entry |= dict.fromkeys(("val_loss", *(f"val_{key}" for key in kept)))
         if self.val_set:
             validation = mean_statistics(self.criterion, self.val_set, embeddings)
             figures = self.evaluator.figures(self.evaluator.score(embeddings))
-            entry |= {f"val_{key}": figures[key] for key in ("eer", "auc", "general_auc")}
+            entry |= {f"val_{key}": figures[key] for key in kept}
             entry |= {f"val_{key}": validation[key] for key in ("loss", "active_triplets", "violated_triplets")}
         now = time.perf_counter()
         entry["timing"] = {"seconds": now - self.began, "validation_seconds": now - trained}
@@ -457,7 +475,8 @@ class TwinTrainer:
             self.embeddings["val_best" if best else "val_start"] = embeddings
         if best and self.first:
             facts = {"epoch": epoch, "config": run.log["config"]}
-            facts["metrics"] = {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
+            for name, of in (("metrics", entry), ("start_metrics", run.log["epochs"][0])):
+                facts[name] = {key: value for key, value in of.items() if key not in ("epoch", "timing")}
             facts["crop_sha256"] = self.people.crops.sha256  # to find a leak under other IDs
             net.save_checkpoint(run.log["best_checkpoint"], self.model, **facts)
         if self.first:
@@ -466,11 +485,13 @@ class TwinTrainer:
         if self.val_set:
             text += ", val loss {val_loss:.4f}, EER {val_eer:.2%}, AUC {val_auc:.4f}"
         self.say(f"{text.format(**entry)}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
-        if self.processes.any(time.monotonic() > self.save_at):
-            self.save()
+
+    def save_is_due(self):
+        """Whether it is time to save the state, in any process, or an interruption was asked for."""
+        return self.processes.any(self.interrupts or time.monotonic() > self.save_at)
 
     def save(self, step=0, sums=(0.0,) * 5):
-        """Write last.pth, from which --resume goes on at a step of the epoch behind the logged ones."""
+        """Write last.pth, from which --resume goes on at a step of the epoch behind the logged ones; then interrupt."""
         if self.first:
             facts = {"config": self.run.log["config"], "log": self.run.log}
             facts |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -480,6 +501,8 @@ class TwinTrainer:
             self.run.delete_superseded()
             plot_curves(self.run.folder, self.run.log)
         self.save_at = time.monotonic() + 60 * SAVE_MINUTES
+        if self.processes.any(self.interrupts):
+            raise KeyboardInterrupt
 
     def conclude(self):
         """Say how the best epoch compares with the start, write the last files, drop the state to resume from."""
@@ -499,34 +522,97 @@ class TwinTrainer:
 
 def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
-    losses = {f"triplet loss ({log['config']['distance']})": {"train_loss": "training", "val_loss": "validation"}}
-    figures = {"EER, as a share": {"val_eer": "validation twins"}, "AUC": {"val_auc": "validation twins"}}
-    figures["general AUC"] = {"val_general_auc": "validation people"}
-    for file, panels in (("loss_curves.png", losses), ("validation_curves.png", figures)):
-        with plot_figure(folder / file, 7.4, 2.6 + 1.6 * len(panels), len(panels)) as grid:
-            for axes, (ylabel, curves) in zip(np.atleast_1d(grid), panels.items(), strict=True):
-                for number, (key, label) in enumerate(curves.items(), 1):
-                    values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
-                    colour = plot_line(axes, number, range(len(values)), values, label=label, marker="o", markersize=3)
-                    before = None if number > 1 else "before training"
-                    axes.axhline(values[0], color=colour, linewidth=0.8, linestyle=":", label=before)
-                axes.axvline(log["best_epoch"] or 0, color="black", linewidth=0.8, linestyle="-.", label="best epoch")
+    config, weight = log["config"], log["config"]["quadruplet_weight"]
+    loss = f"triplet loss ({config['distance']})"
+    minimised = f"minimised: {1 - weight:g} triplet + {weight:g} quadruplet loss + {config['drift_weight']:g} drift"
+    panels = {"loss_curves.png": (minimised, {"train_loss": f"training\n{loss}", "val_loss": f"validation\n{loss}"})}
+    figures = {"val_eer": "EER, twins", "val_auc": "AUC, twins", "val_general_auc": "AUC, everyone else"}
+    verdict = describe(log["against_start"], ",\n") if "against_start" in log else "not finished"
+    panels["validation_curves.png"] = (f"{config['n_val_pairs']} validation pairs; best epoch {verdict}", figures)
+    legend = ("before training", f"best epoch, by {config['monitor']}")
+    for file, (title, curves) in panels.items():
+        with plot_figure(folder / file, 7.4, 1.2 + 1.8 * len(curves), len(curves)) as grid:
+            for axes, (key, ylabel) in zip(grid, curves.items(), strict=True):
+                values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
+                before, best = legend if axes is grid[0] else (None, None)
+                axes.plot(values, marker="o")
+                axes.axhline(values[0], color="grey", linewidth=0.8, linestyle=":", label=before)
+                axes.axvline(log["best_epoch"] or 0, color="grey", linewidth=0.8, linestyle="-.", label=best)
                 axes.xaxis.get_major_locator().set_params(integer=True)
-                axes.set(xlabel="epoch (0: before training)", ylabel=ylabel)
-            np.atleast_1d(grid)[0].set_title(log["config"]["run_name"])
+                axes.set_ylabel(ylabel)
+            grid[0].set_title(f"{config['run_name']}\n{title}", fontsize=9)
+            grid[-1].set_xlabel("epoch (0: before training)")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
+def train_sweep(runs):
+    """Train several runs, of parse_runs, each as if it were alone, on crops aligned and decoded once.
+
+    Returns the names of those that failed; what would spoil an earlier run or fail all is raised before the first.
+    """
+    left = [args for args in runs if not Run(args).finished]
+    leader = TwinTrainer((left or runs)[0])
+    if left and not leader.args.skip_alignment:
+        leader.align()
+    people = leader.load_people() if left else None
+    leader.run, logs, failed, minutes = None, {}, [], {True: [], False: []}
+
+    def train(args):
+        args.skip_alignment = True
+        logs[args.run_name] = TwinTrainer(args, people).train()
+
+    bar = progress(runs, "all runs", "run", disable=not leader.first)
+    for number, args in enumerate(bar, 1):
+        began = time.perf_counter()
+        try:
+            code = align.run_script(args.run_name, partial(train, args), "interrupted")
+        except Exception:  # a bug keeps its traceback, and the other runs go on
+            traceback.print_exc()
+            code = 1
+        if code == 130:
+            raise KeyboardInterrupt
+        failed += [args.run_name] if code else []
+        minutes[args.freeze_backbone].append((time.perf_counter() - began) / 60)
+        known = [np.mean(found) for found in (minutes[args.freeze_backbone] for args in runs[number:]) if found]
+        bar.set_postfix_str(
+            f"{'at least ' if len(known) < len(runs) - number else ''}{sum(known):.0f} min left", refresh=False
+        )
+    leader.say(summarize_runs(logs, leader.args.pretrained))
+    for name in failed:
+        leader.say(f"FAILED: {name}, for the reason above; --resume tries it again")
+    return failed
+
+
+def summarize_runs(logs, pretrained):
+    """Text: the best epochs of {run name: log} on their validation people, and the command that tests them."""
+    width = max(map(len, logs), default=0)
+    lines = [f"{'run':{width}}  epoch     EER     AUC  general AUC"]
+    for name, log in logs.items():
+        best = log["epochs"][log["best_epoch"]]
+        figures = (best["val_eer"], best["val_auc"], best["val_general_auc"])
+        eer, auc, general = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
+        lines.append(f"{name:{width}}  {best['epoch']:5}  {eer:>6}  {auc:>6}  {general:>11}")
+    lines.append("These are the validation people, who chose the epochs and flatter them. The figures of other people:")
+    checkpoints = [pretrained] * (pretrained != "none") + [log["best_checkpoint"] for log in logs.values()]
+    return "\n".join([*lines, f"python evaluate_twins.py --checkpoints {shlex.join(checkpoints)}"])
+
+
 def main(argv=None):
-    """Run both stages; returns the exit code (see align.run_script)."""
+    """Run both stages; returns the exit code (see align.run_script), 1 if a run of several failed."""
+    failed = []
 
     def work():
-        trainer = TwinTrainer(parse_args(argv))
+        runs = parse_runs(argv)
+        if len(runs) > 1:
+            failed.extend(train_sweep(runs))
+            return
+        trainer = TwinTrainer(runs[0])
         if not trainer.args.skip_alignment and not trainer.run.finished:
             trainer.align()
         trainer.train()
 
-    return align.run_script("train_twins.py", work, "interrupted; what was done is saved, --resume goes on")
+    code = align.run_script("train_twins.py", work, "interrupted; what was done is saved, --resume goes on")
+    return code or int(bool(failed))
 
 
 if __name__ == "__main__":

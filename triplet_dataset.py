@@ -221,13 +221,15 @@ class People:
     """The people of twin pairs and their crops, decoded once: what all training runs on them share.
 
     `pairs` [(ID, ID), ...]; `id_to_images` {ID: [path of a crop, ...]}, each image once; `crops`, their Crops;
-    `warnings`, lines for the user. aligned: {ID: [path, ...]} of these people and perhaps others. Raises InputError.
+    `features`, what a frozen backbone made of them; `warnings`, lines for the user, `notes` first. aligned: {ID: [path,
+    ...]} of these people and perhaps others. Raises InputError.
     """
 
-    def __init__(self, aligned, pairs):
+    def __init__(self, aligned, pairs, notes=()):
         aligned, self.pairs = {name: aligned[name] for pair in pairs for name in pair}, pairs
         self.crops = load_crops([path for paths in aligned.values() for path in paths])
-        self.id_to_images, self.warnings = distinct_images(aligned, self.crops)
+        self.id_to_images, found = distinct_images(aligned, self.crops)
+        self.warnings, self.features = [*notes, *found], {}
 
     def rows(self, paths):
         """(N,) int64 rows of `crops.pixels`."""

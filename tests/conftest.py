@@ -107,11 +107,12 @@ class Experiment:
         net.save_checkpoint(self.start, model)
 
     def flags(self, more="", name="run"):
-        """The flags of a short run of this name, as a list; `more` comes last and so decides."""
+        """The flags of a short run of this name ("": of its default one), as a list; `more` comes last and decides."""
+        named = f"--run_name {name}" if name else ""
         return (
             f"--train_pairs {self.pairs} --skip_alignment --aligned_json {self.aligned} --arch ir_tiny --device cpu "
             f"--pretrained {self.start} --output_dir {self.folder}/models --log_dir {self.folder}/logs "
-            f"--run_name {name} --epochs 2 --validation_split 0.3 --learning_rate 3e-4 --precision fp32 "
+            f"{named} --epochs 2 --validation_split 0.3 --learning_rate 3e-4 --precision fp32 "
             f"--schedule constant --quadruplet_weight 0 --drift_weight 0 {more}"
         ).split()
 
@@ -287,19 +288,22 @@ def variant(model, seed):
 
 def tuned(**config):
     """What training writes beside the weights, as far as evaluation reads it."""
-    ids = {"train_ids": ["x"], "val_ids": ["y", "z"]}
+    ids = {"train_ids": ["x"], "val_ids": ["y", "z"], "pretrained": "elsewhere/start.ckpt", "seed": 1}
     return {**ids, "train_percentage": 10, "freeze_backbone": True, "margin": 0.3, "n_touched_images": 90, **config}
 
 
 EVALUATED = ("start.ckpt", "models/a.pth", "models/b.pth", "models/leak.pth", "other/a.pth")
 
 
+THRESHOLDS = {"val_eer_threshold": 0.93, "val_general_threshold_0.001": 0.97}  # that training found with b.pth
+START_THRESHOLDS = {"val_eer_threshold": 0.9, "val_general_threshold_0.001": 0.98}  # and in its epoch 0
 SEEN = ["test0a", "test1c"]  # test people that leak.pth was trained on
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """One evaluation of upstream's start and four tuned networks: two share a stem, one has seen test people."""
+    """One evaluation of upstream's start and four tuned networks: b.pth and other/a.pth differ in the seed alone, two
+    share a stem, one has seen test people."""
     import evaluate_twins
 
     folder = tmp_path_factory.mktemp("evaluation")
@@ -311,9 +315,10 @@ def evaluated(tmp_path_factory):
     start = net.build_model("ir_tiny").eval()
     torch.save({"state_dict": {f"model.{key}": x for key, x in start.state_dict().items()}}, folder / "start.ckpt")
     for number, name in enumerate(EVALUATED[1:]):
-        config = tuned(train_percentage=10 * number + 10, train_ids=SEEN if "leak" in name else ["x"])
-        facts = {"config": config, "metrics": {"val_auc": (0.7, 0.9, 0.8, None)[number]}}
-        net.save_checkpoint(folder / name, variant(start, number), **facts)
+        config = tuned(train_percentage=(10, 20, 30, 20)[number], train_ids=SEEN if "leak" in name else ["x"])
+        facts = {"config": {**config, "seed": number}, "metrics": {"val_auc": (0.7, 0.9, 0.8, 0.85)[number]}}
+        facts["metrics"] |= THRESHOLDS if name == "models/b.pth" else {}
+        net.save_checkpoint(folder / name, variant(start, number), **facts, start_metrics=START_THRESHOLDS)
     (folder / "models" / "notes.txt").write_text("no checkpoint")
     figures, savefig = {}, Figure.savefig
 
@@ -327,7 +332,7 @@ def evaluated(tmp_path_factory):
         patch.setattr(Figure, "savefig", keep)
         assert evaluate_twins.main([*flags.split(), f"{folder}/other/a.pth"]) == 0
     out, content = folder / "out", json.loads((folder / "out" / "comparison.json").read_text())
-    checkpoints = content.pop("checkpoints")
+    checkpoints, settings = content.pop("checkpoints"), content.pop("settings")
     metrics = {entry["name"]: json.loads((out / entry["name"] / "metrics.json").read_text()) for entry in checkpoints}
     files = (out / "b" / "pair_scores.csv", out / "comparison.csv")
     pairs, table = ([*csv.DictReader(file.read_text().splitlines())] for file in files)

@@ -13,7 +13,7 @@ import evaluate_twins
 from triplet_dataset import TwinImages
 
 
-def brute_force(genuine, twin, general, scores=()):
+def brute_force(genuine, twin, general, scores=(), applied=None):
     """The metrics by the words of DESIGN.md: every threshold tried (also at `scores`), rates as fractions."""
     genuine, twin, general = map(np.asarray, (genuine, twin, general))
     found = dict.fromkeys(evaluate_twins.METRICS, np.nan)
@@ -35,10 +35,15 @@ def brute_force(genuine, twin, general, scores=()):
         found["best_accuracy"] = max(right for *_, right in rows)
         for far in ("0.01", "0.001", "0.0001"):
             found[f"tar_at_far_{far}"] = max(tar for _, _, fmr, tar, _ in rows if fmr <= Fraction(far))
-    for far in ("0.001", "0.0001") if len(genuine) and len(twin) and len(general) else ():
-        above = np.nextafter(np.unique(general), np.inf)  # the general FMR falls there and nowhere else
-        t = found[f"general_threshold_{far}"] = next(t for t in above if accepted(general, t) <= Fraction(far))
-        found |= {f"twin_fmr_{far}": accepted(twin, t), f"fnmr_{far}": 1 - accepted(genuine, t)}
+    if len(genuine) and len(twin) and len(general):
+        points = dict(applied or {})
+        for far in ("0.001", "0.0001"):
+            above = np.nextafter(np.unique(general), np.inf)  # the general FMR falls there and nowhere else
+            points[far] = next(t for t in above if accepted(general, t) <= Fraction(far))
+            found[f"general_threshold_{far}"] = points[far]
+        for name, t in points.items():
+            found |= {f"twin_fmr_{name}": accepted(twin, t), f"general_fmr_{name}": accepted(general, t)}
+            found[f"fnmr_{name}"] = 1 - accepted(genuine, t)
     return {name: float(value) for name, value in found.items()}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import train_twins
-from evaluate_twins import TwinEvaluator, interval, plot_figure, plot_line
+from evaluate_twins import TwinEvaluator, interval, plot_figure
 from net import embed, load_checkpoint, pick_device
 from triplet_dataset import TwinImages, find_families, load_crops, read_id_to_images, read_pairs, write_json
 
@@ -74,12 +74,12 @@ def print_table(title, recipes, results, starts):
 def plot_curves(path, logs):
     """Change of the validation AUC against the epoch, means of the runs; logs {recipe: [training log, ...]}."""
     with plot_figure(path, 12.0, 3.8, 1, 2) as panels:
-        for number, (name, runs) in enumerate(logs.items(), 1):
+        for name, runs in logs.items():
             epochs = range(min(len(log["epochs"]) for log in runs))
             for axes, key in zip(panels, ("val_auc", "val_general_auc"), strict=True):
                 values = np.array([[log["epochs"][epoch][key] for epoch in epochs] for log in runs], float)
                 change = (values - values[:, :1]).mean(0)
-                plot_line(axes, number, np.linspace(0, 1, len(epochs)), change, label=name)
+                axes.plot(np.linspace(0, 1, len(epochs)), change, label=name)
         for axes, who in zip(panels, ("twins", "everyone else"), strict=True):
             axes.set(xlabel="share of the run's epochs", ylabel=f"change of the validation AUC, {who}")
             axes.axhline(0, color="grey", linewidth=0.8)

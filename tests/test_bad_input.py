@@ -4,11 +4,9 @@ A wrong input ends in exit code 2 and one line on stderr that names the file or 
 nothing is written. What an ID or a file name says never leads outside the folders that were asked for.
 """
 
-import errno
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -283,15 +281,6 @@ def test_networks_of_cvlface_see_the_colours_that_they_were_trained_on(tmp_path,
     bgr = net.to_input(torch.randint(256, (2, 112, 112, 3), dtype=torch.uint8))
     as_trained = bgr.flip(1) if order == "RGB" else bgr
     torch.testing.assert_close(model(bgr)[0], tiny_model(as_trained)[0], atol=1e-5, rtol=0)
-
-
-def test_a_features_file_that_cannot_be_written_is_done_without(tmp_path, run_script, capsys, monkeypatch):
-    def read_only(file, array):
-        raise OSError(errno.EROFS, "Read-only file system", file.name)
-
-    monkeypatch.setattr(np, "save", read_only)
-    assert run_script("train_twins.py", {"--freeze_backbone": "True"}) == 0
-    assert capsys.readouterr().out.count("cannot be kept for later runs (Read-only file system)") == 1
 
 
 def test_paths_written_on_windows_are_found_or_named(tmp_path, write_crops):

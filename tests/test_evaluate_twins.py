@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 from itertools import combinations, product
@@ -11,7 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 import evaluate_twins as ev
 import net
-from tests.conftest import EVALUATED, SEEN, tuned, variant
+from tests.conftest import EVALUATED, SEEN, START_THRESHOLDS, tuned, variant
 from tests.reference import brute_force, kind_of, people
 from tests.synthetic import write_photos
 from triplet_dataset import TwinImages
@@ -249,8 +250,9 @@ def test_files_agree_with_an_independent_evaluation(evaluated):
     counts = {kind: len(scores) for kind, scores in found.items()} | {"general": len(general), "families": 8}
     assert metrics["counts"] == counts | {"images": 57} == counts | {"images": 57, "genuine": 77, "twin": 109}
     assert metrics["general_pairs_drawn"] is metrics["flip"] is False
-    assert sum(value is None for value in got.values()) == 5  # rates that so few pairs do not resolve
-    for name, value in brute_force(**found, general=general).items():
+    assert sum(value is None for value in got.values()) == 6  # rates that so few pairs do not resolve
+    applied = {"val_eer": 0.93, "val_general": 0.97}
+    for name, value in brute_force(**found, general=general, applied=applied).items():
         assert got[name] is None or got[name] == pytest.approx(value, abs=1e-4), name
     for name, impostor in (("auc", found["twin"]), ("general_auc", general)):
         truth = [1] * len(found["genuine"]) + [0] * len(impostor)
@@ -261,6 +263,7 @@ def test_files_agree_with_an_independent_evaluation(evaluated):
 def test_the_comparison_stands_in_json_csv_and_terminal_the_baseline_first(evaluated):
     start, said, table = evaluated.checkpoints[0], evaluated.said.getvalue(), evaluated.table
     rows = {(row["name"], row["figure"]): row for row in table}
+    setting = {name: entry["name"] for entry in evaluated.settings for name in entry["checkpoints"]}
     assert len(table) == len(rows) == 5 * len(ev.METRICS)  # no two names alike
     assert evaluated.content["baseline"] == start["name"] == "start"
     for checkpoint, file in zip(evaluated.checkpoints, EVALUATED, strict=True):
@@ -279,12 +282,59 @@ def test_the_comparison_stands_in_json_csv_and_terminal_the_baseline_first(evalu
             if checkpoint is not start and entry["value"] is not None:
                 assert entry["difference"] == entry["value"] - start["figures"][figure]["value"]
                 assert "threshold" in figure or (low <= 0 <= high) is (entry["verdict"] == "not distinguishable")
-        assert checkpoint is start or f"{name} against start: {ev.describe(figures)}." in said
+        alike = [other for other in setting if setting[other] == setting[name]]
+        if checkpoint is not start and len(alike) == 1:
+            assert f"{setting[name]} ({name}) against start: {ev.describe(figures)}." in said
     assert "57 images of 17 people in 8 families, on cpu:" in said
     assert "warning: 1 images are the same as another of their ID; each is used once" in said
     assert "warning: 1 people have no crop; their pairs are not tested" in said
     assert "OVERLAP: leak has seen 2 of the test people" in said
     assert f"Validation would have chosen: {evaluated.content['chosen_by_validation']}" in said
+
+
+def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_from_epoch_0(evaluated):
+    assert [setting["name"] for setting in evaluated.settings] == ["start", "10 %", "20 %", "30 %"]
+    names = evaluated.settings[2]["checkpoints"]
+    assert (names[0], names[1][:2], evaluated.content["chosen_by_validation"]) == ("b", "a+", "20 %")
+    runs = [checkpoint["figures"] for checkpoint in evaluated.checkpoints if checkpoint["name"] in names]
+    for name, entry in evaluated.settings[2]["figures"].items():
+        values = [run[name]["value"] for run in runs]
+        if None in values:  # at operating points: other/a.pth has none
+            assert entry["value"] is entry["range"] is entry["difference"] is None
+        else:
+            assert [entry["value"], *entry["range"]] == pytest.approx([np.mean(values), min(values), max(values)])
+            assert entry["difference"] == pytest.approx(np.mean([run[name]["difference"] for run in runs]))
+    assert f"20 % ({', '.join(names)}) against start: " in evaluated.said.getvalue()
+    pairs = [*csv.DictReader((evaluated.out / "start" / "pair_scores.csv").read_text().splitlines())]
+    for point, (threshold, purpose) in ev.OPERATING_POINTS.items():
+        t, figures = START_THRESHOLDS[f"val_{threshold}"], evaluated.settings[0]["figures"]
+        for name, kind, at_least in (("twin_fmr", "twin", True), ("fnmr", "genuine", False)):
+            wrong = [(float(row["score"]) >= t) is at_least for row in pairs if row["kind"] == kind]
+            assert figures[f"{name}_{point}"]["value"] == pytest.approx(np.mean(wrong))
+        rates = [figures[f"{rate}_{point}"] for rate in ("twin_fmr", "general_fmr", "fnmr")]
+        spelt = ["{:.3g} [{:.3g}, {:.3g}]".format(*(100 * x for x in (r["value"], *r["interval"]))) for r in rates]
+        words = "twin FMR {} %, general FMR {} %, FNMR {} %".format(*spelt)
+        assert f"At the threshold that gave its validation people {purpose}: {words}." in evaluated.said.getvalue()
+
+
+def test_settings_are_told_apart_and_named_by_every_value_that_differs():
+    def names(*configs):
+        runs = [result(f"r{i}", {"config": tuned(**config)}, auc=0.8 + i / 10) for i, config in enumerate(configs)]
+        return [setting.name for setting in ev.group_settings([result("start", auc=0.7), *runs])][1:]
+
+    low, high = {"learning_rate": 1e-4}, {"learning_rate": 1e-3}
+    assert names(low, high) == ["learning_rate 0.0001", "learning_rate 0.001"]
+    both = ["full, learning_rate 0.0001", "frozen, learning_rate 0.001"]
+    assert names({**low, "freeze_backbone": False}, high) == both
+    assert names({"seed": 1}, {"seed": 2}) == ["r0"]  # one setting, and nothing to tell it from
+    assert names({"seed": 1}, {"seed": 1, "n_train_pairs": 9}) == ["r0", "r1"]  # such as two epochs of a run
+    a, b = (result(name, {"config": tuned(seed=i)}, auc=0.8 + i / 100) for i, name in enumerate("ab"))
+    start = result("start", auc=0.7)
+    _, setting = ev.group_settings([start, a, b])
+    entry, samples = setting.figures["auc"], [r.estimate.samples["auc"] for r in (start, a, b)]
+    assert (entry["value"], entry["range"]) == (pytest.approx(0.805), [0.8, 0.81])
+    paired = np.percentile((samples[1] + samples[2]) / 2 - samples[0], (2.5, 97.5))
+    assert entry["difference_interval"] == pytest.approx([*paired])
 
 
 def test_pictures_are_there_and_labelled_and_the_hardest_pairs_are_mistakes_the_worst_first(evaluated):
@@ -296,17 +346,26 @@ def test_pictures_are_there_and_labelled_and_the_hardest_pairs_are_mistakes_the_
             assert 0.002 < (np.asarray(picture.convert("L")) < 200).mean() < 0.9, name
         for axes in figure.axes if name != "hardest_pairs.png" else ():
             labels = [label.get_text() for label in axes.get_yticklabels()]
-            assert all([axes.get_title(), axes.get_xlabel(), axes.get_ylabel() or all(labels)])
-    titles = [axes.get_title() for axes in evaluated.figures["b", "hardest_pairs.png"].axes]
-    for kind, accepted, part in (("twin", "1", titles[:8]), ("genuine", "0", titles[8:])):
+            below = figure.axes[-1] if name == "data_percentage.png" else axes  # panels with a common x axis
+            assert all([figure.axes[0].get_title(), below.get_xlabel(), axes.get_ylabel() or all(labels)])
+    grid = evaluated.figures["b", "hardest_pairs.png"].axes
+    titles, headings = [axes.get_title() for axes in grid], [grid[0].get_title("left"), grid[8].get_title("left")]
+    parts, often = (titles[:8], titles[8:]), []
+    for kind, accepted, part, heading in zip(("twin", "genuine"), "10", parts, headings, strict=True):
         pairs = [row for row in evaluated.pairs if row["kind"] == kind]
         scores = [float(row["score"]) for row in pairs if row["accepted_at_eer"] == accepted]
-        assert f": {len(scores)} of {len(pairs)} pairs" in part[0]
+        assert f": {len(scores)} of {len(pairs)} pairs" in heading
+        for crop, times, of in re.findall(r"; (\S+) is in (\d+) of its (\d+): look at it", heading):
+            its = [row for row in pairs if any(row[path].endswith(crop) for path in ("path_1", "path_2"))]
+            mistakes = [row for row in its if row["accepted_at_eer"] == accepted]
+            assert (len(mistakes), len(its)) == (int(times), int(of))
+            often.append(crop)
         shown = [float(text) for text in re.findall(r"score (-?[\d.]+)", "\n".join(part))]
         assert shown == sorted(shown, reverse=kind == "twin")
         assert shown[0] == round(max(scores) if kind == "twin" else min(scores), 3)
         crops = [crop for title in part if title for crop in title.splitlines()[-1].split(" | ")]
         assert len(set(crops)) == len(crops) == 2 * len(shown)
+    assert often
 
 
 def result(name, facts=None, **figures):
@@ -316,9 +375,8 @@ def result(name, facts=None, **figures):
 
 def table_of(*results):
     """The lines of the terminal's table, the first result being the baseline."""
-    checkpoints = [{"figures": ev.compare(r.estimate, results[0].estimate)} for r in results]
-    content = {"checkpoints": checkpoints, "chosen_by_validation": ev.chosen_by_validation(results)}
-    return ev.comparison_table(results, content).splitlines()
+    settings = ev.group_settings(results)
+    return ev.comparison_table(settings, ev.chosen_by_validation(settings)).splitlines()
 
 
 def test_table_marks_the_best_says_what_got_worse_and_what_validation_chose_of_those_that_share_its_people():
@@ -332,8 +390,8 @@ def test_table_marks_the_best_says_what_got_worse_and_what_validation_chose_of_t
     assert "choosing by it would be selection on the test set" in lines[-2]
     validated = (("a", 0.8, "xy"), ("b", 0.9, "yx"), ("c", 1.0, "z"))
     a, b, c = (result(n, {"metrics": {"val_auc": x}, "config": tuned(val_ids=ids)}) for n, x, ids in validated)
-    assert ev.chosen_by_validation([first, b, a]) == "b"
-    assert ev.chosen_by_validation([first, a, b, c]) is ev.chosen_by_validation([first, a]) is None
+    chosen = [ev.chosen_by_validation(ev.group_settings(few)) for few in ([first, b, a], [first, a, b, c], [first, a])]
+    assert chosen == ["b", None, None]
     assert table_of(a, c)[-1] == "No common validation to choose by."
 
 

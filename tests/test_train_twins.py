@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 import net
 import train_twins
+import triplet_dataset
 from tests.conftest import (
     FAMILIES,
     GROUPED,
@@ -129,24 +131,19 @@ def test_an_image_is_embedded_once_per_step(experiment, passes, mode, steps):
     assert max(images) <= len(trainer.train_set.images.paths) < 3 * 8
 
 
-def test_a_frozen_backbone_runs_once_per_image_and_its_features_serve_later_runs(experiment, run, passes):
-    assert run("--freeze_backbone --epochs 3", "first")[0] == 0
+def test_a_frozen_backbone_runs_once_per_image_for_all_runs_on_the_same_people(experiment, passes):
+    trainer = TwinTrainer(parse_args(experiment.flags("--freeze_backbone --epochs 3", "first")))
+    trainer.train()
     assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
     passes["backbone"].clear()
-    assert run("--freeze_backbone --train_percentage 50 --margin 0.2 --seed 3 --split_seed 5", "second")[0] == 0
+    flags = "--freeze_backbone --train_percentage 50 --margin 0.2 --seed 3 --split_seed 5"
+    TwinTrainer(parse_args(experiment.flags(flags, "second")), trainer.people).train()
     assert passes["backbone"] == []
-
-
-def test_another_checkpoint_and_changed_crops_get_features_of_their_own(experiment, run, passes):
-    assert run("--freeze_backbone", "first")[0] == 0
     model = net.load_checkpoint(experiment.start)
     model.input_layer[0].weight.data[0, 0, 0, 0] += 0.1
-    net.save_checkpoint(experiment.start, model)
-    for name, change in (("checkpoint", lambda: None), ("crops", experiment.change_a_crop)):
-        passes["backbone"].clear()
-        change()
-        assert run("--freeze_backbone", name)[0] == 0
-        assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
+    net.save_checkpoint(experiment.start, model)  # another backbone has features of its own
+    TwinTrainer(parse_args(experiment.flags("--freeze_backbone", "third")), trainer.people).train()
+    assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
 
 
 def test_weight_decay_spares_batchnorm_prelu_and_biases(tiny_model):
@@ -527,14 +524,82 @@ def test_overwrite_replaces_a_run(experiment, run, interrupt):
     assert not (experiment.folder / "logs" / "run" / "last.pth").exists()
 
 
-def test_runs_that_share_their_people_are_what_each_is_alone(experiment, run):
-    people = None
-    for name, flags in (("a", "--freeze_backbone"), ("b", ""), ("c", "--freeze_backbone --seed 2")):
-        trainer = TwinTrainer(parse_args(experiment.flags(flags, f"shared_{name}")), people)
-        log = trainer.train()
-        people = trainer.people
-        assert without_timing(log) == without_timing(run(flags, name)[1])
-        assert_equal_weights(experiment.weights(f"shared_{name}"), experiment.weights(name))
+# ---- several runs in one command ------------------------------------------------------------------------------------
+SWEEP = "--freeze_backbone False True --margin 0.3 0.2 --seed 2 1"
+SWEPT = [f"{mode}_100pct_margin{x}_seed{seed}" for mode in ("frozen", "full") for x in (0.2, 0.3) for seed in (1, 2)]
+
+
+def summary(out):
+    """(the rows of the table at the end, the command behind it) of what several runs have printed."""
+    lines = out.splitlines()
+    rows = lines[next(i for i, line in enumerate(lines) if line.startswith("run ")) + 1 : -2]
+    return [row.split() for row in rows], shlex.split(lines[-1])
+
+
+def test_every_combination_is_run_as_it_would_be_alone_the_cheapest_first(experiment, run, capsys):
+    assert train_twins.main(experiment.flags(SWEEP, "")) == 0
+    rows, command = summary(capsys.readouterr().out)
+    assert [row[0] for row in rows] == SWEPT
+    checkpoints = [experiment.log(name)["best_checkpoint"] for name in SWEPT]
+    assert command == ["python", "evaluate_twins.py", "--checkpoints", str(experiment.start), *checkpoints]
+    for name, row in zip(SWEPT, rows, strict=True):
+        mode, _, margin, seed = name.split("_")
+        flags = f"--freeze_backbone {mode == 'frozen'} --margin {margin[6:]} --seed {seed[4:]}"
+        log = run(flags, f"alone_{name}")[1]
+        assert without_timing(experiment.log(name)) == without_timing(log)
+        assert_equal_weights(experiment.weights(name), experiment.weights(f"alone_{name}"))
+        best = log["epochs"][log["best_epoch"]]
+        assert row[1:] == [str(best["epoch"]), *(f"{best[f'val_{x}']:.4f}" for x in ("eer", "auc", "general_auc"))]
+
+
+def test_several_runs_need_their_crops_and_backbone_features_once(experiment, passes, monkeypatch, capsys):
+    read, opened = triplet_dataset.read_crop, []
+    monkeypatch.setattr(triplet_dataset, "read_crop", lambda path: opened.append(path) or read(path))
+    assert train_twins.main(experiment.flags("--freeze_backbone --train_percentage 50 100 --margin 0.2 0.3", "")) == 0
+    assert sum(passes["backbone"]) == len(opened) == sum(map(sum, FAMILIES))
+    assert [row[0] for row in summary(capsys.readouterr().out)[0]][::2] == [
+        f"frozen_{n}pct_margin0.2" for n in (50, 100)
+    ]
+
+
+def test_a_failed_run_of_several_is_named_the_others_go_on_and_resume_makes_up_for_it(experiment, capsys):
+    in_the_way = experiment.folder / "logs" / SWEPT[1] / "config.json"
+    in_the_way.mkdir(parents=True)
+    assert train_twins.main(experiment.flags(SWEEP, "")) == 1
+    out, error = capsys.readouterr()
+    assert [row[0] for row in summary(out.split("FAILED")[0])[0]] == [name for name in SWEPT if name != SWEPT[1]]
+    assert f"FAILED: {SWEPT[1]}, for the reason above; --resume tries it again" in out
+    assert error.startswith(f"{SWEPT[1]}: {in_the_way}: Is a directory")
+    before = {path: content for path, content in experiment.files().items() if SWEPT[1] not in str(path)}
+    in_the_way.rmdir()
+    assert train_twins.main(experiment.flags(f"{SWEEP} --resume", "")) == 0
+    assert [row[0] for row in summary(capsys.readouterr().out)[0]] == SWEPT
+    assert before.items() <= experiment.files().items()
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(experiment, interrupt, capsys):
+    flags = "--freeze_backbone True False --epochs 3"
+    names = ["frozen_100pct_margin0.3", "full_100pct_margin0.3"]
+    interrupt(flags, 5, name="")
+    assert "interrupted; what was done is saved, --resume goes on" in capsys.readouterr().err
+    assert train_twins.main(experiment.flags(f"{flags} --resume", "")) == 0
+    got = [(without_timing(experiment.log(name)), experiment.weights(name)) for name in names]
+    assert train_twins.main(experiment.flags(f"{flags} --overwrite", "")) == 0
+    for name, (log, weights) in zip(names, got, strict=True):
+        assert without_timing(experiment.log(name)) == log
+        assert_equal_weights(experiment.weights(name), weights)
+
+
+def test_several_runs_are_refused_as_a_whole_before_the_first_begins(experiment, run, refusal):
+    assert run(SWEEP, "one_name")[0] == 2
+    assert "--run_name one_name: names one run; 8 runs get names of their own" in refusal()
+    assert train_twins.main(experiment.flags("--freeze_backbone False", "")) == 0
+    before = experiment.files()
+    assert train_twins.main(experiment.flags("--freeze_backbone True False", "")) == 2
+    assert "full_100pct_margin0.3: this run is there" in refusal()
+    assert train_twins.main(experiment.flags(f"{SWEEP} --aligned_json missing.json", "")) == 2
+    assert refusal().startswith("--aligned_json missing.json: ")
+    assert experiment.files() == before
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
