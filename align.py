@@ -4,8 +4,8 @@
     python align.py --pairs train_twin_id_pairs.json      # only the people of these pairs
     python align.py --landmarks landmarks.json            # your own landmarks; no detector is loaded
 
-Landmarks -> least-squares similarity to the ArcFace template -> crop. Every crop carries a key of its source, so a
-repeated run only does what is new; alignment_report.json and alignment_sheet.png beside them say what became of each.
+Landmarks -> least-squares similarity to the ArcFace template -> crop, which carries a key of its source, so a repeated
+run only does what is new. alignment_report.json and alignment_sheet.png say what became of each photograph.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from configparser import RawConfigParser
 from contextlib import contextmanager, suppress
 from importlib.metadata import distributions
 from pathlib import Path
@@ -28,10 +29,11 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torchvision.utils import save_image
 
-from net import CROP_SIZE, InputError, Processes, progress, replacing
-from triplet_dataset import read_id_to_images, read_json, read_pairs, resolve, write_json
+from net import CROP_SIZE, InputError, Processes, progress, replacing, run_main
+from triplet_dataset import load_crops, read_id_to_images, read_json, read_pairs, resolve, write_json
 
 with suppress(ImportError):  # optional: photographs in Apple's HEIC format
     import pillow_heif
@@ -52,12 +54,10 @@ MIN_EYES = 10  # pixels between the eyes in the photograph
 WEIGHTS = "s3fd-619a316812.pth and 2DFAN4-11f355bf06.pth.tar from https://www.adrianbulat.com/downloads/python-fan/"
 
 
-# ---- geometry -------------------------------------------------------------------------------------------------------
 def five_points(landmarks):
     """5 or 68 landmarks (N, 2) -> (5, 2) float64: eye centres, nose tip, mouth corners, in the template's order.
 
-    Of 68 (the iBUG 300-W numbering), the eye centres are the means of points 36-41 and 42-47, the nose is 30, the mouth
-    corners are 48 and 54. Raises ValueError for anything else, also numbers that no photograph can hold.
+    Of 68 (iBUG 300-W), eye centres are the means of points 36-41 and 42-47. Raises ValueError for anything else.
     """
     points = np.asarray(landmarks)
     if points.shape not in ((5, 2), (68, 2)) or points.dtype.kind not in "iuf" or not (np.abs(points) < 1e6).all():
@@ -70,8 +70,7 @@ def five_points(landmarks):
 def similarity_transform(source, target):
     """(2, 3) matrix of the least-squares similarity from `source` to `target`, both (N, 2).
 
-    Rotation, uniform scale and translation without reflection, as in Umeyama (IEEE TPAMI 13(4), 1991): for points as
-    complex numbers, the regression target = a * source + b.
+    As in Umeyama (IEEE TPAMI 13(4), 1991): for points as complex numbers, the regression target = a * source + b.
     """
     source, target = source @ [1, 1j], target @ [1, 1j]
     centred = source - source.mean()
@@ -101,7 +100,6 @@ def align_face(image, landmarks):
     return cv2.resize(fine, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA)
 
 
-# ---- photographs and landmarks --------------------------------------------------------------------------------------
 def read_photo(path, long_side=None):
     """(H, W, 3) uint8 RGB array of a photograph, upright by its EXIF orientation; raises OSError or ValueError.
 
@@ -131,8 +129,8 @@ def read_photo(path, long_side=None):
 class FaceDetector:
     """Landmarks of the main face of a photograph, by the networks of the face-alignment package.
 
-    `detector(image)`: (H, W, 3) uint8 RGB -> (landmarks, several): (68, 2) float64 (x, y) in pixels of the image, or
-    None without a face; several as in `main_face`. Threads take turns. Raises InputError without package or weights.
+    `detector(image)`: (H, W, 3) uint8 RGB -> ((68, 2) float64 in pixels, or None without a face; several as in
+    `main_face`). Threads take turns. Raises InputError without package or weights.
     """
 
     def __init__(self, device="cpu"):
@@ -145,8 +143,8 @@ class FaceDetector:
                 self.network = FaceAlignment(LandmarksType.TWO_D, device=str(device), flip_input=False, compile=False)
         except (ImportError, AttributeError, TypeError) as error:
             found = ", ".join(package.version for package in distributions(name="face-alignment")) or "none"
-            remedy = 'pip install "face-alignment>=1.5", or give --landmarks'
-            raise InputError(f"face-alignment 1.5 or later is needed, found: {found} ({error}); {remedy}") from error
+            remedy = f'found: {found}; pip install "face-alignment>=1.5", or give --landmarks'
+            raise InputError(f"face-alignment 1.5 or later is needed, {remedy} ({error})") from error
         except Exception as error:  # no connection, no space, a damaged file
             remedy = f"put {WEIGHTS} into {torch.hub.get_dir()}/checkpoints, or give --landmarks"
             raise InputError(f"face-alignment's weights cannot be loaded ({error}): {remedy}") from error
@@ -169,8 +167,7 @@ class FaceDetector:
 def main_face(boxes, shape):
     """(box, several): the main face among `boxes` (N, 4: left, top, right, bottom) in an image of `shape`.
 
-    The largest area - 2 * (distance of its centre to the image's)^2, the rule of insightface's face analysis; several:
-    another has at least half its area and could be the one that was meant. (None, False) without boxes.
+    The largest area - 2 * (distance of centres)^2, insightface's rule; several: another has at least half its area.
     """
     if len(boxes) == 0:
         return None, False
@@ -183,8 +180,8 @@ def main_face(boxes, shape):
 def read_landmarks(path, images_folder):
     """{"path": [[x, y], ...] or null} -> {path: five points [[x, y], ...], or [] for a photograph without a face}.
 
-    5 or 68 points in pixels of the upright photograph at full size, or a list with those of one face. Relative paths
-    are taken from `images_folder`, that of id_to_images.json, and also from the landmark file's own.
+    5 or 68 points in pixels of the upright photograph, or a list with those of one face. Relative paths are taken from
+    `images_folder`, that of id_to_images.json, and from the landmark file's own.
     """
     expected = '{"path": [[x, y], ...] or null, ...} with 5 or 68 points per photograph'
     landmarks = {}
@@ -222,7 +219,6 @@ def find_slip(faces):
             return slip
 
 
-# ---- the stage ------------------------------------------------------------------------------------------------------
 class Job(NamedTuple):
     """One photograph of one person, and where its crop goes."""
 
@@ -236,17 +232,14 @@ class Job(NamedTuple):
 def align_photo(job, detector=None):
     """Make the crop of a job's photograph, with its landmarks or else those that `detector` finds.
 
-    Returns what became of it: "status" (aligned; or without a crop: no face, too small, poor fit, no landmarks,
-    unreadable), "reason" for having no crop, "flag" (several faces, nearly black, nearly white, nearly constant),
-    "residual" (see `residual`), "eyes" (pixels between them at full size), "key". The crop, a PNG, carries the same.
+    Returns what became of it, which the crop, a PNG, also carries: "status"; "reason" for having no crop; "flag"
+    (what to look at); "residual" (see there); "eyes" (pixels between them at full size); "key".
     """
     facts = {"status": "aligned", "reason": "", "flag": "", "residual": None, "eyes": None, "key": job.key}
 
     def left_out(status, reason):
         return facts | {"status": status, "reason": reason}
 
-    if job.key is None:
-        return left_out("unreadable", "no such file")
     if job.landmarks is None and detector is None:
         return left_out("no landmarks", "not in the landmark file")
     try:
@@ -281,14 +274,12 @@ def align_photo(job, detector=None):
     return facts
 
 
-def previous(job, earlier):
-    """What an earlier run made of a job with the same key, by its crop or `earlier`, {key: entry of the report}."""
+def previous(job):
+    """What an earlier run made of a job with the same key, as its crop tells; None without such a crop."""
     with suppress(Exception), Image.open(job.target) as crop:  # whatever fails here is no crop of ours
         facts = json.loads(crop.info["alignment"])
         crop.load()  # a damaged one is made anew
-        if facts["key"] == job.key:
-            return facts | {"status": "already done"}
-    return earlier.get(job.key)
+        return facts | {"status": "already done"} if facts["key"] == job.key else None
 
 
 def file_name(text):
@@ -313,13 +304,9 @@ def plan(id_to_images, folder, landmarks, home):
     """The Jobs of all photographs of {ID: [path, ...]}; crops go to `folder`/<ID>/<stem>.png.
 
     landmarks: of read_landmarks, {} to detect them. Keys hold sources as seen from `home`: a data set can be moved.
-    Raises InputError for IDs that differ in case alone: where case does not count their folders would be one.
     """
-    jobs, alike = [], {}
+    jobs = []
     for identity, sources in id_to_images.items():
-        other = alike.setdefault(identity.casefold(), identity)
-        if other != identity:
-            raise InputError(f"IDs {other!r} and {identity!r} differ in case alone; rename one")
         for source, name in file_names(dict.fromkeys(sources), home).items():
             points, key = landmarks.get(source), None
             if os.path.isfile(source):
@@ -330,44 +317,27 @@ def plan(id_to_images, folder, landmarks, home):
     return jobs
 
 
-def contact_sheet(report, columns=10, limit=100):
-    """A PIL picture of what to look at: photographs that were left out, then crops, the largest residual first."""
-    worst = sorted(report, key=lambda entry: (entry["crop"] is not None, -(entry["residual"] or 0)))[:limit]
-    width, height = CROP_SIZE + 8, CROP_SIZE + 44
-    sheet = Image.new("RGB", (columns * width, max(1, -(-len(worst) // columns)) * height), "lightgrey")
-    draw = ImageDraw.Draw(sheet)
-    for i, entry in enumerate(worst):
-        x, y = i % columns * width + 4, i // columns * height + 2
-        if entry["crop"]:
-            sheet.paste(Image.open(entry["crop"]), (x, y))
-        lines = entry["id"], Path(entry["source"]).name, f"{entry['residual'] or entry['status']} {entry['flag']}"
-        text = "\n".join(ascii(line)[1:-1][-18:] for line in lines)
-        draw.text((x, y + CROP_SIZE), text, "black" if entry["crop"] else "firebrick", spacing=1)
-    return sheet
-
-
 def write_report(mapping, report, folder):
-    """Write alignment_report.json and alignment_sheet.png, and print what became of the photographs."""
+    """Write alignment_report.json and a picture of the worst crops, and print what became of the photographs."""
     totals = Counter(word for entry in report for word in (entry["status"], *entry["flag"].split(", ")) if word)
-    write_json(Path(folder, "alignment_report.json"), {"totals": totals, "photographs": report})
-    with replacing(Path(folder, "alignment_sheet.png")) as temporary:
-        contact_sheet(report).save(temporary, "PNG")
+    sheet = sorted((-entry["residual"], entry["crop"]) for entry in report if entry["crop"])[:100]  # row by row
+    sheet = [crop for _, crop in sheet]
+    write_json(Path(folder, "alignment_report.json"), {"totals": totals, "sheet": sheet, "photographs": report})
+    if sheet:
+        with replacing(Path(folder, "alignment_sheet.png")) as temporary:
+            save_image(load_crops(sheet).pixels.permute(0, 3, 1, 2) / 255, temporary, "png", nrow=10)
     counts = ", ".join(f"{n} {what}" for what, n in totals.items())
     print(f"{len(report)} photographs of {len(mapping)} people: {counts}; see {folder}/alignment_report.json")
     for entry in [entry for entry in report if not entry["crop"]][:5]:
         print(f"  left out, {entry['status']}: {entry['source']!r} ({entry['reason']})")
-    empty = [repr(name) for name, crops in mapping.items() if not crops]
-    if empty:
-        print(f"  {len(empty)} people have no crop, so their pairs will be skipped: {', '.join(empty[:5])}")
 
 
 def align_files(args, pairs_flag="pairs", processes=None):
     """The whole stage, from files to files: align, write the mapping and the report, print the totals.
 
     args: the flags of `add_alignment_arguments`; `pairs_flag` names the one for the pairs, whose people alone are then
-    aligned; the `processes` (net.Processes) share the work, the first of them writes. Returns the mapping {ID: [crop
-    path, ...]} that --aligned_json now holds, there relative to its folder. Raises InputError for wrong input and where
-    no photograph gave a crop.
+    aligned; the `processes` share the work, the first of them writes. Returns {ID: [crop path, ...]}, which
+    --aligned_json now holds, relative to its folder. Raises InputError, also where no photograph gave a crop.
     """
     processes = processes or Processes(args.device)
     photos = read_flag(args, "id_to_images", read_id_to_images)
@@ -375,14 +345,11 @@ def align_files(args, pairs_flag="pairs", processes=None):
         photos = {name: photos[name] for pair in read_flag(args, pairs_flag, read_pairs, photos)[0] for name in pair}
     home, folder = os.path.dirname(os.path.abspath(args.id_to_images)), args.aligned_folder
     landmarks = read_flag(args, "landmarks", read_landmarks, home) if args.landmarks else {}
-    jobs, earlier = plan(photos, folder, landmarks, home), {}
+    jobs = plan(photos, folder, landmarks, home)
     if landmarks and all(job.landmarks is None for job in jobs):
         raise InputError(f"{args.landmarks}: no photograph of {args.id_to_images} is in it; compare the paths")
-    with suppress(InputError, KeyError, TypeError):  # no report, or none of ours
-        entries = read_json(Path(folder, "alignment_report.json"), "a report")["photographs"]
-        earlier = {entry["key"]: entry for entry in entries if entry["status"] in ("no face", "too small", "poor fit")}
     mine, first = jobs[processes.rank :: processes.world], processes.rank == 0
-    found = {job.target: None if args.realign else previous(job, earlier) for job in mine}
+    found = {job.target: None if args.realign else previous(job) for job in mine}
     todo, detector = [job for job in mine if not found[job.target]], None
     if todo and not landmarks:
         detector = FaceDetector(processes.device)
@@ -441,6 +408,14 @@ def between(kind, low, high):
     return parse
 
 
+def boolean(text):
+    """An argparse type: True or False in any usual spelling."""
+    words = {**RawConfigParser.BOOLEAN_STATES, "t": True, "y": True, "f": False, "n": False}
+    if text.strip().lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return words[text.strip().lower()]
+
+
 @contextmanager
 def postponed_interrupt():
     """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
@@ -463,14 +438,11 @@ def add_alignment_arguments(parser, kind="train", skip=True):
     add = parser.add_argument
     add("--id_to_images", default="id_to_images.json", metavar="FILE", help='JSON {"ID": ["photograph", ...], ...}')
     add("--aligned_folder", default=f"{kind}_aligned_images", metavar="DIR", help="gets <ID>/<photograph>.png")
-    text = 'the crops, JSON {"ID": ["crop", ...], ...}; alignment writes it'
-    add("--aligned_json", default=f"id_to_{kind}_aligned_images.json", metavar="FILE", help=text)
+    add("--aligned_json", default=f"id_to_{kind}_aligned_images.json", metavar="FILE", help="JSON, lists the crops")
     if skip:
         add("--skip_alignment", action="store_true", help="take the crops that --aligned_json lists")
-        text = "of the networks of CVLface (keys net.*) without a yaml beside the file; AdaFace's own take BGR"
-        add("--channels", choices=("RGB", "BGR"), help=text)
-    text = 'instead of a detector: JSON {"path": [[x, y], ...] or null, ...}, 5 or 68 points in pixels, photo upright'
-    add("--landmarks", metavar="FILE", help=text)
+        add("--channels", choices=("RGB", "BGR"), help="of CVLface's networks (keys net.*) without a yaml beside them")
+    add("--landmarks", metavar="FILE", help='JSON {"path": [[x, y], ...], ...}, 5 or 68 points: no detector')
     add("--realign", action="store_true", help="make every crop anew, also those already done")
     add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads that align")
     add("--device", default="auto", help="auto (cuda if there is one that this PyTorch serves), cuda, cuda:N or cpu")
@@ -493,33 +465,27 @@ def read_inputs(args, images_flag, pairs_flag):
 def run_script(name, work, interrupted):
     """Run `work()` as a script's main: returns its exit code.
 
-    0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`; 141 nobody reads
-    the output any more. Anything else that is raised is a bug and passes. Of torchrun's processes the first speaks,
-    but each tells what it may meet alone: a full memory, a missing file.
+    0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`. The rest is a
+    bug and passes. Of torchrun's processes the first speaks, and each of what it may meet alone: a full memory or disk.
     """
-    shared = True
+    alone = False
     try:
         work()
-        sys.stdout.flush()
         return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains about the pipe at its end
-        return 141
     except KeyboardInterrupt:
         code, message = 130, interrupted
-    except torch.OutOfMemoryError:
-        code, shared, message = (
-            2,
-            False,
-            "out of memory: lower --images_per_batch or --batch_size, or take another --device",
-        )
     except InputError as error:
         code, message = 2, str(error)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)):  # cuDNN and cuBLAS say this
+            raise
+        code, alone = 2, True
+        message = "out of memory: lower --batch_size (training: --images_per_batch), or take another --device"
     except OSError as error:
         if error.errno is None:
             raise
-        code, shared, message = 2, False, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
-    if os.environ.get("RANK", "0") == "0" or not shared:
+        code, message, alone = 2, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror))), True
+    if os.environ.get("RANK", "0") == "0" or alone:
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
@@ -538,4 +504,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

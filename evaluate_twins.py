@@ -3,15 +3,12 @@
     python evaluate_twins.py --checkpoints pretrained/adaface_ir50_ms1mv2.ckpt models/*.pth
     python evaluate_twins.py --skip_alignment --checkpoints ...       # the crops of --aligned_json are there already
 
-The score of two images is the cosine of their embeddings. Genuine pairs show one person, twin impostor pairs the two
-twins of a pair, general impostor pairs people of different families. A threshold t accepts score >= t; FMR and FNMR as
-in ISO/IEC 19795-1. Every image is embedded once, in float32. `train_twins.py` validates with the same functions.
+The score of two images is the cosine of their embeddings, float32. Genuine pairs show one person, twin impostor pairs
+two twins, general impostor pairs people of different families. A threshold t accepts score >= t; FMR and FNMR as in
+ISO/IEC 19795-1. `train_twins.py` validates with the same functions.
 """
 
-import csv
-import glob
 import os
-import signal
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +19,10 @@ import torch
 from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 
+import net
 from align import Parser, add_alignment_arguments, align_files, between, file_names, read_inputs, run_script
-from net import InputError, backbone_sha256, embed, leave, load_checkpoint, pick_device, progress, replacing
-from triplet_dataset import People, TwinImages, write_json
+from net import InputError, progress
+from triplet_dataset import People, TwinImages, write_csv, write_json
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
@@ -42,7 +40,6 @@ SETTINGS = ("freeze_backbone", "train_percentage", "margin", "distance", "images
 SETTINGS += ("quadruplet_weight", "drift_weight", "learning_rate", "schedule", "weight_decay", "monitor", "patience")
 SETTINGS += ("used_precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256")
 GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
-SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")  # of the checkpoints in a folder
 MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
 # Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -52,7 +49,6 @@ PICTURE_STYLE |= {"lines.markersize": 4, "grid.alpha": 0.3, "legend.frameon": Fa
 PICTURE_STYLE |= {"text.parse_math": False}  # a name may hold dollar signs
 
 
-# ---- pairs and metrics ----------------------------------------------------------------------------------------------
 class Pairs:
     """Image pairs of one kind by ascending score: `scores` (K,), and `code` (K,), the family or families of each."""
 
@@ -72,15 +68,14 @@ def verification_metrics(genuine, twin, general, weightings, applied=None):
     """{name: (R,) float64} of the metrics for R weightings of the families, each (F,) int: how often it counts.
 
     genuine, twin and general: Pairs, whose codes are f, f and f * F + g for families f and g. A general pair counts
-    w_f * w_g times, so copies of one family are no strangers. applied: {name: threshold} that other people gave. NaN
-    where a weighting leaves none of the pairs needed.
+    w_f * w_g times, so copies of one family are no strangers. NaN where a weighting leaves none of the pairs needed.
 
-    - "eer_threshold": the lowest score where |FMR - FNMR|, exactly compared, is least; "eer": the mean of both there.
-    - "auc", "general_auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
-    - "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
-    - "tar_at_far_<rate>": the largest 1 - FNMR whose twin FMR is no more than that.
-    - "general_threshold_<rate>": the lowest with no higher general FMR; "twin_fmr_<rate>", "general_fmr_<rate>",
-      "fnmr_<rate>": those there, and so with the name of an applied threshold.
+    "eer_threshold": the lowest score where |FMR - FNMR|, exactly compared, is least; "eer": the mean of both there.
+    "auc", "general_auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
+    "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
+    "tar_at_far_<rate>": the largest 1 - FNMR whose twin FMR is no more than that. "general_threshold_<rate>": the
+    lowest with no higher general FMR. "twin_fmr_<name>", "general_fmr_<name>", "fnmr_<name>": the rates at a general
+    threshold, named by its rate, and at those of `applied`, {name: threshold that other people gave}.
     """
     thresholds = np.append(np.unique(np.concatenate([genuine.scores, twin.scores])), np.inf)
     genuine_at, twin_at = (np.searchsorted(pairs.scores, thresholds) for pairs in (genuine, twin))
@@ -126,10 +121,9 @@ class Estimate(NamedTuple):
 class TwinEvaluator:
     """Scores and metrics of networks on the image pairs of one TwinImages.
 
-    `rows` {"genuine", "twin", "general": (K, 2) int64} number the images of each pair; every unordered pair stands
-    once. General pairs are all that there are, or GENERAL_PAIRS drawn from the seed if there are more (`drawn`).
-    `counts`: of images, pairs of each kind and families with images. All networks meet the same `resamples` bootstrap
-    resamples of the families, so differences are paired. Raises InputError without a genuine or a twin pair.
+    `rows` {"genuine", "twin", "general": (K, 2) int64}: the images of each unordered pair; of general pairs all, or
+    GENERAL_PAIRS drawn from the seed if there are more (`drawn`). `counts`: of images, pairs by kind, families. All
+    networks meet the same `resamples` of the families. Raises InputError without a genuine or a twin pair.
     """
 
     def __init__(self, images, seed=42, resamples=1000):
@@ -165,10 +159,7 @@ class TwinEvaluator:
         return verification_metrics(*(Pairs(scores[kind], code) for kind, code in codes.items()), weightings, applied)
 
     def figures(self, scores, applied=None):
-        """{name: float or None} of all metrics, each family counting once; a rate takes at least 1/rate impostors.
-
-        applied: thresholds {a name of OPERATING_POINTS: float} found on other people.
-        """
+        """{name: float or None} of all metrics, each family counting once; a rate takes at least 1/rate impostors."""
         figures = {}
         for name, (value,) in self._metrics(scores, np.ones((1, self.counts["families"]), np.int64), applied).items():
             rate, impostors = name.rpartition("_")[2], self.counts["twin" if name.startswith("tar") else "general"]
@@ -184,25 +175,29 @@ class TwinEvaluator:
         return Estimate(self.figures(scores, applied), self._metrics(scores, weights, applied))
 
 
-# ---- intervals and verdicts -----------------------------------------------------------------------------------------
 def interval(samples):
     """[low, high], the 95 % percentile interval of bootstrap samples (R,), or None without finite ones."""
     return [float(x) for x in np.nanpercentile(samples, (2.5, 97.5))] if np.isfinite(samples).any() else None
 
 
-def compare(estimate, baseline=None):
+def compare(estimates, baseline=None):
     """{name: {"value", "interval"}}, with a baseline also "difference", "difference_interval" and "verdict".
 
-    The difference is taken on the same resamples of families. The one rule for better and worse: its 95 % interval
-    excludes zero. "too few families to say" has no interval, "not measured" no figure; a threshold has no verdict.
+    estimates: of one network, or of several, then their means and the "range" of the value. The one rule for better and
+    worse: the difference's 95 % interval, on the same resamples of families, excludes zero. A threshold has no verdict.
     """
     result = {}
-    for name, value in estimate.figures.items():
-        known = value is not None and estimate.samples is not None
-        entry = result[name] = {"value": value, "interval": interval(estimate.samples[name]) if known else None}
+    for name in estimates[0].figures:
+        values = [estimate.figures[name] for estimate in estimates]
+        value = None if None in values else sum(values) / len(values)
+        known = value is not None and estimates[0].samples is not None
+        samples = np.mean([estimate.samples[name] for estimate in estimates], 0) if known else np.array([])
+        entry = result[name] = {"value": value, "interval": interval(samples)}
+        if len(estimates) > 1:
+            entry["range"] = None if value is None else [min(values), max(values)]
         if baseline is not None:
             both = value is not None and baseline.figures[name] is not None
-            change = interval(estimate.samples[name] - baseline.samples[name]) if both and known else None
+            change = interval(samples - baseline.samples[name]) if both and known else None
             verdict = "too few families to say" if both else "not measured"
             if change:
                 better = "worse" if (change[0] > 0) == name.startswith(LOWER_IS_BETTER) else "better"
@@ -218,13 +213,13 @@ def spell(value, bounds, form, scale=1):
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" if bounds else numbers[0]
 
 
-def describe(comparison, separator=", "):
+def describe(comparison):
     """What a comparison with the start says of twins and of everyone else, as text: the verdicts on both AUCs."""
     words = []
     for name, people in (("auc", "twins"), ("general_auc", "everyone else")):
         change, bounds, verdict = (comparison[name][key] for key in ("difference", "difference_interval", "verdict"))
         words.append(f"{verdict} on {people}" + ("" if change is None else f" (AUC {spell(change, bounds, '+.4f')})"))
-    return separator.join(words)
+    return ", ".join(words)
 
 
 class Result(NamedTuple):
@@ -232,7 +227,8 @@ class Result(NamedTuple):
 
     name: str
     checkpoint: str
-    facts: dict  # what the checkpoint says of its training, {} for upstream's
+    config: dict  # of its training, {} for upstream's
+    validation: dict  # the figures of its validation people, or {}
     scores: dict  # see TwinEvaluator.score
     estimate: Estimate
     overlap: list  # test IDs that the checkpoint was trained or validated on
@@ -244,66 +240,41 @@ class Setting(NamedTuple):
     name: str
     parts: dict  # what tells it from the other settings, {name of SETTINGS: its value in words}
     results: list
-    figures: dict  # see `compare`: the means of theirs against the baseline; "range": their lowest and highest value
-
-
-def mean_estimate(estimates):
-    """The Estimate of the mean figures of several networks on the same people; None where one is None."""
-    figures = {key: [estimate.figures[key] for estimate in estimates] for key in METRICS}
-    figures = {key: None if None in values else sum(values) / len(values) for key, values in figures.items()}
-    samples = [estimate.samples for estimate in estimates]
-    return Estimate(figures, samples[0] and {key: np.mean([one[key] for one in samples], 0) for key in METRICS})
+    figures: dict  # of `compare`: their means against the baseline
 
 
 def group_settings(results):
     """[Setting, ...] of Results, named by what differs among them; the first result, the baseline, stands alone."""
-    groups, settings = {}, []
+    groups, settings, seen = {}, [], Counter()
     for result in results:
-        config = result.facts.get("config")
-        key = repr([config.get(name) for name in SETTINGS]) if config and groups else result.name
-        while config and config.get("seed") in [other.facts["config"].get("seed") for other in groups.get(key, [])]:
-            key += "+"  # two with one seed, such as two epochs of a run, differ in more than the seed
-        groups.setdefault(key, []).append(result)
-    configs = [result.facts["config"] for result in results if result.facts.get("config")]
-    differing = [name for name in SETTINGS if len({repr(config.get(name)) for config in configs}) > 1]
+        key = repr([result.config.get(name) for name in SETTINGS]) if result.config and groups else result.name
+        seen[key, result.config.get("seed")] += 1  # two with one seed, such as two epochs of a run, differ in more
+        groups.setdefault((key, seen[key, result.config.get("seed")]), []).append(result)
+    values = {key: {repr(result.config.get(key)) for result in results if result.config} for key in SETTINGS}
     for group in groups.values():
-        config, parts = group[0].facts.get("config"), {}
-        for key in differing if config else ():
-            value = config.get(key)
-            words = {"freeze_backbone": "frozen" if value else "full", "train_percentage": f"{value} %"}
-            parts[key] = words.get(key) or f"{key} {str(value)[-24:]}"
+        config = group[0].config
+        words = {"freeze_backbone": "frozen" if config.get("freeze_backbone") else "full"}
+        words["train_percentage"] = f"{config.get('train_percentage')} %"
+        keys = [key for key in SETTINGS if config and len(values[key]) > 1]
+        parts = {key: words.get(key, f"{key} {str(config.get(key))[-24:]}") for key in keys}
         name = ", ".join(parts.values())
         named = settings and name and name not in [setting.name for setting in settings]
-        figures = compare(mean_estimate([r.estimate for r in group]), results[0].estimate if settings else None)
-        for key, entry in figures.items():
-            values = [result.estimate.figures[key] for result in group]
-            entry["range"] = None if None in values else [min(values), max(values)]
+        figures = compare([result.estimate for result in group], results[0].estimate if settings else None)
         settings.append(Setting(name if named else group[0].name, parts, group, figures))
     return settings
 
 
 def chosen_by_validation(settings):
     """The name of the setting with the highest mean validation AUC; None unless two or more share validation people."""
-    means, people = {}, set()
-    for setting in settings:
-        if all(result.facts.get("metrics", {}).get("val_auc") for result in setting.results):
-            means[setting.name] = np.mean([result.facts["metrics"]["val_auc"] for result in setting.results])
-            people |= {tuple(sorted(result.facts["config"].get("val_ids", []))) for result in setting.results}
+    known = [s for s in settings if all(result.validation.get("val_auc") for result in s.results)]
+    people = {tuple(sorted(result.config.get("val_ids", []))) for setting in known for result in setting.results}
+    means = {setting.name: np.mean([r.validation["val_auc"] for r in setting.results]) for setting in known}
     return max(means, key=means.get) if len(means) > 1 and len(people) == 1 else None
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-def write_csv(path, rows):
-    """Write dicts with the same keys as a table, atomically."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
 
 
 def write_result(folder, evaluator, result, crops, home, flip):
     """metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`; paths as seen from `home`."""
-    content = {"checkpoint": result.checkpoint, "counts": evaluator.counts, "figures": compare(result.estimate)}
+    content = {"checkpoint": result.checkpoint, "counts": evaluator.counts, "figures": compare([result.estimate])}
     content |= {"general_pairs_drawn": evaluator.drawn, "flip": flip, "overlap": result.overlap}
     write_json(folder / "metrics.json", content)
     images, threshold, table = evaluator.images, result.estimate.figures["eer_threshold"], []
@@ -322,15 +293,14 @@ def write_result(folder, evaluator, result, crops, home, flip):
 
 def write_comparison(folder, results, settings):
     """comparison.json, whose content is returned, its table and pictures; the first result is the baseline."""
-    entries, table, content = [], [], {"baseline": results[0].name}
-    content |= {"chosen_by_validation": chosen_by_validation(settings), "settings": [], "checkpoints": entries}
-    for setting in settings:
-        names = [result.name for result in setting.results]
-        content["settings"].append({"name": setting.name, "checkpoints": names, "figures": setting.figures})
+    entries, table = [], []
+    summaries = [{"name": s.name, "checkpoints": [r.name for r in s.results], "figures": s.figures} for s in settings]
+    content = {"baseline": results[0].name, "chosen_by_validation": chosen_by_validation(settings)}
+    content |= {"settings": summaries, "checkpoints": entries}
     for result in results:
-        figures = compare(result.estimate, None if result is results[0] else results[0].estimate)
+        figures = compare([result.estimate], None if result is results[0] else results[0].estimate)
         entry = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
-        entries.append({**entry, "validation": result.facts.get("metrics", {}), "figures": figures})
+        entries.append({**entry, "validation": result.validation, "figures": figures})
         for name, figure in figures.items():
             row = {**entry, "overlap": len(result.overlap), "figure": name}
             for key, bounds in (("value", "interval"), ("difference", "difference_interval")):
@@ -344,7 +314,6 @@ def write_comparison(folder, results, settings):
     return content
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
 @contextmanager
 def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
     """Yield the axes (an array of several) of a picture; at the end they get a grid and, outside, a legend."""
@@ -355,28 +324,25 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
         for one in np.atleast_1d(axes).flat:
             if one.get_legend_handles_labels()[0]:
                 one.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    with replacing(path) as temporary:
+    with net.replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def plot_rates(axes, results, kind):
     """ROC ("roc") or DET ("det") of genuine against twin impostor pairs, one line per result, with its EER."""
-    lowest, bottom = 100 / len(results[0].scores["twin"]), 50.0  # a logarithmic axis has no 0: curves end at one pair
+    lowest = 100 / len(results[0].scores["twin"])  # a logarithmic axis has no 0: curves end at one pair
     for result in results:
         genuine, twin = np.sort(result.scores["genuine"]), np.sort(result.scores["twin"])
         thresholds = np.append(np.unique(np.concatenate([genuine, twin])), np.inf)
         fmr = np.maximum(100 - 100 * np.searchsorted(twin, thresholds) / len(twin), lowest)
         fnmr = 100 * np.searchsorted(genuine, thresholds) / len(genuine)
-        bottom = min(bottom, max(100 / len(genuine), fnmr[np.argmax(fmr <= 50)] / 2))
         figures, at = result.estimate.figures, [int(np.argmin(np.abs(fmr - fnmr)))]
         label = f"{result.name}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %"
         y = 100 - fnmr if kind == "roc" else fnmr
         axes.plot(fmr, y, label=label, drawstyle="steps-post", marker="o", markevery=at)
-    chance = np.geomspace(lowest, 100, 200)
-    axes.plot(chance, chance if kind == "roc" else 100 - chance, ":", color="grey", linewidth=1, label="chance")
     axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%); dot: EER")
-    limits, ylabel = ((0, 100), "true accept rate, 1 - FNMR (%)") if kind == "roc" else ((bottom, 100), "FNMR (%)")
-    axes.set(ylim=limits, yscale="linear" if kind == "roc" else "log", ylabel=ylabel, title=kind.upper())
+    scale, ylabel = ("linear", "true accept rate, 1 - FNMR (%)") if kind == "roc" else ("log", "FNMR (%)")
+    axes.set(yscale=scale, ylabel=ylabel, title=kind.upper())
     for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
         axis.set(major_formatter="{x:g}", minor_formatter=lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
 
@@ -388,7 +354,7 @@ def differences(entries):
 
 
 def plot_comparison(path, settings):
-    """The differences of all settings to the baseline with 95 % intervals, and the DET of each one's median seed."""
+    """The differences of all settings to the baseline with 95 % intervals, and the DET of each one's first seed."""
     shown = {"auc": "twin AUC", "eer": "EER", "general_auc": "general AUC", "fnmr_0.001": "FNMR at\ngeneral FMR 0.1 %"}
     with plot_figure(path, 13.0, max(4.6, 2 + 0.4 * len(settings)), 1, 2) as (left, right):
         left.plot([0, 0], [-1, len(shown)])
@@ -399,8 +365,7 @@ def plot_comparison(path, settings):
             left.hlines(y, *(100 * bounds), color=dots.get_color(), linewidth=1.2)
         left.set(yticks=range(len(shown)), yticklabels=shown.values(), ylim=(len(shown) - 0.5, -0.5))
         left.set(title=f"difference to {settings[0].name}", xlabel="points (0.01 of AUC), 95 % interval")
-        seeds = [sorted(s.results, key=lambda r: r.estimate.figures["eer"])[len(s.results) // 2] for s in settings]
-        plot_rates(right, [seed._replace(name=s.name) for seed, s in zip(seeds, settings, strict=True)], "det")
+        plot_rates(right, [setting.results[0]._replace(name=setting.name) for setting in settings], "det")
 
 
 def plot_distributions(path, result):
@@ -413,10 +378,10 @@ def plot_distributions(path, result):
             axes.plot(np.linspace(low, 1, 80), share, label=label, drawstyle="steps-mid")
         for name, what in (("eer_threshold", "twin EER"), ("general_threshold_0.001", "general FMR 0.1 %")):
             if (at := result.estimate.figures[name]) is not None:
-                text = f"threshold at {what}\nFNMR {100 * (scores['genuine'] < at).mean():.1f} %"
-                text += f", twin FMR {100 * (scores['twin'] >= at).mean():.1f} %"
-                if len(scores["general"]):
-                    text += f"\ngeneral FMR {100 * (scores['general'] >= at).mean():.2g} %"
+                rates = [f"FNMR {100 * (scores['genuine'] < at).mean():.1f} %"]
+                for kind in ("twin", "general") if len(scores["general"]) else ("twin",):
+                    rates.append(f"{kind} FMR {100 * (scores[kind] >= at).mean():.2g} %")
+                text = "\n".join([f"threshold at {what}", *rates])
                 axes.axvline(at, color="black", linewidth=1, linestyle="-" if "eer" in name else "--", label=text)
         axes.set(xlim=(low, 1), yscale="log", xlabel="score (cosine similarity)", title=result.name)
         axes.set_ylabel("share of the image pairs per bin (%)")
@@ -444,7 +409,7 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
                     families.append(family)
                     place.imshow(np.concatenate([crops[a], crops[b]], 1))
                     place.set_title(f"{place.get_title()}score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
-        title = f"{result.name}: mistakes at the EER threshold {threshold:.3f}, the most confident first"
+        title = f"{result.name}: mistakes at the EER threshold {threshold:.3f}, the worst first"
         grid[0, 0].figure.suptitle(title, fontsize=9)
         for place in grid.flat:
             place.set_axis_off()
@@ -454,24 +419,23 @@ def plot_data_percentage(path, settings):
     """Differences of both AUCs to the baseline by the share of triplets: a line per setting, its seeds as a band."""
     lines, images = {}, {}
     for setting in settings[1:]:
-        config = setting.results[0].facts.get("config", {})
+        config = setting.results[0].config
         if share := config.get("train_percentage"):
-            label = ", ".join(words for key, words in setting.parts.items() if key != "train_percentage")
-            lines.setdefault(label or "all runs", []).append((share, setting.figures))
+            label = ", ".join(words for key, words in setting.parts.items() if key != "train_percentage") or "all runs"
+            lines.setdefault(label, {})[share] = setting.figures
             images[share] = f"{share} %\n{config['n_touched_images']} images"
     with plot_figure(path, 8.6, 6.2, 2) as grid:
         for axes, (name, people) in zip(grid, {"auc": "twins", "general_auc": "everyone else"}.items(), strict=True):
             axes.plot([0.8, 160], [0, 0], label=f"{settings[0].name} (baseline)")
             for number, (label, points) in enumerate(sorted(lines.items())):
-                points = sorted(points, key=lambda point: point[0])
-                entries = [figures[name] for _, figures in points]
-                share = np.array([share for share, _ in points]) * 1.04**number  # beside each other
+                entries = [points[share][name] for share in sorted(points)]
+                share = np.array(sorted(points)) * 1.04**number  # beside each other
                 change, bounds = differences(entries)
-                seeds = np.array([entry["range"] or [None, None] for entry in entries], float).T
-                seeds += change - np.array([entry["value"] for entry in entries], float)
                 (line,) = axes.plot(share, change, marker="o", label=label)
-                axes.fill_between(share, *seeds, color=line.get_color(), alpha=0.2, linewidth=0)
                 axes.vlines(share, *bounds, color=line.get_color(), linewidth=1)
+                seeds = np.array([entry.get("range") or [None, None] for entry in entries], float).T
+                start = np.array(settings[0].figures[name]["value"], float)  # None becomes NaN
+                axes.fill_between(share, *(seeds - start), color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set(xscale="log", xlim=(0.8, 160), ylabel=f"change of the AUC, {people}")
             axes.set_xticks(list(images), images.values(), fontsize=7)
             axes.set_xticks([], minor=True)
@@ -479,7 +443,6 @@ def plot_data_percentage(path, settings):
         grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 
-# ---- terminal -------------------------------------------------------------------------------------------------------
 def comparison_table(settings, chosen):
     """Text for the terminal: the figures, the differences to the baseline in words, and how not to use them."""
     columns = {"EER %": "eer", "AUC": "auc", "best acc %": "best_accuracy", "TAR@FAR1%": "tar_at_far_0.01"}
@@ -490,10 +453,8 @@ def comparison_table(settings, chosen):
         lines.append(f"{setting.name:{width}}")
         for name in columns.values():
             value = setting.figures[name]["value"]
-            known = [s.figures[name]["value"] for s in settings if s.figures[name]["value"] is not None]
-            best = len(settings) > 1 and known and value == (min if name.startswith(LOWER_IS_BETTER) else max)(known)
             text = "-" if value is None else f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
-            lines[-1] += f"  {text + ('*' if best else ' '):>11}"
+            lines[-1] += f"  {text:>11}"
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %; -: too few pairs to say.")
     for setting in settings:
         figures = setting.figures
@@ -503,9 +464,6 @@ def comparison_table(settings, chosen):
             if "worse" in [figures[name]["verdict"] for name in ("general_auc", "fnmr_0.001")]:
                 lines.append("  It got WORSE at recognising people in general.")
         for result in setting.results:
-            if "against_start" in result.facts:
-                said = describe(result.facts["against_start"])
-                lines.append(f"  The training of {result.name} said of its validation people: {said}.")
             if seen := len(result.overlap):
                 lines.append(f"OVERLAP: {result.name} has seen {seen} of the test people; it looks too good.")
         for point, (_, purpose) in OPERATING_POINTS.items():
@@ -515,12 +473,11 @@ def comparison_table(settings, chosen):
                 reached = f"twin FMR {twin} %, general FMR {general} %, FNMR {fnmr} %"
                 lines.append(f"  At the threshold that gave its validation people {purpose}: {reached}.")
     if len(settings) > 1:
-        lines.append("* best on this test set, a description: choosing by it would be selection on the test set.")
         lines.append(f"Validation would have chosen: {chosen}" if chosen else "No common validation to choose by.")
+        lines.append("Choosing by the figures above would be selection on the test set.")
     return "\n".join(lines)
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = Parser(prog="evaluate_twins.py", description="How well checkpoints tell the twins of a test set apart.")
     add = parser.add_argument
@@ -536,77 +493,60 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def list_checkpoints(names, baseline):
-    """The files among `names`, folders opened, the baseline first; each once."""
-    files = [baseline] if baseline else []
-    for name in names:
-        found = sorted(glob.glob(name)) if "*" in name else [name]  # some shells leave that to the program
-        if Path(name).is_dir():
-            found = sorted(str(p) for p in Path(name).iterdir() if p.suffix in SUFFIXES and p.name[0] != ".")
-        if not found:
-            raise InputError(f"{name}: no file ending in {', '.join(SUFFIXES)} there")
-        files += found
-    return list({os.path.abspath(file): file for file in files}.values())
-
-
 def validation_thresholds(path, facts):
-    """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, {} if none is known.
+    """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, or with one that began from it.
 
-    facts: {path: what the checkpoint says}. Those of a start are of epoch 0 of a run that began with this file.
+    facts: {path: what the checkpoint says}.
     """
-    own = facts[path].get("metrics") or {}
-    for other in facts.values() if not own else ():
-        if Path(other.get("config", {}).get("pretrained", "")).name == Path(path).name:
-            own = other.get("start_metrics", {})
-    thresholds = {name: own.get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
-    return {name: threshold for name, threshold in thresholds.items() if threshold is not None}
+    figures = facts[path].get("metrics")
+    for run in facts.values() if not figures else ():
+        if Path(run.get("config", {}).get("pretrained", "")).name == Path(path).name:
+            figures = run.get("start_metrics")
+    known = {name: (figures or {}).get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
+    return {name: threshold for name, threshold in known.items() if threshold is not None}
 
 
 def evaluate(args):
     """The whole evaluation of the command line; returns the list of Results, the baseline first."""
-    device = pick_device(args.device)
-    flag = "aligned_json" if args.skip_alignment else "id_to_images"
-    listed, pairs, notes = read_inputs(args, flag, "test_pairs")
+    device = net.pick_device(args.device)
+    listed, pairs, notes = read_inputs(args, "aligned_json" if args.skip_alignment else "id_to_images", "test_pairs")
     tested, facts, backbones, overlaps = {name for pair in pairs for name in pair}, {}, {}, {}
-    for path in list_checkpoints(args.checkpoints, args.baseline):  # before hours of alignment
-        model = load_checkpoint(path, channels=args.channels)
-        facts[path] = model.facts
-        backbones.setdefault(backbone_sha256(model), []).append(path)
-        config = model.facts.get("config", {})
+    for path in net.list_checkpoints([*filter(None, [args.baseline]), *args.checkpoints]):  # before hours of alignment
+        model = net.load_checkpoint(path, channels=args.channels)
+        facts[path], config = model.facts, model.facts.get("config", {})
+        backbones.setdefault(net.backbone_sha256(model), []).append(path)
         overlaps[path] = sorted(tested & {*config.get("train_ids", []), *config.get("val_ids", [])})
-        trained = config.get("aligned_folder")
         if overlaps[path] and not args.allow_overlap:
             who = f"{len(overlaps[path])} of the {len(tested)} test people: {', '.join(overlaps[path])}"
             raise InputError(f"{path}: was trained or validated on {who}; test on others, or say --allow_overlap")
-        if trained and not args.skip_alignment and os.path.abspath(trained) == os.path.abspath(args.aligned_folder):
-            raise InputError(f"--aligned_folder {trained}: {path} was trained from there; name another")
-    people = People(listed if args.skip_alignment else align_files(args, "test_pairs"), pairs)
+    people = People(listed if args.skip_alignment else align_files(args, "test_pairs"), pairs, notes)
     for path in [] if args.allow_overlap else facts:
         if seen := len({*facts[path].get("crop_sha256", [])} & {*people.crops.sha256}):
             raise InputError(f"{path}: {seen} test images are among those it was trained on; see --allow_overlap")
     images = TwinImages(people.id_to_images, pairs)
     evaluator = TwinEvaluator(images, args.seed)
-    if (images.count == 0).any():
-        notes.append(f"{(images.count == 0).sum()} people have no crop; their pairs are not tested")
-    for note in notes + people.warnings:
-        print(f"warning: {note}")
+    if empty := (images.count == 0).sum():
+        people.warnings.append(f"{empty} people have no crop; their pairs are not tested")
+    for warning in people.warnings:
+        print(f"warning: {warning}")
     pixels, home = people.crops.pixels[people.rows(images.paths)], os.path.dirname(os.path.abspath(args.aligned_json))
     output, names, results = Path(args.output_dir), file_names(facts), {}
     for group in backbones.values():
-        models = [load_checkpoint(path, channels=args.channels) for path in group]
-        embeddings = embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
+        models = [net.load_checkpoint(path, channels=args.channels) for path in group]
+        embeddings = net.embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
         for path, embedding in zip(group, embeddings, strict=True):
             scores = evaluator.score(embedding)
             applied = {} if args.flip else validation_thresholds(path, facts)  # scores of fused embeddings are others
             estimate = evaluator.estimate(scores, f"resampling {names[path]}", applied)
-            results[path] = Result(names[path], path, facts[path], scores, estimate, overlaps[path])
-            write_result(output / names[path], evaluator, results[path], pixels, home, args.flip)
+            said = facts[path].get("config", {}), facts[path].get("metrics", {})
+            results[path] = result = Result(names[path], path, *said, scores, estimate, overlaps[path])
+            write_result(output / names[path], evaluator, result, pixels, home, args.flip)
     results, counts = [results[path] for path in facts], evaluator.counts
     settings = group_settings(results)
-    content = write_comparison(output, results, settings)
+    chosen = write_comparison(output, results, settings)["chosen_by_validation"]
     print(f"{counts['images']} images of {len(images.ids)} people in {counts['families']} families, on {device}:")
     print(f"{counts['genuine']} genuine, {counts['twin']} twin impostor, {counts['general']} general impostor pairs")
-    print(comparison_table(settings, content["chosen_by_validation"]), f"results in {args.output_dir}", sep="\n")
+    print(comparison_table(settings, chosen), f"results in {args.output_dir}", sep="\n")
     return results
 
 
@@ -616,5 +556,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    leave(main())
+    net.run_main(main)

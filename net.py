@@ -7,11 +7,13 @@ State-dict keys and shapes equal those of `net.py` in AdaFace (https://github.co
 both ways unchanged. At the end stands what all files share: errors, atomic writing, the device, torchrun's processes.
 """
 
+import glob
 import hashlib
 import io
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from collections import OrderedDict
@@ -25,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 CROP_SIZE = 112  # pixels, width and height of an aligned crop
+CHUNK = {"cuda": 256, "cpu": 8}  # images that pass the network at once: activations of more leave a CPU's caches
 
 # name: (units per stage, channels per stage, bottleneck units, squeeze-and-excitation)
 _UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
@@ -76,8 +79,8 @@ class ResidualUnit(nn.Module):
 class Backbone(nn.Module):
     """AdaFace's network; `arch` is its name, `facts` what a checkpoint said beside the weights (see load_checkpoint).
 
-    `forward(x)`: x (N, 3, 112, 112) float, BGR in [-1, 1] -> (embedding (N, 512) of unit length, norm (N, 1)), float32
-    also under autocast. `head(features(x))` is the same, for those who keep a frozen backbone's features.
+    `forward(x)` = `head(features(x))`: x (N, 3, 112, 112) float, BGR in [-1, 1] -> (embedding (N, 512) of unit length,
+    norm (N, 1)), float32 also under autocast.
     """
 
     def __init__(self, arch):
@@ -85,13 +88,8 @@ class Backbone(nn.Module):
         units, channels, bottleneck, se = ARCHITECTURES[arch]
         self.arch, self.facts = arch, {}
         self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
-        self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(channels[-1]),
-            nn.Dropout(0.4),
-            nn.Flatten(),
-            nn.Linear(channels[-1] * 7 * 7, 512),
-            nn.BatchNorm1d(512, affine=False),
-        )
+        layers = [nn.BatchNorm2d(channels[-1]), nn.Dropout(0.4), nn.Flatten(), nn.Linear(channels[-1] * 7 * 7, 512)]
+        self.output_layer = nn.Sequential(*layers, nn.BatchNorm1d(512, affine=False))
         body = []
         for count, before, after in zip(units, (64, *channels[:-1]), channels, strict=True):
             body.append(ResidualUnit(before, after, 2, bottleneck, se))
@@ -138,16 +136,14 @@ def to_input(crops):
     return crops.permute(0, 3, 1, 2).flip(1).float().sub_(127.5).div_(127.5)
 
 
-# ---- embeddings -----------------------------------------------------------------------------------------------------
 def embed(models, crops, device, batch_size=None, description=None, flip=False):
     """One (N, 512) float32 tensor on `device` for each of `models`, of uint8 RGB crops (N, 112, 112, 3).
 
-    The models differ in `output_layer` alone and are in eval mode: the backbone of the first runs once per image, in
-    float32. batch_size: images at once (default chunk_size); description: label of a progress bar. flip: upstream's
-    fusion, the unit vector of the image's embedding plus that of its mirror image, each times its norm, which measures
-    image quality (AdaFace, CVPR 2022). Raises InputError for a dead network (see check_alive).
+    The models differ in `output_layer` alone: the backbone of the first runs once per image, in float32. batch_size:
+    images at once; description: label of a progress bar; flip: upstream's fusion, the unit vector of the embeddings of
+    image and mirror image, each times its norm (AdaFace, CVPR 2022). Raises InputError for a dead network.
     """
-    batch_size = batch_size or chunk_size(device)
+    batch_size = batch_size or CHUNK[device.type]
     models[0].to(device, memory_format=torch.channels_last)
     for model in models:
         model.output_layer.to(device)
@@ -163,11 +159,6 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
     for result in embeddings:
         check_alive(result, f"this {models[0].arch}")
     return list(embeddings.clone())  # no inference tensors, which training could not use
-
-
-def chunk_size(device):
-    """Images that pass the network at once: 256 on CUDA, 8 on a CPU, where the activations of more leave the caches."""
-    return 256 if device.type == "cuda" else 8
 
 
 def backbone_sha256(model):
@@ -187,8 +178,8 @@ def check_alive(embeddings, what, way_out="take another checkpoint"):
         raise InputError(f"{what} is dead: all embeddings have fallen together; {way_out}")
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
 NETWORK_KEY = re.compile(r"(?:^|\.)((?:input_layer|body|output_layer)\..+)")
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")  # of the checkpoints in a folder
 OTHER_FILES = {  # how files begin that are no checkpoints, what they are, and the way out
     b"version https://git-lfs": "a Git LFS pointer, not the file: fetch that with `git lfs pull`",
     b"<": "a web page, not the file: download the file itself",
@@ -199,8 +190,8 @@ OTHER_FILES = {  # how files begin that are no checkpoints, what they are, and t
 def save_checkpoint(path, model, **facts):
     """Write `model` to `path`, atomically, as a dict that this file and upstream's own inference read.
 
-    It holds "state_dict" (keys `model.<key>`, tensors on the CPU), "arch", "epoch", "config", "metrics" and the other
-    `facts`. Give plain types and tensors only: then it loads with `torch.load(path, weights_only=True)`.
+    It holds "state_dict" (keys `model.<key>`), "arch", "epoch", "config", "metrics" and the other `facts`; of plain
+    types and tensors, so that it loads with `weights_only=True`.
     """
     state = {f"model.{key}": value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"state_dict": state, "arch": model.arch, "epoch": None, "config": {}, "metrics": {}, **facts}
@@ -218,10 +209,9 @@ def write_checkpoint(path, content):
 def load_checkpoint(path, arch=None, channels=None):
     """Read a network from a checkpoint; returns it on the CPU, float32, in eval mode, for BGR.
 
-    Reads AdaFace's Lightning `.ckpt`, our `.pth`, safetensors, and state dicts at any depth and under any prefix, if
-    they hold exactly one network. Its `facts` are the entries that save_checkpoint wrote; {} for other files. Networks
-    of CVLface (keys `net.*`) take RGB or BGR: `channels` says which, or a yaml beside the file (`color_space: 'RGB'`).
-    Raises InputError for what is no whole network of AdaFace's kind, another than `arch`, or has impossible weights.
+    Reads AdaFace's Lightning `.ckpt`, our `.pth`, safetensors, and any nested dict with exactly one network, under any
+    prefix. Its `facts` are what save_checkpoint wrote, or {}. Networks of CVLface (keys `net.*`) take RGB or BGR, as
+    `channels` says or a yaml beside the file (`color_space: 'RGB'`). Raises InputError for anything else.
     """
     content = read_checkpoint(path)
     networks = find_networks(content)
@@ -262,9 +252,8 @@ def load_checkpoint(path, arch=None, channels=None):
 def read_checkpoint(path):
     """The dict in a file that `torch.save` wrote, or in safetensors, read without running anything from it.
 
-    PyTorch's weights-only unpickler makes tensors and plain types; it refuses files that name `os`, `sys` and the like.
-    Every other class that is named becomes an inert stand-in: its package need not be installed, its code is not
-    called. Raises InputError when the file cannot be read.
+    PyTorch's weights-only unpickler makes tensors and plain types and refuses files that name `os`, `sys` and the like.
+    Any other class becomes an inert stand-in: no package is needed, no code called. Raises InputError if unreadable.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
@@ -290,6 +279,19 @@ def read_checkpoint(path):
     return content
 
 
+def list_checkpoints(names):
+    """The checkpoints among `names`, each once: folders are opened, and wildcards, which some shells leave to us."""
+    files = {}
+    for name in names:
+        found = sorted(glob.glob(name)) if "*" in name else [name]
+        if Path(name).is_dir():
+            found = sorted(str(p) for p in Path(name).iterdir() if p.suffix in SUFFIXES and p.name[0] != ".")
+        if not found:
+            raise InputError(f"{name}: no file ending in {', '.join(SUFFIXES)} there")
+        files |= {os.path.abspath(file): file for file in found if os.path.abspath(file) not in files}
+    return list(files.values())
+
+
 def read_safetensors(path):
     """{key: tensor} of a safetensors file: 8 bytes with the length of a JSON header, the header, the tensors."""
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -304,10 +306,9 @@ def read_safetensors(path):
 
 def _stand_in(name):
     """An inert class in place of one that a checkpoint names: an empty dict, since PyTorch fills no other kind."""
-    short = name.rpartition(".")[2]
     if name.startswith("numpy."):  # whose objects take a state that no dict does
-        return type(short, (), {"__init__": lambda self, *_, **__: None, "__setstate__": lambda self, _: None})
-    return type(short, (), {"__new__": lambda cls, *_, **__: OrderedDict()})
+        return type(name, (), {"__init__": lambda self, *_, **__: None, "__setstate__": lambda self, _: None})
+    return type(name, (), {"__new__": lambda cls, *_, **__: OrderedDict()})
 
 
 def find_networks(content, entry=""):
@@ -350,29 +351,27 @@ def progress(items, description, unit, **options):
 
 
 def pick_device(name="auto"):
-    """torch.device for "auto" (cuda if there is one, else cpu), "cuda", "cuda:N" or "cpu", selected for the process.
+    """torch.device for "auto" (cuda if there is one that this PyTorch serves, else cpu), "cuda", "cuda:N" or "cpu".
 
-    Also turns TF32 off: figures are computed in full float32. Raises InputError for a device that is not there.
+    Selects it for the process and turns TF32 off: figures are computed in full float32. Raises InputError for others.
     """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        reason = "an Apple GPU" if torch.backends.mps.is_available() and not available else None
-        if available:
-            major, minor = torch.cuda.get_device_capability(0)
-            kinds = [arch.rstrip("af").split("_") for arch in torch.cuda.get_arch_list()]  # PTX serves later GPUs too
-            served = [kind == "compute" or int(n) // 10 == major for kind, n in kinds if int(n) <= 10 * major + minor]
-            reason = None if any(served) else f"{torch.cuda.get_device_name(0)}, for which this PyTorch has no code"
-        if reason:
-            print(f"warning: not using {reason}, but the CPU")
-        name = "cuda" if available and not reason else "cpu"
-    numbered = "cuda:0" if name == "cuda" else name  # as tensors say it
-    if numbered not in ("cpu", *(f"cuda:{i}" for i in range(available))):
-        raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N; PyTorch sees {available} CUDA devices")
-    device = torch.device(numbered)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    full = {"auto": "cuda:0" if count else "cpu", "cuda": "cuda:0"}.get(name, name)  # as tensors say it
+    if full not in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N; PyTorch sees {count} CUDA devices")
+    unused = "an Apple GPU" if name == "auto" and torch.backends.mps.is_available() else None
+    if full != "cpu":
+        try:
+            torch.cuda.set_device(full)
+            torch.ones(1, device=full).add(1)
+        except RuntimeError as error:  # such as "no kernel image is available for execution on the device"
+            if name != "auto":
+                raise InputError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); take cpu") from error
+            full, unused = "cpu", f"{torch.cuda.get_device_name(0)} ({str(error).splitlines()[0]})"
+    if unused:
+        print(f"warning: not using {unused}, but the CPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return device
+    return torch.device(full)
 
 
 class Processes:
@@ -422,8 +421,10 @@ class Processes:
         return values
 
 
-def leave(code):
-    """End the script with its exit code."""
+def run_main(main):
+    """End the process with the exit code of a script's `main`; a scheduler's SIGTERM interrupts it as SIGINT does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = main()
     if code == 0 and dist.is_initialized():  # a thread of gloo that lets go of a tensor while Python ends aborts it
         dist.barrier()
         sys.stdout.flush()

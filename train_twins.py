@@ -6,58 +6,45 @@
     python train_twins.py --freeze_backbone True False --train_percentage 10 50 100 --seed 1 2 3   # a run of each
     torchrun --standalone --nproc_per_node=8 train_twins.py   # on eight GPUs of one machine
 
-Writes the best epoch to --output_dir, and logs and curves to --log_dir. The network stays in eval mode: BatchNorm keeps
-its pretrained statistics and dropout is off, so an embedding depends on its image alone. An image is embedded once per
-step however many of its triplets use it; a frozen backbone runs once per image for the whole run.
+The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off, so an embedding depends on
+its image alone and is computed once per step, however many triplets use it; a frozen backbone runs once per image.
 """
 
 import argparse
 import hashlib
 import itertools
 import math
-import platform
 import shlex
-import signal
 import sys
 import time
 import traceback
-from configparser import RawConfigParser
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 
-import cv2
 import numpy as np
-import PIL
 import torch
-import torchvision
 from tqdm import tqdm
 
 import align
 import net
+from align import between
 from evaluate_twins import OPERATING_POINTS, SETTINGS, TwinEvaluator, compare, describe, plot_figure
 from net import InputError, Processes, progress, to_input
 from triplet_dataset import People, TwinTripletDataset, read_json, split_pairs, write_json
 from triplet_loss import DISTANCES, TripletLoss
 
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pillow", "face-alignment")  # told in config.json
 CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
 SAVE_MINUTES = 10  # between states to resume from
-STEPS = {True: 400, False: 200}  # of a default run, frozen or not: they decide, whatever number of pairs there is
-
-
-# ---- settings -------------------------------------------------------------------------------------------------------
-def boolean(text):
-    """An argparse type: True or False in any usual spelling."""
-    words = {**RawConfigParser.BOOLEAN_STATES, "t": True, "y": True, "f": False, "n": False}
-    if text.strip().lower() not in words:
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-    return words[text.strip().lower()]
+STEPS = {True: 400, False: 100}  # of a default run, frozen or not: they decide, whatever number of pairs there is
 
 
 def parse_runs(argv=None):
     """The settings of each run that the command line asks for, the cheapest first."""
-    parser = align.Parser(prog="train_twins.py", description="Fine-tune AdaFace on identical twins with triplet loss.")
-    count, seed, weight = align.between(int, 1, 10**9), align.between(int, 0, 2**32 - 1), align.between(float, 0, 1e6)
-
+    text = "Fine-tune AdaFace on identical twins with triplet loss. --freeze_backbone, --train_percentage, --margin and"
+    parser = align.Parser(prog="train_twins.py", description=f"{text} --seed take several values: a run of each.")
+    count, seed, weight = between(int, 1, 10**9), between(int, 0, 2**32 - 1), between(float, 0, 1e6)
     group = parser.add_argument_group("data and stage 1, alignment")
     group.add_argument("--train_pairs", default="train_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
     align.add_alignment_arguments(group, "train")
@@ -65,31 +52,25 @@ def parse_runs(argv=None):
     add = parser.add_argument_group("what is trained").add_argument
     add("--arch", default="ir_50", help=f"network: {', '.join(net.ARCHITECTURES)}")
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
-    text = "train only the embedding layer; bare means True; several values, here and below, are a run of each"
-    add("--freeze_backbone", type=boolean, nargs="*", metavar="BOOL", default=False, help=text)
-    several = {"nargs": "+", "metavar": "N"}
-    percentage = align.between(int, 1, 100)
-    add("--train_percentage", type=percentage, **several, default=100, help="share of each pair's triplets")
-    add("--validation_split", type=align.between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
+    bare, several = {"nargs": "*", "metavar": "BOOL"}, {"nargs": "+", "metavar": "N"}
+    add("--freeze_backbone", type=align.boolean, **bare, default=False, help="only the embedding layer; bare: True")
+    add("--train_percentage", type=between(int, 1, 100), **several, default=100, help="share of each pair's triplets")
+    add("--validation_split", type=between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
 
     add = parser.add_argument_group("how it is trained").add_argument
-    margin = align.between(float, 1e-6, 2)
-    add("--margin", type=margin, **several, default=0.3, help="of the triplet loss, a distance")
+    add("--margin", type=between(float, 1e-6, 2), **several, default=0.3, help="of the triplet loss, a distance")
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
     add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
     add("--epochs", type=count, help=f"by default as many as make {STEPS[False]} steps, frozen {STEPS[True]}")
-    text = "share of the loss that compares all pairs of a step's triplets, as one threshold does; 0: the triplet loss"
-    add("--quadruplet_weight", type=align.between(float, 0, 1), default=1.0, help=text)
-    text = "weight of the mean cosine distance of a step's embeddings to those before training"
-    add("--drift_weight", type=weight, default=0.5, help=text)
+    add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help="share of the loss on pairs of triplets")
+    add("--drift_weight", type=weight, default=0.5, help="of the mean cosine distance to the embeddings at the start")
     add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="the rate rises and falls, or stays")
     add("--weight_decay", type=weight, default=1e-4, help="decoupled; not on BatchNorm, PReLU and biases")
     add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help="what chooses the epoch")
     add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
-    text = "of training steps; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 on a CPU; figures are fp32"
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of training steps alone")
     add("--seed", type=seed, **several, default=42, help="of the sampled triplets, their order and random weights")
     add("--split_seed", type=seed, default=42, help="of who is validated on")
 
@@ -102,28 +83,16 @@ def parse_runs(argv=None):
     add("--overwrite", action="store_true", help="replace the run of this name")
     args = parser.parse_args(argv)
 
-    given = {key: getattr(args, key) for key in ("freeze_backbone", "train_percentage", "margin", "seed")}
-    if given["freeze_backbone"] == []:
-        given["freeze_backbone"] = True
-    values = [sorted({*x}) if isinstance(x, list) else [x] for x in given.values()]
-    runs = [argparse.Namespace(**vars(args) | dict(zip(given, x, strict=True))) for x in itertools.product(*values)]
-    runs.sort(key=lambda run: (not run.freeze_backbone, run.train_percentage))
+    swept = ("freeze_backbone", "train_percentage", "margin", "seed")
+    values = [sorted({*x}) or [True] if isinstance(x, list) else [x] for x in (getattr(args, key) for key in swept)]
+    runs = [argparse.Namespace(**vars(args) | dict(zip(swept, x, strict=True))) for x in itertools.product(*values)]
     if args.run_name and len(runs) > 1:
         raise InputError(f"--run_name {args.run_name}: names one run; {len(runs)} runs get names of their own")
     for run in runs:
-        mode = "frozen" if run.freeze_backbone else "full"
-        seed = f"_seed{run.seed}" if len(values[-1]) > 1 else ""
+        mode, seed = "frozen" if run.freeze_backbone else "full", f"_seed{run.seed}" if len(values[-1]) > 1 else ""
         run.run_name = run.run_name or f"{mode}_{run.train_percentage}pct_margin{run.margin:g}{seed}"
-    return runs
+    return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
-
-def parse_args(argv=None):
-    """The settings of a single run."""
-    (args,) = parse_runs(argv)
-    return args
-
-
-# ---- the state of a run ---------------------------------------------------------------------------------------------
 
 # What a resumed run must share with its beginning; the rest is how long, where, and how the crops came about.
 RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "used_precision")))
@@ -132,8 +101,8 @@ RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience",
 class Run:
     """One run: its folder, its log, its best epoch, and when it is over. Knows no network.
 
-    `log`: the content of training_log.json; `state`: what last.pth holds for --resume, or None; `finished`: whether
-    nothing is left to do. Raises InputError for what would spoil an earlier run, before anything of it is touched.
+    `log`: the content of training_log.json; `state`: what last.pth holds for --resume, or None; `finished`: whether all
+    is done. Raises InputError for what would spoil an earlier run, before anything of it is touched.
     """
 
     def __init__(self, args):
@@ -200,12 +169,11 @@ class Run:
                 path.unlink()
 
 
-# ---- parts of training ----------------------------------------------------------------------------------------------
 def backbone_features(model, people, processes):
     """Backbone.features (N, C, 7, 7) float32 of all crops of `people`, who keep them: each image passes once."""
     key = net.backbone_sha256(model)
     if key not in people.features:
-        own = people.crops.pixels[processes.share(len(people.crops.pixels))].split(net.chunk_size(processes.device))
+        own = people.crops.pixels[processes.share(len(people.crops.pixels))].split(net.CHUNK[processes.device.type])
         with torch.no_grad():
             bar = progress(own, "backbone, once per image", "batch", disable=processes.rank > 0)
             parts = [model.features(to_input(few.to(processes.device))).contiguous().cpu() for few in bar]
@@ -241,16 +209,14 @@ def mean_statistics(criterion, dataset, embeddings):
     return dict(zip(criterion.STATISTICS, (total / len(dataset)).tolist(), strict=True))
 
 
-# ---- the trainer ----------------------------------------------------------------------------------------------------
 class TwinTrainer:
-    """Runs the two stages with the settings of `parse_args`.
+    """Runs the two stages with the settings of one run.
 
-        trainer = TwinTrainer(parse_args([...]))   # refuses what would spoil an earlier run
-        trainer.align()      # photographs -> crops and --aligned_json; skipped by --skip_alignment
-        trainer.train()      # crops -> checkpoint, logs, curves; returns the content of training_log.json
+        trainer = TwinTrainer(*parse_runs([...]))   # refuses what would spoil an earlier run
+        trainer.align()       # photographs -> crops and --aligned_json; skipped by --skip_alignment
+        trainer.train()       # crops -> checkpoint, logs, curves; returns the content of training_log.json
 
-    `people`: those of an earlier trainer with the same files. Raises InputError for wrong input, before anything of an
-    earlier run is touched.
+    `people`: of an earlier trainer with the same files. InputError is raised before an earlier run is touched.
     """
 
     def __init__(self, args, people=None):
@@ -259,6 +225,7 @@ class TwinTrainer:
         self.run = Run(args)
         self.precision = self.choose_precision()
         self.criterion = TripletLoss(args.margin, args.distance)
+        self.way_out = f"start again with a --learning_rate below {args.learning_rate:g}"
 
     def choose_precision(self):
         """fp32, bf16 or fp16 of the training steps; a resumed run keeps the one that it began with where it can."""
@@ -298,7 +265,7 @@ class TwinTrainer:
             epoch = len(run.log["epochs"])
             with align.postponed_interrupt() as self.interrupts:
                 self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
-                if self.save_is_due() and not run.log["stopped"]:
+                if not run.log["stopped"] and self.processes.any(self.interrupts or time.monotonic() > self.save_at):
                     self.save()
         if self.first:
             with align.postponed_interrupt():  # seconds from the end
@@ -307,7 +274,10 @@ class TwinTrainer:
 
     def load_people(self):
         """The People of the pairs, read and decoded unless there are some."""
-        self.people = self.people or People(*align.read_inputs(self.args, "aligned_json", "train_pairs"))
+        if not self.people:
+            self.people = People(*align.read_inputs(self.args, "aligned_json", "train_pairs"))
+            for warning in self.people.warnings:
+                self.say(f"warning: {warning}")
         return self.people
 
     def load_data(self):
@@ -323,8 +293,6 @@ class TwinTrainer:
         self.run.epochs = args.epochs or math.ceil(STEPS[args.freeze_backbone] / max(1, len(steps)))
         # A network that has died must not be saved: without validation, a few training images are looked at.
         self.val_rows = people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
-        for warning in people.warnings:
-            self.say(f"warning: {warning}")
         if self.n_skipped:
             self.say(f"warning: {self.n_skipped} of {len(people.pairs)} pairs have too few crops; skipped")
         if not val:
@@ -370,14 +338,15 @@ class TwinTrainer:
         config["trainable_parameters"] = [name for name, p in self.model.named_parameters() if p.requires_grad]
         config["crops_sha256"] = hashlib.sha256(repr(self.people.crops.sha256).encode()).hexdigest()
         config |= {"used_device": str(device), "processes": self.processes.world}
-        config["device_name"] = torch.cuda.get_device_name(device) if cuda else platform.processor()
-        config["versions"] = {m.__name__: str(m.__version__) for m in (torch, torchvision, np, cv2, PIL)}
+        config["device_name"] = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+        packages = [found for name in PACKAGES for found in distributions(name=name)]
+        config["versions"] = {package.name: package.version for package in packages}
         return config
 
     def embed(self, rows):
         """Embeddings (K, 512) float32 of the images `rows` (K,) of the crops; the processes share the work."""
         frozen, parts = self.args.freeze_backbone, []
-        size = 256 if frozen else net.chunk_size(self.device)
+        size = 256 if frozen else net.CHUNK[self.device.type]
         for few in rows[self.processes.share(len(rows))].split(size):  # at least one, which may be empty
             images = self.images[few.to(self.images.device, non_blocking=True)].to(self.device, non_blocking=True)
             parts.append(self.model.head(images)[0] if frozen else self.model(to_input(images))[0])
@@ -391,10 +360,7 @@ class TwinTrainer:
         return mean_statistics(self.criterion, self.train_set, self.embeddings["start"])
 
     def train_epoch(self, epoch):
-        """One pass over the epoch's steps; returns the means of their statistics.
-
-        When an interruption is asked for, or when it is time, the state is saved within the epoch.
-        """
+        """One pass over the epoch's steps, in which the state is saved when due; returns the steps' mean statistics."""
         args, self.began = self.args, time.perf_counter()
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
         start = self.progress.pop("step", 0)  # not 0 where an interrupted epoch goes on
@@ -406,13 +372,11 @@ class TwinTrainer:
             sums += self.step(steps[i])  # no wait for the device here
             last = i + 1 == len(steps)
             if epoch == 1 and i + 1 == min(5, len(steps)):
-                seconds = (time.perf_counter() - self.began) / (i + 1 - start)
-                epochs = self.run.epochs
-                minutes = seconds * len(steps) * epochs / 60
-                hint = "; --freeze_backbone takes minutes" if minutes > 120 and not args.freeze_backbone else ""
-                text = f"{seconds:.2f} s a step, {len(steps)} steps an epoch, {epochs} epochs: {minutes:.0f} min"
+                seconds, n = (time.perf_counter() - self.began) / (i + 1 - start), len(steps) * self.run.epochs
+                hint = "; --freeze_backbone takes minutes" if seconds * n > 7200 and not args.freeze_backbone else ""
+                text = f"{seconds:.2f} s a step, {n} steps in {self.run.epochs} epochs: {seconds * n / 60:.0f} min"
                 self.say(f"{text}, and the validation{hint}")
-            due = self.save_is_due() and not last
+            due = not last and self.processes.any(self.interrupts or time.monotonic() > self.save_at)
             if (i + 1) % CHECK_EVERY == 0 or last or due:
                 self.check_finite(sums, f"epoch {epoch}, step {i + 1}")
             if due:
@@ -445,28 +409,23 @@ class TwinTrainer:
         """Stop the run when the loss or a weight is not finite any more: one wait for the GPU."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         if not torch.stack([x.detach().isfinite().all() for x in (sums, *weights)]).all():
-            raise InputError(f"{self.run.name}, {where}: the loss or the weights are not finite; {self.way_out()}")
-
-    def way_out(self):
-        kept = self.run.last if self.run.last.is_file() else self.run.log["best_checkpoint"]
-        state = f"{kept} holds the last good state" if kept else "no state was saved"
-        return f"{state}; start again with a --learning_rate below {self.args.learning_rate:g}"
+            raise InputError(f"{self.run.name}, {where}: the loss or the weights are not finite; {self.way_out}")
 
     def finish_epoch(self, epoch, statistics):
         """Validate, log, and save what is the best or due."""
         run, trained = self.run, time.perf_counter()
         with torch.no_grad():
             embeddings = self.embed(self.val_rows)
-        way_out = self.way_out() if epoch else "take another checkpoint to start from"
+        way_out = self.way_out if epoch else "take another checkpoint to start from"
         net.check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
         entry = {"epoch": epoch, "train_loss": statistics.pop("loss"), **statistics}
-        kept = ("eer", "auc", "general_auc", *(key for key, _ in OPERATING_POINTS.values()))
-        entry |= dict.fromkeys(("val_loss", *(f"val_{key}" for key in kept)))
+        validation = figures = {}
         if self.val_set:
             validation = mean_statistics(self.criterion, self.val_set, embeddings)
             figures = self.evaluator.figures(self.evaluator.score(embeddings))
-            entry |= {f"val_{key}": figures[key] for key in kept}
-            entry |= {f"val_{key}": validation[key] for key in ("loss", "active_triplets", "violated_triplets")}
+        kept = ("eer", "auc", "general_auc", *(key for key, _ in OPERATING_POINTS.values()))
+        entry |= {f"val_{key}": figures.get(key) for key in kept}
+        entry |= {f"val_{key}": validation.get(key) for key in ("loss", "active_triplets", "violated_triplets")}
         now = time.perf_counter()
         entry["timing"] = {"seconds": now - self.began, "validation_seconds": now - trained}
         entry = self.processes.collect(entry)[0]  # all go on with the same figures, so that all stop at the same epoch
@@ -485,10 +444,6 @@ class TwinTrainer:
         if self.val_set:
             text += ", val loss {val_loss:.4f}, EER {val_eer:.2%}, AUC {val_auc:.4f}"
         self.say(f"{text.format(**entry)}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
-
-    def save_is_due(self):
-        """Whether it is time to save the state, in any process, or an interruption was asked for."""
-        return self.processes.any(self.interrupts or time.monotonic() > self.save_at)
 
     def save(self, step=0, sums=(0.0,) * 5):
         """Write last.pth, from which --resume goes on at a step of the epoch behind the logged ones; then interrupt."""
@@ -510,10 +465,10 @@ class TwinTrainer:
         self.say(f"stopped by {log['stopped']}; best epoch {log['best_epoch']}: {log['best_checkpoint']}")
         if self.val_set:
             start, best = (self.evaluator.score(self.embeddings[f"val_{key}"]) for key in ("start", "best"))
-            log["against_start"] = compare(self.evaluator.estimate(best), self.evaluator.estimate(start))
+            log["against_start"] = compare([self.evaluator.estimate(best)], self.evaluator.estimate(start))
             self.say(f"On the validation people, against the start: {describe(log['against_start'])}.")
-            content = net.read_checkpoint(log["best_checkpoint"])  # which carries the verdict too
-            net.write_checkpoint(log["best_checkpoint"], {**content, "against_start": log["against_start"]})
+            path = log["best_checkpoint"]  # which carries the verdict too
+            net.write_checkpoint(path, {**net.read_checkpoint(path), "against_start": log["against_start"]})
         plot_curves(run.folder, log)
         write_json(run.folder / "training_log.json", log)  # now that all is there, it says that the run is over
         run.delete_superseded()
@@ -522,13 +477,13 @@ class TwinTrainer:
 
 def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
-    config, weight = log["config"], log["config"]["quadruplet_weight"]
-    loss = f"triplet loss ({config['distance']})"
+    config, weight, loss = log["config"], log["config"]["quadruplet_weight"], f"loss ({log['config']['distance']})"
     minimised = f"minimised: {1 - weight:g} triplet + {weight:g} quadruplet loss + {config['drift_weight']:g} drift"
-    panels = {"loss_curves.png": (minimised, {"train_loss": f"training\n{loss}", "val_loss": f"validation\n{loss}"})}
+    verdict = describe(log["against_start"]).replace("), ", "),\n") if "against_start" in log else "not finished"
     figures = {"val_eer": "EER, twins", "val_auc": "AUC, twins", "val_general_auc": "AUC, everyone else"}
-    verdict = describe(log["against_start"], ",\n") if "against_start" in log else "not finished"
-    panels["validation_curves.png"] = (f"{config['n_val_pairs']} validation pairs; best epoch {verdict}", figures)
+    losses = {"train_loss": f"triplet {loss},\ntraining", "val_loss": f"triplet {loss},\nvalidation"}
+    panels = {"validation_curves.png": (f"{config['n_val_pairs']} validation pairs; best epoch {verdict}", figures)}
+    panels["loss_curves.png"] = (minimised, losses)
     legend = ("before training", f"best epoch, by {config['monitor']}")
     for file, (title, curves) in panels.items():
         with plot_figure(folder / file, 7.4, 1.2 + 1.8 * len(curves), len(curves)) as grid:
@@ -544,26 +499,22 @@ def plot_curves(folder, log):
             grid[-1].set_xlabel("epoch (0: before training)")
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
-def train_sweep(runs):
-    """Train several runs, of parse_runs, each as if it were alone, on crops aligned and decoded once.
-
-    Returns the names of those that failed; what would spoil an earlier run or fail all is raised before the first.
-    """
-    left = [args for args in runs if not Run(args).finished]
+def train_runs(runs):
+    """Train the runs of parse_runs on crops decoded once; returns the names of those of several that failed."""
+    logs = {run.name: run.log for run in map(Run, runs) if run.finished}
+    left, failed = [args for args in runs if args.run_name not in logs], []
     leader = TwinTrainer((left or runs)[0])
     if left and not leader.args.skip_alignment:
         leader.align()
-    people = leader.load_people() if left else None
-    leader.run, logs, failed, minutes = None, {}, [], {True: [], False: []}
+    if len(runs) == 1:
+        leader.train()
+        return []
+    people, leader.run = leader.load_people() if left else None, None
 
     def train(args):
-        args.skip_alignment = True
         logs[args.run_name] = TwinTrainer(args, people).train()
 
-    bar = progress(runs, "all runs", "run", disable=not leader.first)
-    for number, args in enumerate(bar, 1):
-        began = time.perf_counter()
+    for args in progress(left, "all runs", "run", disable=not leader.first):
         try:
             code = align.run_script(args.run_name, partial(train, args), "interrupted")
         except Exception:  # a bug keeps its traceback, and the other runs go on
@@ -572,49 +523,32 @@ def train_sweep(runs):
         if code == 130:
             raise KeyboardInterrupt
         failed += [args.run_name] if code else []
-        minutes[args.freeze_backbone].append((time.perf_counter() - began) / 60)
-        known = [np.mean(found) for found in (minutes[args.freeze_backbone] for args in runs[number:]) if found]
-        bar.set_postfix_str(
-            f"{'at least ' if len(known) < len(runs) - number else ''}{sum(known):.0f} min left", refresh=False
-        )
-    leader.say(summarize_runs(logs, leader.args.pretrained))
+    leader.say(summarize_runs([logs[args.run_name] for args in runs if args.run_name in logs], leader.args.pretrained))
     for name in failed:
         leader.say(f"FAILED: {name}, for the reason above; --resume tries it again")
     return failed
 
 
 def summarize_runs(logs, pretrained):
-    """Text: the best epochs of {run name: log} on their validation people, and the command that tests them."""
-    width = max(map(len, logs), default=0)
+    """Text: the best epochs of runs on their validation people, and the command that tests them on others."""
+    width = max((len(log["config"]["run_name"]) for log in logs), default=0)
     lines = [f"{'run':{width}}  epoch     EER     AUC  general AUC"]
-    for name, log in logs.items():
-        best = log["epochs"][log["best_epoch"]]
-        figures = (best["val_eer"], best["val_auc"], best["val_general_auc"])
-        eer, auc, general = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
-        lines.append(f"{name:{width}}  {best['epoch']:5}  {eer:>6}  {auc:>6}  {general:>11}")
+    for log in logs:
+        lines.append(f"{log['config']['run_name']:{width}}  {log['best_epoch']:5}")
+        for key, size in (("val_eer", 6), ("val_auc", 6), ("val_general_auc", 11)):
+            value = log["epochs"][log["best_epoch"]][key]
+            lines[-1] += f"  {'-' if value is None else f'{value:.4f}':>{size}}"
+    checkpoints = [pretrained] * (pretrained != "none") + [log["best_checkpoint"] for log in logs]
     lines.append("These are the validation people, who chose the epochs and flatter them. The figures of other people:")
-    checkpoints = [pretrained] * (pretrained != "none") + [log["best_checkpoint"] for log in logs.values()]
     return "\n".join([*lines, f"python evaluate_twins.py --checkpoints {shlex.join(checkpoints)}"])
 
 
 def main(argv=None):
     """Run both stages; returns the exit code (see align.run_script), 1 if a run of several failed."""
-    failed = []
-
-    def work():
-        runs = parse_runs(argv)
-        if len(runs) > 1:
-            failed.extend(train_sweep(runs))
-            return
-        trainer = TwinTrainer(runs[0])
-        if not trainer.args.skip_alignment and not trainer.run.finished:
-            trainer.align()
-        trainer.train()
-
-    code = align.run_script("train_twins.py", work, "interrupted; what was done is saved, --resume goes on")
+    failed, interrupted = [], "interrupted; what was done is saved, --resume goes on"
+    code = align.run_script("train_twins.py", lambda: failed.extend(train_runs(parse_runs(argv))), interrupted)
     return code or int(bool(failed))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM is an interruption too
-    net.leave(main())
+    net.run_main(main)

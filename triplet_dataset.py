@@ -2,14 +2,14 @@
 
     dataset = TwinTripletDataset(id_to_images, pairs, percentage=10, seed=42)
     anchor, positive, negative = dataset[0]                         # network inputs, (3, 112, 112) float32 each
-    rows = dataset.triplets(np.arange(100))                         # the same as (100, 3) rows of dataset.load()
+    rows = dataset.triplets(np.arange(100))                         # the same as (100, 3) rows of dataset.pixels
     steps = GroupedSteps(dataset, epoch=1, images_per_batch=96)     # steps[0]: (T, 3) rows again
 
-A triplet is (A's image i, A's image j != i, an image of A's twin), ordered, for both twins of a pair. Triplet number k
-of a pair is worked out from k by division, so none is listed; the sampled share is the beginning of a random
-permutation of the numbers, so 10 % contain the 5 % of the same seed.
+A triplet is (A's image i, A's image j != i, an image of A's twin), for both twins of a pair; number k of a pair is
+worked out by division, and the sampled share begins a random permutation, so 10 % contain the 5 % of the same seed.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -31,9 +31,8 @@ from net import CROP_SIZE, InputError, progress, replacing, to_input
 HAND_SIZE = 8  # images of a person that meet in a grouped step
 
 
-# ---- JSON files -----------------------------------------------------------------------------------------------------
 def read_json(path, expected, kind=dict):
-    """A JSON file's object (or array, kind=list), not empty: UTF-8, byte order mark or not, no key twice, no NaN.
+    """A JSON file's object (or array, kind=list), not empty: UTF-8, byte order mark or not, no key twice.
 
     `expected` describes the right content for the messages of InputError, raised for anything else.
     """
@@ -45,12 +44,9 @@ def read_json(path, expected, kind=dict):
             raise ValueError(f"key {twice!r} stands there twice; merge the two entries")
         return result
 
-    def refuse(constant):
-        raise ValueError(f"{constant} is not a number in JSON")
-
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        content = json.loads(text, object_pairs_hook=unique)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; expected a JSON file, {expected}") from error
     except ValueError as error:  # also what is not UTF-8
@@ -64,6 +60,14 @@ def write_json(path, content):
     """Write `content` as JSON, atomically; NaN is refused (ValueError), since JSON has none."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path, rows):
+    """Write dicts with the same keys as a table, atomically."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
 
 
 def resolve(folder, path):
@@ -97,12 +101,10 @@ def read_pairs(path, id_to_images):
         if unknown := [name for name in pair if name not in id_to_images]:
             raise InputError(f"{path}: pair {number}: ID {unknown[0]!r} has no images listed; add them or delete it")
         pairs.setdefault(frozenset(pair), (a, b))
-    repeated = len(content) - len(pairs)
-    notes = [f"{repeated} of {len(content)} pairs are listed more than once; each is used once"] if repeated else []
-    return list(pairs.values()), notes
+    note = f"{len(content) - len(pairs)} of {len(content)} pairs are listed more than once; each is used once"
+    return list(pairs.values()), [note] * (len(pairs) < len(content))
 
 
-# ---- people, families, split ----------------------------------------------------------------------------------------
 def find_families(pairs):
     """{ID: family number}, a family being a connected component of the pair graph; numbered as they appear."""
     members = {}
@@ -116,9 +118,8 @@ def find_families(pairs):
 def split_pairs(pairs, validation_split, seed, related=()):
     """Split pairs into (train_pairs, val_pairs) by whole families, so that no ID stands on both sides.
 
-    Families, in the seed's order, go to validation if that brings its number of pairs nearer to `validation_split`, in
-    [0, 1), of all; at least one stands on each side. With a single family, or a share of 0, val_pairs is empty.
-    `related`: further pairs that bind people into one family.
+    Families, in the seed's order, go to validation if that brings its share nearer to `validation_split`, in [0, 1); at
+    least one stands on each side, but with one family, or 0, val_pairs is empty. `related`: pairs that bind people too.
     """
     if not 0 <= validation_split < 1:
         raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
@@ -141,9 +142,9 @@ def split_pairs(pairs, validation_split, seed, related=()):
 class TwinImages:
     """The images of the people of twin pairs, numbered: the rows of every matrix of embeddings.
 
-    `ids`, the people in the order of the pairs; `paths`, all their images, person after person; `person` (N,), the row
-    in `ids` of each image; `first` and `count`, each person's first image and number of images; `pairs` (P, 2), the
-    pairs as rows of `ids`; `family` (N,), the number of each image's family.
+    `ids`, the people in the order of the pairs; `first` and `count`, each one's first image and number of images;
+    `paths`, all images, person after person; `person` and `family` (N,), the row in `ids` and the family of each;
+    `pairs` (P, 2), the pairs as rows of `ids`.
     """
 
     def __init__(self, id_to_images, pairs):
@@ -159,7 +160,6 @@ class TwinImages:
         self.family = np.array([family[name] for name in self.ids], np.int64)[self.person]
 
 
-# ---- crops ----------------------------------------------------------------------------------------------------------
 def read_crop(path):
     """(112, 112, 3) uint8 RGB array of a crop: RGB, grey, palette or opaque RGBA; InputError for any other file."""
     try:
@@ -199,44 +199,35 @@ def load_crops(paths):
     return Crops(torch.from_numpy(pixels), row, found)
 
 
-def distinct_images(id_to_images, crops):
-    """({ID: [path, ...]} with each image (its pixels) once, [warning, ...]); InputError if two IDs share an image."""
-    owner, distinct = {}, {}
-    for name, paths in id_to_images.items():
-        firsts = [owner.setdefault(crops.sha256[crops.row[path]], (name, path)) for path in paths]
-        for path, (first_name, first_path) in zip(paths, firsts, strict=True):
-            if first_name != name:
-                two = f"ID {name!r}: the same image as {first_path} of ID {first_name!r}"
-                raise InputError(f"{path}: listed under {two}; keep it under the one whose image it is")
-        distinct[name] = list(dict.fromkeys(path for _, path in firsts))
-    repeated = sum(len(paths) - len(distinct[name]) for name, paths in id_to_images.items())
-    alone = [name for name, paths in id_to_images.items() if len(paths) > 2 and len(distinct[name]) == 1]
-    notes = [f"{repeated} images are the same as another of their ID; each is used once"] if repeated else []
-    if alone:
-        notes.append(f"{len(alone)} people have one and the same image under all paths, the first {alone[0]!r}")
-    return distinct, notes
-
-
 class People:
     """The people of twin pairs and their crops, decoded once: what all training runs on them share.
 
-    `pairs` [(ID, ID), ...]; `id_to_images` {ID: [path of a crop, ...]}, each image once; `crops`, their Crops;
-    `features`, what a frozen backbone made of them; `warnings`, lines for the user, `notes` first. aligned: {ID: [path,
-    ...]} of these people and perhaps others. Raises InputError.
+    `pairs`; `id_to_images` {ID: [path, ...]}, each image (its pixels) once; `crops`; `features`, what a frozen backbone
+    made of them; `warnings`, `notes` first. aligned: {ID: [path of a crop, ...]}. InputError if two IDs share an image.
     """
 
     def __init__(self, aligned, pairs, notes=()):
-        aligned, self.pairs = {name: aligned[name] for pair in pairs for name in pair}, pairs
+        aligned, owner, repeated = {name: aligned[name] for pair in pairs for name in pair}, {}, 0
+        self.pairs, self.id_to_images, self.features, self.warnings = pairs, {}, {}, list(notes)
         self.crops = load_crops([path for paths in aligned.values() for path in paths])
-        self.id_to_images, found = distinct_images(aligned, self.crops)
-        self.warnings, self.features = [*notes, *found], {}
+        for name, paths in aligned.items():
+            firsts = [owner.setdefault(self.crops.sha256[self.crops.row[path]], (name, path)) for path in paths]
+            for path, (first_name, first_path) in zip(paths, firsts, strict=True):
+                if first_name != name:
+                    two = f"ID {name!r}: the same image as {first_path} of ID {first_name!r}"
+                    raise InputError(f"{path}: listed under {two}; keep it under the one whose image it is")
+            distinct = self.id_to_images[name] = list(dict.fromkeys(path for _, path in firsts))
+            repeated += len(paths) - len(distinct)
+            if len(distinct) == 1 and len(paths) > 2:
+                self.warnings.append(f"ID {name!r}: one and the same image under all {len(paths)} paths")
+        if repeated:
+            self.warnings.append(f"{repeated} images are the same as another of their ID; each is used once")
 
     def rows(self, paths):
         """(N,) int64 rows of `crops.pixels`."""
         return torch.tensor([self.crops.row[path] for path in paths], dtype=torch.int64)
 
 
-# ---- triplets -------------------------------------------------------------------------------------------------------
 def count_triplets(n, m):
     """Number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
     return n * (n - 1) * m + m * (m - 1) * n
@@ -246,9 +237,8 @@ class TwinTripletDataset(Dataset):
     """The sampled triplets of twin pairs; `[i]` is (anchor, positive, negative), (3, 112, 112) float32 network inputs.
 
     id_to_images: {ID: [path of an aligned crop, ...]}; pairs: [[ID, twin's ID], ...]; percentage: integer 1..100, the
-    share of each pair's triplets, `(percentage * maximum + 99) // 100` of them. Raises InputError for another, and when
-    no pair makes a triplet. Attributes: `pairs`, [(ID, ID), ...], those that make triplets; `images`, their TwinImages;
-    `n_skipped`, the number of the others; `n_possible`, all triplets at 100 %.
+    share of each pair's triplets, `(percentage * maximum + 99) // 100`. Raises InputError for another, and without a
+    triplet. `pairs`: those that make triplets, `images`: their TwinImages; `n_skipped` others; `n_possible` triplets.
     """
 
     def __init__(self, id_to_images, pairs, percentage=100, seed=42):
@@ -260,7 +250,6 @@ class TwinTripletDataset(Dataset):
         if not self.pairs:
             raise InputError("no pair makes a triplet: one twin needs two images and the other at least one")
         self.images, self.percentage, self.seed = TwinImages(id_to_images, self.pairs), percentage, seed
-        self._pixels = None
         # Per pair: both persons' first row and number of images, possible triplets; and where its sampled ones end.
         self._first, self._count = self.images.first[self.images.pairs], self.images.count[self.images.pairs]
         self._maximum = count_triplets(*self._count.T)
@@ -283,7 +272,7 @@ class TwinTripletDataset(Dataset):
         return np.concatenate(parts)
 
     def triplets(self, numbers):
-        """(K,) triplet numbers in [0, len) -> (K, 3) int64 rows of `images.paths` (and of `load()`)."""
+        """(K,) triplet numbers in [0, len) -> (K, 3) int64 rows of `images.paths` (and of `pixels`)."""
         numbers = np.asarray(numbers, np.int64)
         pair = np.searchsorted(self._end, numbers, side="right")
         k = numbers - self._begin[pair] if self.percentage == 100 else self._sample[numbers].astype(np.int64)
@@ -329,39 +318,38 @@ class TwinTripletDataset(Dataset):
             return len(self.images.paths)
         return len({row for rows, _ in self.by_pair() for row in rows.tolist()})
 
-    def load(self):
+    @cached_property
+    def pixels(self):
         """All crops, decoded once, (N, 112, 112, 3) uint8 RGB, rows as `images.paths`."""
-        if self._pixels is None:
-            self._pixels = load_crops(self.images.paths).pixels
-        return self._pixels
+        return load_crops(self.images.paths).pixels
 
     def __getitem__(self, i):
         (rows,) = self.triplets([range(len(self))[i]])  # a range knows the negative ones and raises IndexError
-        return tuple(to_input(self.load()[torch.from_numpy(rows)]))
+        return tuple(to_input(self.pixels[torch.from_numpy(rows)]))
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
 class ShuffledSteps:
     """An epoch's steps `[i]`, (T, 3) int64 rows of images: each sampled triplet once, shuffled by seed and epoch."""
 
     def __init__(self, dataset, epoch, batch_size):
-        self.dataset, self.batch_size, n = dataset, batch_size, len(dataset)
-        self.order = np.random.default_rng([dataset.seed, epoch]).permutation(np.arange(n, dtype=np.min_scalar_type(n)))
+        n = len(dataset)
+        order = np.random.default_rng([dataset.seed, epoch]).permutation(np.arange(n, dtype=np.min_scalar_type(n)))
+        self.dataset, self.steps = dataset, range(0, n, batch_size)
+        self.parts = lambda start: [dataset.triplets(order[start : start + batch_size])]
 
     def __len__(self):
-        return -(-len(self.order) // self.batch_size)
+        return len(self.steps)
 
     def __getitem__(self, i):
-        return self.dataset.triplets(self.order[i * self.batch_size : (i + 1) * self.batch_size])
+        return np.concatenate(self.parts(self.steps[i]))
 
 
-class GroupedSteps:
+class GroupedSteps(ShuffledSteps):
     """The steps of an epoch that embeds each image about once, with all sampled triplets among a step's images.
 
-    The images of each person of a pair are dealt at random into hands of at most HAND_SIZE; a hand of one twin and a
-    hand of the other are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes
-    blocks as long as its images are no more than `images_per_batch`. All is up to seed and epoch; over the epochs all
-    triplets come up. `[i]`: (T, 3) int64 rows of the data set's images.
+    Each person's images are dealt at random into hands of at most HAND_SIZE; a hand of one twin and one of the other
+    are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes as many as have no
+    more than `images_per_batch` images. All is up to seed and epoch. `[i]`: (T, 3) int64 rows of the set's images.
     """
 
     def __init__(self, dataset, epoch, images_per_batch):
@@ -375,6 +363,7 @@ class GroupedSteps:
         if dataset.percentage < 100:
             blocks = [block for block in blocks if len(dataset.triplets_among(*block))]
         self.dataset, self.steps, room = dataset, [], 0
+        self.parts = lambda blocks: [dataset.triplets_among(*block) for block in blocks]
         for pair, hands in (blocks[i] for i in generator.permutation(len(blocks))):
             size = sum(map(len, hands))
             if size > room:
@@ -382,9 +371,3 @@ class GroupedSteps:
                 room = images_per_batch
             self.steps[-1].append((pair, hands))
             room -= size
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __getitem__(self, i):
-        return np.concatenate([self.dataset.triplets_among(*block) for block in self.steps[i]])

@@ -5,9 +5,8 @@
     positive, negative = criterion.distances(embeddings, triplets)  # one (N, 512) matrix, (T, 3) indices
     loss = criterion.loss(positive, negative)
 
-Training uses the second form: an image in many triplets is embedded once, and distances stand in one (N, N) matrix.
-The loss is `mean(max(0, d(a, p) - d(a, n) + margin))` (Schroff et al., FaceNet, arXiv 1503.03832). d is
-`1 - cos`, in [0, 2], or the euclidean distance of the L2-normalised embeddings, in [0, 2].
+The loss is `mean(max(0, d(a, p) - d(a, n) + margin))` (Schroff et al., FaceNet, arXiv 1503.03832). d is `1 - cos` or
+the euclidean distance of the L2-normalised embeddings, both in [0, 2]. Training embeds an image of many triplets once.
 """
 
 import torch
@@ -20,9 +19,8 @@ DISTANCES = ("cosine", "euclidean")
 class TripletLoss(nn.Module):
     """Triplet margin loss; `margin` is in units of the distance (> 0), `distance` one of DISTANCES.
 
-    All computation is float32, whatever autocast says: near a loss of zero bf16 has two digits.
-    Where two embeddings coincide, euclidean distance has no derivative; its subgradient 0 is taken, so
-    gradients stay finite.
+    All computation is float32, whatever autocast says: near a loss of zero bf16 has two digits. Where two embeddings
+    coincide, the subgradient 0 of the euclidean distance is taken, so gradients stay finite.
     """
 
     STATISTICS = ("loss", "positive_distance", "negative_distance", "active_triplets", "violated_triplets")
@@ -37,13 +35,8 @@ class TripletLoss(nn.Module):
 
     def forward(self, anchor, positive, negative):
         """Three (B, D) float tensors, of any length per row -> scalar float32 loss."""
-        anchor, positive, negative = (F.normalize(x.float(), dim=1) for x in (anchor, positive, negative))
-        if self.distance == "cosine":
-            to_positive, to_negative = 1 - (anchor * positive).sum(1), 1 - (anchor * negative).sum(1)
-        else:
-            to_positive = torch.linalg.vector_norm(anchor - positive, dim=1)
-            to_negative = torch.linalg.vector_norm(anchor - negative, dim=1)
-        return self.loss(to_positive, to_negative)
+        rows = torch.arange(3 * len(anchor), device=anchor.device).view(3, -1).T
+        return self.loss(*self.distances(torch.cat([anchor, positive, negative]), rows))
 
     def distances(self, embeddings, triplets):
         """(N, D) embeddings and (T, 3) int64 rows of them -> (d(a, p), d(a, n)), each (T,) float32."""
@@ -63,10 +56,9 @@ class TripletLoss(nn.Module):
     def quadruplet_loss(self, to_positive, to_negative):
         """The loss with each d(a, p) compared with every d(a, n), not only with its own anchor's -> scalar.
 
-        A triplet never compares the scores of different families, but one threshold has to serve them all. This is
-        the mean over all pairs of triplets i, j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, the second term of the
-        quadruplet loss (Chen et al., Beyond triplet loss, CVPR 2017). Distances (T,) are sorted, so T log T work for
-        T^2 comparisons.
+        A triplet never compares scores of different families, but one threshold has to serve them all. This is the
+        mean over all pairs of triplets i, j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, the second term of the
+        quadruplet loss (Chen et al., CVPR 2017), in T log T by sorting the distances (T,).
         """
         raised = to_positive + self.margin  # compared as one number on both sides, so that ties agree
         below = torch.searchsorted(to_negative.detach().sort().values, raised.detach())
@@ -77,8 +69,7 @@ class TripletLoss(nn.Module):
         """What the triplets of a batch say, from their distances (T,): the means of STATISTICS, (5,) detached.
 
         The loss; both distances; "active_triplets", the share with a loss above zero, which alone have a gradient;
-        "violated_triplets", the share with d(a, p) > d(a, n), where the twin looks more like the person than the
-        person does. They stay on the device, so reading them is the caller's decision.
+        "violated_triplets", the share with d(a, p) > d(a, n), where the twin looks more like the person.
         """
         to_positive, to_negative = to_positive.detach(), to_negative.detach()
         excess = to_positive - to_negative + self.margin

@@ -71,7 +71,7 @@ def make_trainer(args, folder, crops, flags):
     command = f"--skip_alignment --arch {args.arch} --device {args.device} --train_percentage {args.percentage} "
     command += f"--train_pairs {folder}/pairs.json --aligned_json {folder}/crops.json --overwrite {flags} "
     command += f"--output_dir {folder} --log_dir {folder}"
-    trainer = train_twins.TwinTrainer(train_twins.parse_args(command.split()))
+    trainer = train_twins.TwinTrainer(*train_twins.parse_runs(command.split()))
     trainer.say = lambda text: None
     with mock.patch("triplet_dataset.load_crops", return_value=crops):
         trainer.load_data()

@@ -86,4 +86,4 @@ def finish(processes, seconds=100):
 
 
 if __name__ == "__main__":
-    net.leave(work(json.loads(sys.argv[1])))
+    net.run_main(lambda: work(json.loads(sys.argv[1])))

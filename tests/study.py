@@ -118,7 +118,7 @@ def main(argv=None):
                 common += ["--pretrained", args.pretrained, "--arch", args.arch, "--resume", "--seed", seed]
                 common += ["--output_dir", output / "models", "--log_dir", output / "logs", "--run_name", run]
                 arguments = [str(flag) for flag in [*common, "--device", args.device, *flags.split()]]
-                trainer = train_twins.TwinTrainer(train_twins.parse_args(arguments), people.get(fold))
+                trainer = train_twins.TwinTrainer(*train_twins.parse_runs(arguments), people.get(fold))
                 logs.setdefault(name, []).append((fold, trainer.train()))
                 people[fold] = trainer.people or people.get(fold)
         minutes = [sum(e["timing"]["seconds"] for e in log["epochs"]) / 60 for _, log in logs[name]]

@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import align
-import evaluate_twins
 import net
 import triplet_dataset
 from tests.files import Call, older_blocks, png, safetensors, saved, torchscript
@@ -301,10 +300,10 @@ def test_pairs_as_csv_name_the_form_that_is_expected(tmp_path, refuses):
 def test_checkpoints_by_wildcard_and_folder(tmp_path, tiny_model):
     for name in ("a.pth", "b.pt", "c.ckpt", "d.txt"):
         net.save_checkpoint(tmp_path / "models" / name, tiny_model)
-    listed = evaluate_twins.list_checkpoints([f"{tmp_path}/models/*.p*", f"{tmp_path}/models"], None)
+    listed = net.list_checkpoints([f"{tmp_path}/models/*.p*", f"{tmp_path}/models"])
     assert [os.path.basename(path) for path in listed] == ["a.pth", "b.pt", "c.ckpt"]
     with pytest.raises(net.InputError, match="nothing"):
-        evaluate_twins.list_checkpoints([f"{tmp_path}/nothing*.pth"], None)
+        net.list_checkpoints([f"{tmp_path}/nothing*.pth"])
 
 
 def test_a_test_set_that_is_the_training_set_under_new_ids_is_refused(tmp_path, run_script, write_crops, capsys):

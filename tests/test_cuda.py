@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import evaluate_twins
 import net
 from tests.conftest import GROUPED, SHUFFLED, Experiment, quick_features
-from train_twins import TwinTrainer, parse_args
+from train_twins import TwinTrainer, parse_runs
 
 ROOT, META = Path(__file__).parent.parent, torch.device("meta")
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -73,7 +73,7 @@ FakeDevice = type("FakeDevice", (TorchDispatchMode,), {"__torch_dispatch__": exe
 
 
 def prepare(flags):
-    trainer = TwinTrainer(parse_args([*flags, "--quadruplet_weight", "0.5", "--drift_weight", "0.5"]))
+    trainer = TwinTrainer(*parse_runs([*flags, "--quadruplet_weight", "0.5", "--drift_weight", "0.5"]))
     if trainer.device.type == "cpu":  # its place is taken by the fake device
         trainer.device = trainer.processes.device = META
     trainer.load_data()

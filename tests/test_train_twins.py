@@ -27,7 +27,7 @@ from tests.conftest import (
     without_timing,
 )
 from tests.synthetic import write_photos
-from train_twins import Run, TwinTrainer, parse_args, plot_curves
+from train_twins import Run, TwinTrainer, parse_runs, plot_curves
 from triplet_dataset import load_crops
 from triplet_loss import TripletLoss
 
@@ -69,7 +69,7 @@ def naive_loss(args, model, start, crops, triplets):
 @pytest.mark.parametrize("terms", ["", "--quadruplet_weight 0.7 --drift_weight 2"])
 def test_a_step_equals_the_naive_three_forward_computation(experiment, monkeypatch, mode, steps, terms):
     flags = f"--freeze_backbone {mode} {steps} {terms} --learning_rate 0.1 --epochs 1"
-    trainer = TwinTrainer(parse_args(experiment.flags(flags)))
+    trainer = TwinTrainer(*parse_runs(experiment.flags(flags)))
     step, start, reference = trainer.step, net.load_checkpoint(experiment.start), net.load_checkpoint(experiment.start)
     taken = []
 
@@ -116,7 +116,7 @@ def passes():
 @pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
 def test_an_image_is_embedded_once_per_step(experiment, passes, mode, steps):
-    trainer = TwinTrainer(parse_args(experiment.flags(f"{mode} {steps} --epochs 1")))
+    trainer = TwinTrainer(*parse_runs(experiment.flags(f"{mode} {steps} --epochs 1")))
     step, images = trainer.step, []
 
     def counted(triplets):
@@ -132,17 +132,17 @@ def test_an_image_is_embedded_once_per_step(experiment, passes, mode, steps):
 
 
 def test_a_frozen_backbone_runs_once_per_image_for_all_runs_on_the_same_people(experiment, passes):
-    trainer = TwinTrainer(parse_args(experiment.flags("--freeze_backbone --epochs 3", "first")))
+    trainer = TwinTrainer(*parse_runs(experiment.flags("--freeze_backbone --epochs 3", "first")))
     trainer.train()
     assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
     passes["backbone"].clear()
     flags = "--freeze_backbone --train_percentage 50 --margin 0.2 --seed 3 --split_seed 5"
-    TwinTrainer(parse_args(experiment.flags(flags, "second")), trainer.people).train()
+    TwinTrainer(*parse_runs(experiment.flags(flags, "second")), trainer.people).train()
     assert passes["backbone"] == []
     model = net.load_checkpoint(experiment.start)
     model.input_layer[0].weight.data[0, 0, 0, 0] += 0.1
     net.save_checkpoint(experiment.start, model)  # another backbone has features of its own
-    TwinTrainer(parse_args(experiment.flags("--freeze_backbone", "third")), trainer.people).train()
+    TwinTrainer(*parse_runs(experiment.flags("--freeze_backbone", "third")), trainer.people).train()
     assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
 
 
@@ -259,7 +259,7 @@ def test_precision_follows_the_device(experiment, monkeypatch):
     def chosen(device, has_bf16):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16}, raising=False)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-        return TwinTrainer(parse_args(experiment.flags(f"--precision auto --device {device}"))).precision
+        return TwinTrainer(*parse_runs(experiment.flags(f"--precision auto --device {device}"))).precision
 
     assert (chosen("cpu", True), chosen("cpu", False)) == ("bf16", "fp32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -276,7 +276,7 @@ def test_config_log_and_checkpoint_hold_what_the_readers_rely_on(experiment, run
     assert {path.name for path in folder.iterdir()} == {"config.json", "training_log.json"}  # and no last.pth
     config = json.loads((folder / "config.json").read_text())
     assert log["config"] == config
-    args = vars(parse_args(experiment.flags("--train_percentage 50 --epochs 3")))
+    args = vars(*parse_runs(experiment.flags("--train_percentage 50 --epochs 3")))
     assert {key: config[key] for key in args} == args
     triplets = {}
     for part in ("train", "val"):
@@ -321,7 +321,7 @@ def test_curves_are_drawn_with_and_without_validation(tmp_path, run):
 
 @pytest.mark.parametrize(("monitor", "best"), [("val_loss", 3), ("val_eer", 2), ("val_auc", 4)])
 def test_the_best_epoch_is_the_first_best_by_the_monitor_and_never_the_start(experiment, monitor, best):
-    run = Run(parse_args(experiment.flags(f"--monitor {monitor} --epochs 9 --patience 3")))
+    run = Run(*parse_runs(experiment.flags(f"--monitor {monitor} --epochs 9 --patience 3")))
     figures = {"val_loss": "13211111", "val_eer": "03122132", "val_auc": "98579698"}
     for epoch in range(best + 4):
         entry = {"epoch": epoch, **{name: int(values[epoch]) for name, values in figures.items()}}
@@ -346,13 +346,13 @@ def test_default_run_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = "--freeze_backbone --train_percentage 75 --margin 0.50"
     for name, flags in {"full_100pct_margin0.3": "", "frozen_75pct_margin0.5": more}.items():
-        assert Run(parse_args(["--pretrained", "none", *flags.split()])).name == name
+        assert Run(*parse_runs(["--pretrained", "none", *flags.split()])).name == name
 
 
 # ---- who is trained on ----------------------------------------------------------------------------------------------
 def test_split_seed_alone_decides_who_validates(experiment):
     def validated(flags):
-        trainer = TwinTrainer(parse_args(experiment.flags(flags)))
+        trainer = TwinTrainer(*parse_runs(experiment.flags(flags)))
         trainer.load_data()
         return trainer.val_set.images.ids
 
@@ -363,7 +363,7 @@ def test_split_seed_alone_decides_who_validates(experiment):
 
 def test_a_percentage_contains_the_smaller_ones_of_its_seed(experiment):
     def sampled(flags):
-        trainer = TwinTrainer(parse_args(experiment.flags(flags)))
+        trainer = TwinTrainer(*parse_runs(experiment.flags(flags)))
         trainer.load_data()
         return {tuple(row) for row in trainer.train_set.triplets(np.arange(len(trainer.train_set))).tolist()}
 
@@ -569,7 +569,7 @@ def test_a_failed_run_of_several_is_named_the_others_go_on_and_resume_makes_up_f
     out, error = capsys.readouterr()
     assert [row[0] for row in summary(out.split("FAILED")[0])[0]] == [name for name in SWEPT if name != SWEPT[1]]
     assert f"FAILED: {SWEPT[1]}, for the reason above; --resume tries it again" in out
-    assert error.startswith(f"{SWEPT[1]}: {in_the_way}: Is a directory")
+    assert f"{SWEPT[1]}: {in_the_way}: Is a directory\n" in error
     before = {path: content for path, content in experiment.files().items() if SWEPT[1] not in str(path)}
     in_the_way.rmdir()
     assert train_twins.main(experiment.flags(f"{SWEEP} --resume", "")) == 0
@@ -645,9 +645,9 @@ def test_help_lists_every_documented_flag(capsys):
 @pytest.mark.parametrize("value", [True, False])
 def test_freeze_backbone_takes_the_usual_spellings(value):
     for text in ("True true TRUE 1 yes y on t" if value else "False false FALSE 0 no N off f").split():
-        assert parse_args(["--freeze_backbone", text]).freeze_backbone is value
-    assert parse_args(["--freeze_backbone"]).freeze_backbone is True
-    assert parse_args([]).freeze_backbone is False
+        assert parse_runs(["--freeze_backbone", text])[0].freeze_backbone is value
+    assert parse_runs(["--freeze_backbone"])[0].freeze_backbone is True
+    assert parse_runs([])[0].freeze_backbone is False
 
 
 @pytest.mark.parametrize(

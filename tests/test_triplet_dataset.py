@@ -391,24 +391,24 @@ def test_every_crop_is_read_once_and_hashed_by_its_pixels(tmp_path, monkeypatch)
         assert crops.sha256[crops.row[path]] == hashlib.sha256(pixels.tobytes()).hexdigest()
     dataset = td.TwinTripletDataset({"a": paths[:2], "b": paths[2:]}, [("a", "b")])
     assert all(dataset[i] for i in range(len(dataset)))
-    assert torch.equal(dataset.load(), crops.pixels)
+    assert torch.equal(dataset.pixels, crops.pixels)
     assert opened == Counter(paths * 2)  # once more for all items together
 
 
 def test_an_image_is_what_its_pixels_are(tmp_path):
     path = write_noise(tmp_path, ["A", "Aa", "Aaa", "B", "Bb", "C"])
-    crops = td.load_crops(path.values())
 
     def distinct(**lists):
-        return td.distinct_images({name: [path[k] for k in names] for name, names in lists.items()}, crops)
+        people = td.People({name: [path[k] for k in names] for name, names in lists.items()}, [tuple(lists)])
+        return people.id_to_images, people.warnings
 
-    images, warnings = distinct(one=["A", "B", "Aa", "A"], two=["C"], nobody=[])
-    assert images == {"one": [path["A"], path["B"]], "two": [path["C"]], "nobody": []}
+    images, warnings = distinct(one=["A", "B", "Aa", "A"], two=["C"])
+    assert images == {"one": [path["A"], path["B"]], "two": [path["C"]]}
     assert warnings == ["2 images are the same as another of their ID; each is used once"]
-    assert distinct(one=["A", "B"], two=["C"])[1] == []
+    assert distinct(one=["A", "B"], two=["C"])[1] == distinct(one=["A", "B"], two=[])[1] == []
     warnings = distinct(one=["A", "Aa", "Aaa"], two=["B", "Bb"])[1]
-    assert warnings[0].startswith("3 images are the same")
-    assert warnings[1:] == ["1 people have one and the same image under all paths, the first 'one'"]
+    assert warnings[0] == "ID 'one': one and the same image under all 3 paths"
+    assert warnings[1].startswith("3 images are the same")
     with pytest.raises(InputError, match=r"Aa\.png: .*ID 'two': the same image as .*/A\.png of ID 'one'"):
         distinct(one=["A", "B"], two=["Aa"])
 
