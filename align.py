@@ -240,6 +240,8 @@ def align_photo(job, detector=None):
     def left_out(status, reason):
         return facts | {"status": status, "reason": reason}
 
+    if job.key is None:
+        return left_out("unreadable", "no such file")
     if job.landmarks is None and detector is None:
         return left_out("no landmarks", "not in the landmark file")
     try:

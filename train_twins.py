@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from functools import partial
-from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,6 @@ from net import InputError, Processes, progress, to_input
 from triplet_dataset import People, TwinTripletDataset, read_json, split_pairs, write_json
 from triplet_loss import DISTANCES, TripletLoss
 
-PACKAGES = ("torch", "torchvision", "numpy", "opencv-python", "pillow", "face-alignment")  # told in config.json
 CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
 SAVE_MINUTES = 10  # between states to resume from
 STEPS = {True: 400, False: 100}  # of a default run, frozen or not: they decide, whatever number of pairs there is
@@ -339,8 +337,8 @@ class TwinTrainer:
         config["crops_sha256"] = hashlib.sha256(repr(self.people.crops.sha256).encode()).hexdigest()
         config |= {"used_device": str(device), "processes": self.processes.world}
         config["device_name"] = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
-        packages = [found for name in PACKAGES for found in distributions(name=name)]
-        config["versions"] = {package.name: package.version for package in packages}
+        modules = ("torch", "torchvision", "numpy", "cv2", "PIL")
+        config["versions"] = {name: str(sys.modules[name].__version__) for name in modules}
         return config
 
     def embed(self, rows):

@@ -299,10 +299,7 @@ class TwinTripletDataset(Dataset):
         return np.concatenate(found)
 
     def by_pair(self, chunk=1 << 20):
-        """Yield (rows, triplets) over all sampled triplets, pair by pair: one small matrix of distances for each.
-
-        triplets (K, 3), K <= chunk, index into the images `rows`.
-        """
+        """Yield (rows, triplets (K, 3) among these rows), K <= chunk, over all sampled triplets, pair by pair."""
         for begin, end in zip(self._begin, self._end, strict=True):
             for start in range(begin, end, chunk):
                 rows, index = np.unique(self.triplets(np.arange(start, min(start + chunk, end))), return_inverse=True)

@@ -265,7 +265,7 @@ def test_the_stage_writes_crops_mapping_and_report(tmp_path, photos, capsys):
     assert list(mapping) == list(source)
     assert totals == {"aligned": 12}
     assert all(0 < entry["residual"] < 8 and entry["eyes"] > 35 for entry in entries)
-    assert Image.open(tmp_path / "crops" / "alignment_sheet.png").size[0] == 1200
+    assert Image.open(tmp_path / "crops" / "alignment_sheet.png").size[0] == 10 * 114 + 2
     assert "12 photographs of 4 people: 12 aligned" in capsys.readouterr().out
 
 
@@ -456,7 +456,6 @@ def test_landmarks_as_detectors_write_them(tmp_path, content):
     ("images", "message"),
     [
         ({"a": ["nothing.jpg"]}, "not one photograph gave"),
-        ({"Anna": [], "b": [], "anna": []}, "'Anna' and 'anna'"),
         ({"x" * 300: ["a.jpg"]}, "File name too long"),
     ],
 )
@@ -489,7 +488,8 @@ def test_between_is_a_closed_interval():
         (OSError(28, "No space left on device"), 2, "x.py: No space left on device"),
         (OSError(18, "Cross-device link", "a", None, "b"), 2, "x.py: b: Cross-device link"),
         (KeyboardInterrupt(), 130, "x.py: stopped, go on"),
-        (torch.OutOfMemoryError("CUDA"), 2, "--images_per_batch or --batch_size, or take another --device"),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 2, "x.py: out of memory: "),
+        (torch.OutOfMemoryError("CUDA"), 2, "lower --batch_size (training: --images_per_batch), or take another"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(capsys, monkeypatch, error, code, line):
@@ -505,14 +505,6 @@ def test_what_a_user_can_mend_is_one_line(capsys, monkeypatch, error, code, line
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         align.run_script("x.py", Mock(side_effect=error), "stopped")
-
-
-def test_a_closed_pipe_is_quiet():
-    code = "import align, sys; sys.exit(align.run_script('x.py', lambda: print('y\\n' * {}), ''))"
-    for amount in (1, 10**6):
-        command = f'{sys.executable} -c "{code.format(amount)}" | true; echo ${{PIPESTATUS[0]}}'
-        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert (done.stdout.strip(), done.stderr) == ("141", "")
 
 
 # ---- the detector, with weights of the right shapes that find something
@@ -559,14 +551,14 @@ def test_the_largest_most_central_face_is_taken_and_a_rival_noticed():
     assert align.main_face(np.zeros((0, 4)), shape) == (None, False)
 
 
-def test_detection_is_done_once_and_faceless_photographs_are_remembered(tmp_path, stand_in):
+def test_detection_is_done_once(tmp_path, stand_in):
     rng = np.random.default_rng(0)
     for i in range(6):
         picture = rng.integers(0, 10 if i == 2 else 256, (201 if i == 1 else 200, 200, 3), np.uint8)
         Image.fromarray(picture).save(tmp_path / f"{i}.png")
     write_input(tmp_path, {"a": [f"{i}.png" for i in range(6)]}, {})
     flags = [flag for flag in arguments(tmp_path, tmp_path, "--device", "cpu") if "landmarks" not in flag]
-    for calls, more in ((7, []), (0, []), (7, ["--realign"])):
+    for calls, more in ((7, []), (2, []), (7, ["--realign"])):  # those without a face are tried again
         stand_in.clear()
         assert align.main([*flags, *more]) == 0
         assert len(stand_in) == calls

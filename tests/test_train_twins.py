@@ -265,6 +265,8 @@ def test_precision_follows_the_device(experiment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **options: ones(*size, **options))
     assert (chosen("cuda", True), chosen("cuda", False)) == ("bf16", "fp16")
 
 

@@ -319,7 +319,7 @@ def test_wrong_shares_are_refused(share):
         ('{"a": "x.png"}', "images of ID 'a'"),
         ('{"a": [1]}', "images of ID 'a'"),
         ('{"a": ["x"], "a": ["y"]}', "key 'a' stands there twice"),
-        ('{"a": [NaN]}', "NaN is not a number"),
+        ('{"a": [NaN]}', "the images of ID 'a' must be a list of paths"),
         ('{"é": []}'.encode("utf-16"), "not valid JSON: .*expected"),
         (None, 'No such file.*; expected a JSON file, {"ID": '),
     ],
