@@ -38,7 +38,7 @@ LOWER_IS_BETTER = ("eer", *RATES)
 # What makes two training runs two settings, by their flags and config.json; the seed does not.
 SETTINGS = ("freeze_backbone", "train_percentage", "margin", "distance", "images_per_batch", "batch_size", "epochs")
 SETTINGS += ("quadruplet_weight", "drift_weight", "learning_rate", "schedule", "weight_decay", "monitor", "patience")
-SETTINGS += ("used_precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256")
+SETTINGS += ("precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256")
 GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
 MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
 # Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
@@ -247,7 +247,8 @@ def group_settings(results):
     """[Setting, ...] of Results, named by what differs among them; the first result, the baseline, stands alone."""
     groups, settings, seen = {}, [], Counter()
     for result in results:
-        key = repr([result.config.get(name) for name in SETTINGS]) if result.config and groups else result.name
+        names = (*SETTINGS, "used_precision")
+        key = repr([result.config.get(name) for name in names]) if result.config and groups else result.name
         seen[key, result.config.get("seed")] += 1  # two with one seed, such as two epochs of a run, differ in more
         groups.setdefault((key, seen[key, result.config.get("seed")]), []).append(result)
     values = {key: {repr(result.config.get(key)) for result in results if result.config} for key in SETTINGS}

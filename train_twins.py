@@ -93,7 +93,7 @@ def parse_runs(argv=None):
 
 
 # What a resumed run must share with its beginning; the rest is how long, where, and how the crops came about.
-RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "used_precision")))
+RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "precision")))
 
 
 class Run:

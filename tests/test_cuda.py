@@ -90,13 +90,8 @@ def fake_run(folder, mode):
     """Print the waits of an epoch's steps and the loss before it, after a proof that waits and mixing are seen."""
     net.Backbone.features = quick_features
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter becomes a Fake
-    chunk = mock.patch.dict(net.CHUNK, meta=256)
-    with (
-        chunk,
-        mock.patch("torch.autocast"),
-        mock.patch("torch.optim.adam._device_dtype_check_for_fused"),
-        FakeDevice(),
-    ):
+    autocast, fused = mock.patch("torch.autocast"), mock.patch("torch.optim.adam._device_dtype_check_for_fused")
+    with autocast, fused, mock.patch.dict(net.CHUNK, meta=256), FakeDevice():
         one = torch.ones(3).to(META, non_blocking=True)
         assert (one.sum().item(), one[one > 0].tolist(), len(torch.ones(3).to(META))) == (3, [1, 1, 1], 3)
         assert len(waits) == 4  # of the last line
