@@ -401,7 +401,7 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
             for image, times in often:
                 of = np.count_nonzero(rows == image)
                 often = f"; {names[image]} is in {times} of its {of}: look at it" if times >= max(4, of / 2) else ""
-            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs{often or ''}\n", fontsize=7, loc="left")
+            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs{often or ''}\n\n", fontsize=7, loc="left")
             seen, families, places = set(), [], iter(axes)
             for k in np.argsort(sign * values, kind="stable")[:wrong]:  # the farthest from the threshold first
                 (a, b), family = rows[k], evaluator.family[rows[k][0]]
@@ -427,7 +427,7 @@ def plot_data_percentage(path, settings):
             images[share] = f"{share} %\n{config['n_touched_images']} images"
     with plot_figure(path, 8.6, 6.2, 2) as grid:
         for axes, (name, people) in zip(grid, {"auc": "twins", "general_auc": "everyone else"}.items(), strict=True):
-            axes.plot([0.8, 160], [0, 0], label=f"{settings[0].name} (baseline)")
+            axes.plot([0.7 * min(images, default=1), 140], [0, 0], label=f"{settings[0].name} (baseline)")
             for number, (label, points) in enumerate(sorted(lines.items())):
                 entries = [points[share][name] for share in sorted(points)]
                 share = np.array(sorted(points)) * 1.04**number  # beside each other
@@ -437,10 +437,10 @@ def plot_data_percentage(path, settings):
                 seeds = np.array([entry.get("range") or [None, None] for entry in entries], float).T
                 start = np.array(settings[0].figures[name]["value"], float)  # None becomes NaN
                 axes.fill_between(share, *(seeds - start), color=line.get_color(), alpha=0.2, linewidth=0)
-            axes.set(xscale="log", xlim=(0.8, 160), ylabel=f"change of the AUC, {people}")
+            axes.set(xscale="log", ylabel=f"change of the AUC, {people}")
             axes.set_xticks(list(images), images.values(), fontsize=7)
             axes.set_xticks([], minor=True)
-        grid[0].set_title("How much data is enough: means, 95 % intervals, and the range of the seeds as a band")
+        grid[0].set_title("means with 95 % intervals; band: the range of the seeds")
         grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 

@@ -480,7 +480,7 @@ def plot_curves(folder, log):
     verdict = describe(log["against_start"]).replace("), ", "),\n") if "against_start" in log else "not finished"
     figures = {"val_eer": "EER, twins", "val_auc": "AUC, twins", "val_general_auc": "AUC, everyone else"}
     losses = {"train_loss": f"triplet {loss},\ntraining", "val_loss": f"triplet {loss},\nvalidation"}
-    panels = {"validation_curves.png": (f"{config['n_val_pairs']} validation pairs; best epoch {verdict}", figures)}
+    panels = {"validation_curves.png": (f"{config['n_val_pairs']} validation pairs; best epoch: {verdict}", figures)}
     panels["loss_curves.png"] = (minimised, losses)
     legend = ("before training", f"best epoch, by {config['monitor']}")
     for file, (title, curves) in panels.items():
