@@ -35,10 +35,10 @@ METRICS += tuple(f"general_threshold_{rate:g}" for rate in GENERAL_MATCH_RATES)
 RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each of the last and at each operating point
 METRICS += tuple(f"{rate}_{at}" for at in ("0.001", "0.0001", *OPERATING_POINTS) for rate in RATES)
 LOWER_IS_BETTER = ("eer", *RATES)
-# What makes two training runs two settings, by their flags and config.json; the seed does not.
+# What makes two training runs two settings, by their config.json; the seed does not, and the last gives no name.
 SETTINGS = ("freeze_backbone", "train_percentage", "margin", "distance", "images_per_batch", "batch_size", "epochs")
 SETTINGS += ("quadruplet_weight", "drift_weight", "learning_rate", "schedule", "weight_decay", "monitor", "patience")
-SETTINGS += ("precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256")
+SETTINGS += ("precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256", "used_precision")
 GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
 MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
 # Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
@@ -247,8 +247,7 @@ def group_settings(results):
     """[Setting, ...] of Results, named by what differs among them; the first result, the baseline, stands alone."""
     groups, settings, seen = {}, [], Counter()
     for result in results:
-        names = (*SETTINGS, "used_precision")
-        key = repr([result.config.get(name) for name in names]) if result.config and groups else result.name
+        key = repr([result.config.get(name) for name in SETTINGS]) if result.config and groups else result.name
         seen[key, result.config.get("seed")] += 1  # two with one seed, such as two epochs of a run, differ in more
         groups.setdefault((key, seen[key, result.config.get("seed")]), []).append(result)
     values = {key: {repr(result.config.get(key)) for result in results if result.config} for key in SETTINGS}
@@ -256,7 +255,7 @@ def group_settings(results):
         config = group[0].config
         words = {"freeze_backbone": "frozen" if config.get("freeze_backbone") else "full"}
         words["train_percentage"] = f"{config.get('train_percentage')} %"
-        keys = [key for key in SETTINGS if config and len(values[key]) > 1]
+        keys = [key for key in SETTINGS[:-1] if config and len(values[key]) > 1]
         parts = {key: words.get(key, f"{key} {str(config.get(key))[-24:]}") for key in keys}
         name = ", ".join(parts.values())
         named = settings and name and name not in [setting.name for setting in settings]
@@ -329,7 +328,7 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
         figure.savefig(temporary, format="png")
 
 
-def plot_rates(axes, results, kind):
+def plot_rates(axes, results, kind, title=""):
     """ROC ("roc") or DET ("det") of genuine against twin impostor pairs, one line per result, with its EER."""
     lowest = 100 / len(results[0].scores["twin"])  # a logarithmic axis has no 0: curves end at one pair
     for result in results:
@@ -343,7 +342,8 @@ def plot_rates(axes, results, kind):
         axes.plot(fmr, y, label=label, drawstyle="steps-post", marker="o", markevery=at)
     axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%); dot: EER")
     scale, ylabel = ("linear", "true accept rate, 1 - FNMR (%)") if kind == "roc" else ("log", "FNMR (%)")
-    axes.set(yscale=scale, ylabel=ylabel, title=kind.upper())
+    bottom = 0 if kind == "roc" else max(0.01, 10 * min(result.estimate.figures["eer"] for result in results))
+    axes.set(yscale=scale, ylim=(bottom, 100), ylabel=ylabel, title=kind.upper() + title)
     for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
         axis.set(major_formatter="{x:g}", minor_formatter=lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
 
@@ -366,7 +366,7 @@ def plot_comparison(path, settings):
             left.hlines(y, *(100 * bounds), color=dots.get_color(), linewidth=1.2)
         left.set(yticks=range(len(shown)), yticklabels=shown.values(), ylim=(len(shown) - 0.5, -0.5))
         left.set(title=f"difference to {settings[0].name}", xlabel="points (0.01 of AUC), 95 % interval")
-        plot_rates(right, [setting.results[0]._replace(name=setting.name) for setting in settings], "det")
+        plot_rates(right, [s.results[0]._replace(name=s.name) for s in settings], "det", ", of several seeds the first")
 
 
 def plot_distributions(path, result):

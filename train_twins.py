@@ -93,7 +93,7 @@ def parse_runs(argv=None):
 
 
 # What a resumed run must share with its beginning; the rest is how long, where, and how the crops came about.
-RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "precision")))
+RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "precision", "used_precision")))
 
 
 class Run:
@@ -512,7 +512,7 @@ def train_runs(runs):
     def train(args):
         logs[args.run_name] = TwinTrainer(args, people).train()
 
-    for args in progress(left, "all runs", "run", disable=not leader.first):
+    for args in progress(left, "all runs", "run", smoothing=1, disable=not leader.first):
         try:
             code = align.run_script(args.run_name, partial(train, args), "interrupted")
         except Exception:  # a bug keeps its traceback, and the other runs go on
