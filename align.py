@@ -487,7 +487,7 @@ def run_script(name, work, interrupted):
         if error.errno is None:
             raise
         code, message, alone = 2, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror))), True
-    if os.environ.get("RANK", "0") == "0" or alone:
+    if os.environ.get("RANK", "0") == "0" or alone or not torch.distributed.is_initialized():
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

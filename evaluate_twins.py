@@ -257,7 +257,7 @@ def group_settings(results):
         words["train_percentage"] = f"{config.get('train_percentage')} %"
         keys = [key for key in SETTINGS[:-1] if config and len(values[key]) > 1]
         parts = {key: words.get(key, f"{key} {str(config.get(key))[-24:]}") for key in keys}
-        name = ", ".join(parts.values())
+        name = ", ".join(parts.values()) or f"mean of {len(group)} seeds" * (len(group) > 1)
         named = settings and name and name not in [setting.name for setting in settings]
         figures = compare([result.estimate for result in group], results[0].estimate if settings else None)
         settings.append(Setting(name if named else group[0].name, parts, group, figures))
@@ -423,6 +423,7 @@ def plot_data_percentage(path, settings):
         config = setting.results[0].config
         if share := config.get("train_percentage"):
             label = ", ".join(words for key, words in setting.parts.items() if key != "train_percentage") or "all runs"
+            label = setting.name if share in lines.get(label, {}) else label  # told apart by no flag
             lines.setdefault(label, {})[share] = setting.figures
             images[share] = f"{share} %\n{config['n_touched_images']} images"
     with plot_figure(path, 8.6, 6.2, 2) as grid:
@@ -472,7 +473,7 @@ def comparison_table(settings, chosen):
             if None not in [rate["value"] for rate in rates]:
                 twin, general, fnmr = (spell(rate["value"], rate["interval"], ".3g", 100) for rate in rates)
                 reached = f"twin FMR {twin} %, general FMR {general} %, FNMR {fnmr} %"
-                lines.append(f"  At the threshold that gave its validation people {purpose}: {reached}.")
+                lines.append(f"  {setting.name}, at the threshold for {purpose} of its validation people: {reached}.")
     if len(settings) > 1:
         lines.append(f"Validation would have chosen: {chosen}" if chosen else "No common validation to choose by.")
         lines.append("Choosing by the figures above would be selection on the test set.")
@@ -495,14 +496,12 @@ def parse_args(argv=None):
 
 
 def validation_thresholds(path, facts):
-    """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, or with one that began from it.
-
-    facts: {path: what the checkpoint says}.
-    """
+    """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, or with one that began from it."""
     figures = facts[path].get("metrics")
-    for run in facts.values() if not figures else ():
-        if Path(run.get("config", {}).get("pretrained", "")).name == Path(path).name:
-            figures = run.get("start_metrics")
+    for run in facts.values():
+        start, found = run.get("config", {}).get("pretrained", ""), run.get("start_metrics", {})
+        if Path(start).name == Path(path).name and found.get("val_eer_threshold") is not None:
+            figures = figures or found
     known = {name: (figures or {}).get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
     return {name: threshold for name, threshold in known.items() if threshold is not None}
 
@@ -521,9 +520,11 @@ def evaluate(args):
             who = f"{len(overlaps[path])} of the {len(tested)} test people: {', '.join(overlaps[path])}"
             raise InputError(f"{path}: was trained or validated on {who}; test on others, or say --allow_overlap")
     people = People(listed if args.skip_alignment else align_files(args, "test_pairs"), pairs, notes)
-    for path in [] if args.allow_overlap else facts:
-        if seen := len({*facts[path].get("crop_sha256", [])} & {*people.crops.sha256}):
-            raise InputError(f"{path}: {seen} test images are among those it was trained on; see --allow_overlap")
+    for path in facts:
+        seen = {people.owner[crop][0] for crop in facts[path].get("crop_sha256", []) if crop in people.owner}
+        if seen and not args.allow_overlap:
+            raise InputError(f"{path}: was trained on images of {', '.join(sorted(seen))}; see --allow_overlap")
+        overlaps[path] = sorted(seen | {*overlaps[path]})
     images = TwinImages(people.id_to_images, pairs)
     evaluator = TwinEvaluator(images, args.seed)
     if empty := (images.count == 0).sum():
@@ -536,6 +537,7 @@ def evaluate(args):
         models = [net.load_checkpoint(path, channels=args.channels) for path in group]
         embeddings = net.embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
         for path, embedding in zip(group, embeddings, strict=True):
+            net.check_alive(embedding, path)
             scores = evaluator.score(embedding)
             applied = {} if args.flip else validation_thresholds(path, facts)  # scores of fused embeddings are others
             estimate = evaluator.estimate(scores, f"resampling {names[path]}", applied)

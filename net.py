@@ -141,7 +141,7 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
 
     The models differ in `output_layer` alone: the backbone of the first runs once per image, in float32. batch_size:
     images at once; description: label of a progress bar; flip: upstream's fusion, the unit vector of the embeddings of
-    image and mirror image, each times its norm (AdaFace, CVPR 2022). Raises InputError for a dead network.
+    image and mirror image, each times its norm (AdaFace, CVPR 2022). A dead network is found by check_alive.
     """
     batch_size = batch_size or CHUNK[device.type]
     models[0].to(device, memory_format=torch.channels_last)
@@ -156,8 +156,6 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
                 found = [model.head(view) for view in views]
                 fused = nn.functional.normalize(sum(embedding * norm for embedding, norm in found))
                 result[i : i + batch_size] = fused if flip else found[0][0]
-    for result in embeddings:
-        check_alive(result, f"this {models[0].arch}")
     return list(embeddings.clone())  # no inference tensors, which training could not use
 
 

@@ -84,11 +84,11 @@ def parse_runs(argv=None):
     swept = ("freeze_backbone", "train_percentage", "margin", "seed")
     values = [sorted({*x}) or [True] if isinstance(x, list) else [x] for x in (getattr(args, key) for key in swept)]
     runs = [argparse.Namespace(**vars(args) | dict(zip(swept, x, strict=True))) for x in itertools.product(*values)]
-    if args.run_name and len(runs) > 1:
-        raise InputError(f"--run_name {args.run_name}: names one run; {len(runs)} runs get names of their own")
     for run in runs:
         mode, seed = "frozen" if run.freeze_backbone else "full", f"_seed{run.seed}" if len(values[-1]) > 1 else ""
         run.run_name = run.run_name or f"{mode}_{run.train_percentage}pct_margin{run.margin:g}{seed}"
+    if len({run.run_name for run in runs}) < len(runs):  # also margins that differ too little
+        raise InputError(f"--run_name {runs[0].run_name}: {len(runs)} runs cannot share it; each gets one of its own")
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
 
@@ -136,8 +136,8 @@ class Run:
         self.check_same(config)
         self.log["config"] = config
         if self.state is None:  # what a replaced run left must not pass for this one's on --resume
-            self.last.unlink(missing_ok=True)
-            (self.folder / "training_log.json").unlink(missing_ok=True)
+            for path in (self.last, self.folder / "training_log.json", *self.checkpoints()):
+                path.unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)
 
     def append(self, entry):
@@ -253,7 +253,7 @@ class TwinTrainer:
         """Stage 2: fine-tune and write everything; returns the content of training_log.json."""
         run = self.run
         if run.finished:
-            self.say(f"{run.name} is finished ({run.log['stopped']}); best: {run.log['best_checkpoint']}")
+            self.say(f"{run.name} is finished, {len(run.log['epochs']) - 1} epochs; best: {run.log['best_checkpoint']}")
             return run.log
         self.load_data()
         self.build_model()
@@ -518,8 +518,8 @@ def train_runs(runs):
         except Exception:  # a bug keeps its traceback, and the other runs go on
             traceback.print_exc()
             code = 1
-        if code == 130:
-            raise KeyboardInterrupt
+        if code == 130 or (code and leader.processes.world > 1):  # the other processes wait for this one
+            raise KeyboardInterrupt if code == 130 else SystemExit(code)
         failed += [args.run_name] if code else []
     leader.say(summarize_runs([logs[args.run_name] for args in runs if args.run_name in logs], leader.args.pretrained))
     for name in failed:

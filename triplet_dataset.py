@@ -202,16 +202,16 @@ def load_crops(paths):
 class People:
     """The people of twin pairs and their crops, decoded once: what all training runs on them share.
 
-    `pairs`; `id_to_images` {ID: [path, ...]}, each image (its pixels) once; `crops`; `features`, what a frozen backbone
-    made of them; `warnings`, `notes` first. aligned: {ID: [path of a crop, ...]}. InputError if two IDs share an image.
+    `pairs`; `id_to_images` {ID: [path, ...]}, each image (its pixels) once; `crops`; `owner` {hash: (ID, path)};
+    `features`, of a frozen backbone; `warnings`. aligned: {ID: [path, ...]}. InputError if two IDs share an image.
     """
 
     def __init__(self, aligned, pairs, notes=()):
-        aligned, owner, repeated = {name: aligned[name] for pair in pairs for name in pair}, {}, 0
-        self.pairs, self.id_to_images, self.features, self.warnings = pairs, {}, {}, list(notes)
+        aligned, repeated = {name: aligned[name] for pair in pairs for name in pair}, 0
+        self.pairs, self.id_to_images, self.features, self.owner, self.warnings = pairs, {}, {}, {}, list(notes)
         self.crops = load_crops([path for paths in aligned.values() for path in paths])
         for name, paths in aligned.items():
-            firsts = [owner.setdefault(self.crops.sha256[self.crops.row[path]], (name, path)) for path in paths]
+            firsts = [self.owner.setdefault(self.crops.sha256[self.crops.row[path]], (name, path)) for path in paths]
             for path, (first_name, first_path) in zip(paths, firsts, strict=True):
                 if first_name != name:
                     two = f"ID {name!r}: the same image as {first_path} of ID {first_name!r}"

@@ -497,6 +497,9 @@ def test_what_a_user_can_mend_is_one_line(capsys, monkeypatch, error, code, line
     assert line in error_of(capsys)
     monkeypatch.setenv("RANK", "1")
     assert align.run_script("x.py", Mock(side_effect=error), "stopped, go on") == code
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert line in error_of(capsys)  # before the processes know of each other
+    assert align.run_script("x.py", Mock(side_effect=error), "stopped, go on") == code
     met_by_all = isinstance(error, (InputError, KeyboardInterrupt))  # a full memory or disk is one process's own
     assert (capsys.readouterr().err == "") == met_by_all
 

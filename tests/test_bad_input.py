@@ -314,5 +314,6 @@ def test_a_test_set_that_is_the_training_set_under_new_ids_is_refused(tmp_path, 
     pairs.write_text(json.dumps([[f"new {name}" for name in pair] for pair in json.loads(pairs.read_text())]))
     changes = {"--checkpoints": tmp_path / "out" / "models"}
     assert run_script("evaluate_twins.py", changes) == 2
-    assert "9 test images are among those it was trained on" in capsys.readouterr().err
+    assert "was trained on images of new train0a, new train0b" in capsys.readouterr().err
     assert run_script("evaluate_twins.py", {**changes, "--allow_overlap": None}) == 0
+    assert "has seen 4 of the test people; it looks too good" in capsys.readouterr().out

@@ -224,8 +224,10 @@ def test_dead_networks_are_refused(tiny_model):
     for scale, mean, reason in ((1e38, 0.3, "the norm"), (0, 0, "the norm"), (0, 0.3, "all embeddings have fallen")):
         tiny_model.output_layer[3].weight.data = scale * weight  # overflow, zeros, all equal
         tiny_model.output_layer[4].running_mean.fill_(mean)
-        with pytest.raises(net.InputError, match=f"ir_tiny is dead: {reason}"):
-            net.embed([alive, tiny_model], crops, CPU)
+        embeddings = net.embed([alive, tiny_model], crops, CPU)
+        net.check_alive(embeddings[0], "alive.pth")
+        with pytest.raises(net.InputError, match=rf"dead\.pth is dead: {reason}"):
+            net.check_alive(embeddings[1], "dead.pth")
 
 
 def test_files_agree_with_an_independent_evaluation(evaluated):
@@ -314,7 +316,8 @@ def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_
         rates = [figures[f"{rate}_{point}"] for rate in ("twin_fmr", "general_fmr", "fnmr")]
         spelt = ["{:.3g} [{:.3g}, {:.3g}]".format(*(100 * x for x in (r["value"], *r["interval"]))) for r in rates]
         words = "twin FMR {} %, general FMR {} %, FNMR {} %".format(*spelt)
-        assert f"At the threshold that gave its validation people {purpose}: {words}." in evaluated.said.getvalue()
+        line = f"  start, at the threshold for {purpose} of its validation people: {words}."
+        assert line in evaluated.said.getvalue().splitlines()
 
 
 def test_settings_are_told_apart_and_named_by_every_value_that_differs():
@@ -326,7 +329,7 @@ def test_settings_are_told_apart_and_named_by_every_value_that_differs():
     assert names(low, high) == ["learning_rate 0.0001", "learning_rate 0.001"]
     both = ["full, learning_rate 0.0001", "frozen, learning_rate 0.001"]
     assert names({**low, "freeze_backbone": False}, high) == both
-    assert names({"seed": 1}, {"seed": 2}) == ["r0"]  # one setting, and nothing to tell it from
+    assert names({"seed": 1}, {"seed": 2}) == ["mean of 2 seeds"]  # one setting, and nothing to tell it from
     assert names({"seed": 1}, {"seed": 1, "n_train_pairs": 9}) == ["r0", "r1"]  # such as two epochs of a run
     a, b = (result(name, {"config": tuned(seed=i)}, auc=0.8 + i / 100) for i, name in enumerate("ab"))
     start = result("start", auc=0.7)

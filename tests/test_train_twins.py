@@ -594,7 +594,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(experiment, interrupt, ca
 
 def test_several_runs_are_refused_as_a_whole_before_the_first_begins(experiment, run, refusal):
     assert run(SWEEP, "one_name")[0] == 2
-    assert "--run_name one_name: names one run; 8 runs get names of their own" in refusal()
+    assert "--run_name one_name: 8 runs cannot share it; each gets one of its own" in refusal()
     assert train_twins.main(experiment.flags("--freeze_backbone False", "")) == 0
     before = experiment.files()
     assert train_twins.main(experiment.flags("--freeze_backbone True False", "")) == 2
