@@ -474,7 +474,7 @@ def test_resume_starts_what_is_not_there_and_says_what_is_finished(experiment, r
     before = experiment.files()
     capsys.readouterr()
     assert run("--resume")[0] == 0
-    assert re.search(r"run is finished \(epochs\); best: .*epoch\d\.pth", capsys.readouterr().out)
+    assert re.search(r"run is finished, 2 epochs; best: .*epoch\d\.pth", capsys.readouterr().out)
     assert experiment.files() == before
 
 
