@@ -420,12 +420,10 @@ def plot_data_percentage(path, settings):
     """Differences of both AUCs to the baseline by the share of triplets: a line per setting, its seeds as a band."""
     lines, images = {}, {}
     for setting in settings[1:]:
-        config = setting.results[0].config
-        if share := config.get("train_percentage"):
+        if share := setting.results[0].config.get("train_percentage"):
             label = ", ".join(words for key, words in setting.parts.items() if key != "train_percentage") or "all runs"
-            label = setting.name if share in lines.get(label, {}) else label  # told apart by no flag
             lines.setdefault(label, {})[share] = setting.figures
-            images[share] = f"{share} %\n{config['n_touched_images']} images"
+            images[share] = f"{share} %\n{setting.results[0].config['n_touched_images']} images"
     with plot_figure(path, 8.6, 6.2, 2) as grid:
         for axes, (name, people) in zip(grid, {"auc": "twins", "general_auc": "everyone else"}.items(), strict=True):
             axes.plot([0.7 * min(images, default=1), 140], [0, 0], label=f"{settings[0].name} (baseline)")
