@@ -307,8 +307,10 @@ def plan(id_to_images, folder, landmarks, home):
 
     landmarks: of read_landmarks, {} to detect them. Keys hold sources as seen from `home`: a data set can be moved.
     """
-    jobs = []
+    jobs, alike = [], {}
     for identity, sources in id_to_images.items():
+        if (other := alike.setdefault(identity.casefold(), identity)) != identity:  # one folder where case is ignored
+            raise InputError(f"IDs {other!r} and {identity!r} differ in case alone; rename one")
         for source, name in file_names(dict.fromkeys(sources), home).items():
             points, key = landmarks.get(source), None
             if os.path.isfile(source):

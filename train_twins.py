@@ -477,7 +477,7 @@ def plot_curves(folder, log):
     """loss_curves.png and validation_curves.png of a run's log."""
     config, weight, loss = log["config"], log["config"]["quadruplet_weight"], f"loss ({log['config']['distance']})"
     minimised = f"minimised: {1 - weight:g} triplet + {weight:g} quadruplet loss + {config['drift_weight']:g} drift"
-    verdict = describe(log["against_start"]).replace("), ", "),\n") if "against_start" in log else "not finished"
+    verdict = describe(log["against_start"]).replace("), ", "),\n") if "against_start" in log else "not compared"
     figures = {"val_eer": "EER, twins", "val_auc": "AUC, twins", "val_general_auc": "AUC, everyone else"}
     losses = {"train_loss": f"triplet {loss},\ntraining", "val_loss": f"triplet {loss},\nvalidation"}
     panels = {"validation_curves.png": (f"{config['n_val_pairs']} validation pairs; best epoch: {verdict}", figures)}

@@ -37,7 +37,7 @@ def run(module, command):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default="demo", help="where everything is written (default demo)")
-    parser.add_argument("--pairs", type=int, default=30, help="training families (default 30)")
+    parser.add_argument("--pairs", type=int, default=36, help="training families (default 36)")
     args = parser.parse_args(argv)
     began, home = time.perf_counter(), Path(args.folder)
     if home.exists() and any(home.iterdir()) and not (home / MARKER).exists():
@@ -69,7 +69,7 @@ def main(argv=None):
         train_twins,
         f"--train_pairs {q}/train/pairs.json --skip_alignment --aligned_json {q}/id_to_train_aligned_images.json "
         f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs --device cpu "
-        "--freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 --epochs 2 --learning_rate 5e-5 "
+        "--freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 --epochs 2 --learning_rate 1e-4 "
         "--drift_weight 0 --schedule constant",  # random weights have nothing worth keeping
     )
     models = " ".join(shlex.quote(path.as_posix()) for path in sorted((home / "models").glob("*.pth")))

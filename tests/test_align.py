@@ -456,6 +456,7 @@ def test_landmarks_as_detectors_write_them(tmp_path, content):
     ("images", "message"),
     [
         ({"a": ["nothing.jpg"]}, "not one photograph gave"),
+        ({"Anna": [], "b": [], "anna": []}, "'Anna' and 'anna'"),
         ({"x" * 300: ["a.jpg"]}, "File name too long"),
     ],
 )

@@ -110,9 +110,9 @@ def test_demo_runs_and_training_beats_the_untrained_network(tmp_path, capsys):
     gains = {name: value - auc["untrained"] for name, value in auc.items() if name != "untrained"}
     runs = [f"{mode}_{share}pct" for mode in ("frozen", "full") for share in (100, 10)]
     assert [name for run in runs for name in sorted(gains) if f"_{run}_" in name] == sorted(gains)
-    assert all(gain > (0.02 if "_full_" in name else 0.002) for name, gain in gains.items()), gains
+    assert all(gain > (0 if "_full_" in name else 0.01) for name, gain in gains.items()), gains
     assert "Validation would have chosen: f" in out
-    assert len(list((tmp_path / "demo").rglob("*.png"))) > 420
+    assert len(list((tmp_path / "demo").rglob("*.png"))) > 460
 
 
 def test_demo_does_not_delete_what_is_not_a_demo(tmp_path):
