@@ -5,7 +5,7 @@
     python align.py --landmarks landmarks.json            # your own landmarks; no detector is loaded
 
 Landmarks -> least-squares similarity to the ArcFace template -> crop, which carries a key of its source, so a repeated
-run only does what is new. alignment_report.json and alignment_sheet.png say what became of each photograph.
+run makes only the missing crops. alignment_report.json and alignment_sheet.png say what became of each photograph.
 """
 
 import argparse
@@ -48,7 +48,7 @@ DECODED_SIZE = 1920  # long side in pixels to which a JPEG is decoded, at least
 WHITES = (1, 255, 1023, 4095, 16383, 65535)  # the largest value of 8 to 16 bits, and of floats
 DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees, at most
 # Landmarks farther than this from the template (root mean square, crop pixels) are a profile or no face. 120 frontal
-# photographs of 30 people reach 6.6 (median 3.1); a head turned by 60 degrees has 9.5, exchanged eyes 23.
+# photographs of 30 people reach 6.6 (median 3.1); a head turned by 60 degrees has 9.5, exchanged sides 23.
 MAX_RESIDUAL = 8.0
 MIN_EYES = 10  # pixels between the eyes in the photograph
 WEIGHTS = "s3fd-619a316812.pth and 2DFAN4-11f355bf06.pth.tar from https://www.adrianbulat.com/downloads/python-fan/"
@@ -324,8 +324,7 @@ def plan(id_to_images, folder, landmarks, home):
 def write_report(mapping, report, folder):
     """Write alignment_report.json and a picture of the worst crops, and print what became of the photographs."""
     totals = Counter(word for entry in report for word in (entry["status"], *entry["flag"].split(", ")) if word)
-    sheet = sorted((-entry["residual"], entry["crop"]) for entry in report if entry["crop"])[:100]  # row by row
-    sheet = [crop for _, crop in sheet]
+    sheet = [crop for _, crop in sorted((-e["residual"], e["crop"]) for e in report if e["crop"])[:100]]  # row by row
     write_json(Path(folder, "alignment_report.json"), {"totals": totals, "sheet": sheet, "photographs": report})
     if sheet:
         with replacing(Path(folder, "alignment_sheet.png")) as temporary:
@@ -379,8 +378,8 @@ def align_files(args, pairs_flag="pairs", processes=None):
         reason = f"{report[0]['source']}: {report[0]['reason']}" if report else "no photographs are listed"
         raise InputError(f"{args.id_to_images}: not one photograph gave a crop; {reason}")
     if first:
-        home = os.path.dirname(os.path.abspath(args.aligned_json))
-        relative = {n: [Path(os.path.relpath(crop, home)).as_posix() for crop in c] for n, c in mapping.items()}
+        json_home = os.path.dirname(os.path.abspath(args.aligned_json))
+        relative = {n: [Path(os.path.relpath(crop, json_home)).as_posix() for crop in c] for n, c in mapping.items()}
         write_json(args.aligned_json, relative)
     processes.collect(None)  # now all may read it
     return mapping

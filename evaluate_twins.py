@@ -397,11 +397,11 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
         for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
             rows, values = evaluator.rows[kind], result.scores[kind]
             mistaken = values >= threshold if sign < 0 else values < threshold
-            wrong, often = np.count_nonzero(mistaken), Counter(rows[mistaken].ravel().tolist()).most_common(1)
-            for image, times in often:
+            wrong, note = np.count_nonzero(mistaken), ""
+            for image, times in Counter(rows[mistaken].ravel().tolist()).most_common(1):
                 of = np.count_nonzero(rows == image)
-                often = f"; {names[image]} is in {times} of its {of}: look at it" if times >= max(4, of / 2) else ""
-            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs{often or ''}\n\n", fontsize=7, loc="left")
+                note = f"; {names[image]} is in {times} of its {of}: look at it" if times >= max(4, of / 2) else ""
+            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs{note}\n\n", fontsize=7, loc="left")
             seen, families, places = set(), [], iter(axes)
             for k in np.argsort(sign * values, kind="stable")[:wrong]:  # the farthest from the threshold first
                 (a, b), family = rows[k], evaluator.family[rows[k][0]]
@@ -487,7 +487,7 @@ def parse_args(argv=None):
     add("--baseline", help="what the others are compared to; by default the first")
     add("--output_dir", default="evaluation_results", help="where results go")
     add("--batch_size", type=between(int, 1, 10**6), help="images at once (256 on CUDA, 8 on a CPU); for speed only")
-    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="of the bootstrap")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="of the bootstrap and of drawn general pairs")
     add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
     add("--allow_overlap", action="store_true", help="also evaluate on people a checkpoint was trained on, and say so")
     return parser.parse_args(argv)
@@ -498,7 +498,7 @@ def validation_thresholds(path, facts):
     figures = facts[path].get("metrics")
     for run in facts.values():
         start, found = run.get("config", {}).get("pretrained", ""), run.get("start_metrics", {})
-        if Path(start).name == Path(path).name and found.get("val_eer_threshold") is not None:
+        if os.path.abspath(start) == os.path.abspath(path) and found.get("val_eer_threshold") is not None:
             figures = figures or found
     known = {name: (figures or {}).get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
     return {name: threshold for name, threshold in known.items() if threshold is not None}

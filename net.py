@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -40,10 +41,10 @@ ARCHITECTURES |= {f"ir_se_{n}": (*ARCHITECTURES[f"ir_{n}"][:3], True) for n in (
 class SEBlock(nn.Module):
     """Squeeze-and-excitation: every channel times a weight computed from all channels' means."""
 
-    def __init__(self, channels, reduction=16):
+    def __init__(self, channels):
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1, bias=False)
 
     def forward(self, x):
         return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
@@ -154,8 +155,7 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
             views = [models[0].features(view) for view in ([x, x.flip(3)] if flip else [x])]
             for model, result in zip(models, embeddings, strict=True):
                 found = [model.head(view) for view in views]
-                fused = nn.functional.normalize(sum(embedding * norm for embedding, norm in found))
-                result[i : i + batch_size] = fused if flip else found[0][0]
+                result[i : i + batch_size] = F.normalize(sum(e * norm for e, norm in found)) if flip else found[0][0]
     return list(embeddings.clone())  # no inference tensors, which training could not use
 
 
@@ -223,7 +223,7 @@ def load_checkpoint(path, arch=None, channels=None):
         channels = channels or "/".join({*re.findall(r"color_space:\W*(RGB|BGR)", yamls)})
         if channels not in ("RGB", "BGR"):
             raise InputError(f"{path}: of CVLface; put its model.yaml beside it, or say --channels RGB or BGR")
-        if channels == "RGB":
+        if channels == "RGB" and "input_layer.0.weight" in state:
             state["input_layer.0.weight"] = state["input_layer.0.weight"].flip(1)
     units = len({key.split(".")[1] for key in state if key.startswith("body.")})
     se = any(".se_block." in key for key in state)

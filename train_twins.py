@@ -30,19 +30,20 @@ import net
 from align import between
 from evaluate_twins import OPERATING_POINTS, SETTINGS, TwinEvaluator, compare, describe, plot_figure
 from net import InputError, Processes, progress, to_input
-from triplet_dataset import People, TwinTripletDataset, read_json, split_pairs, write_json
+from triplet_dataset import HAND_SIZE, People, TwinTripletDataset, read_json, split_pairs, write_json
 from triplet_loss import DISTANCES, TripletLoss
 
 CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
 SAVE_MINUTES = 10  # between states to resume from
-STEPS = {True: 400, False: 100}  # of a default run, frozen or not: they decide, whatever number of pairs there is
+STEPS = {True: 400, False: 100}  # of a default run, frozen or not, in whole epochs: they decide, not the epochs
 
 
 def parse_runs(argv=None):
     """The settings of each run that the command line asks for, the cheapest first."""
     text = "Fine-tune AdaFace on identical twins with triplet loss. --freeze_backbone, --train_percentage, --margin and"
     parser = align.Parser(prog="train_twins.py", description=f"{text} --seed take several values: a run of each.")
-    count, seed, weight = between(int, 1, 10**9), between(int, 0, 2**32 - 1), between(float, 0, 1e6)
+    count, room = between(int, 1, 10**9), between(int, 2 * HAND_SIZE, 10**9)
+    seed, weight = between(int, 0, 2**32 - 1), between(float, 0, 1e6)
     group = parser.add_argument_group("data and stage 1, alignment")
     group.add_argument("--train_pairs", default="train_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
     align.add_alignment_arguments(group, "train")
@@ -58,9 +59,9 @@ def parse_runs(argv=None):
     add = parser.add_argument_group("how it is trained").add_argument
     add("--margin", type=between(float, 1e-6, 2), **several, default=0.3, help="of the triplet loss, a distance")
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
-    add("--images_per_batch", type=count, default=96, help="images of a step, all sampled triplets among which count")
+    add("--images_per_batch", type=room, default=96, help="images of a step, all sampled triplets among which count")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
-    add("--epochs", type=count, help=f"by default as many as make {STEPS[False]} steps, frozen {STEPS[True]}")
+    add("--epochs", type=count, help=f"by default what makes {STEPS[False]} steps, frozen {STEPS[True]}; one at least")
     add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help="share of the loss on pairs of triplets")
     add("--drift_weight", type=weight, default=0.5, help="of the mean cosine distance to the embeddings at the start")
     add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
@@ -92,7 +93,7 @@ def parse_runs(argv=None):
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
 
-# What a resumed run must share with its beginning; the rest is how long, where, and how the crops came about.
+# What a resumed run must share with its beginning; the rest is how long, how fast, where, and whence the crops.
 RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "precision", "used_precision")))
 
 
@@ -187,14 +188,14 @@ def make_optimizer(model, learning_rate, weight_decay):
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
-def rate_factor(progress, schedule):
-    """What the learning rate is multiplied with at `progress` (0 to 1) of all planned steps.
+def rate_factor(done, schedule):
+    """What the learning rate is multiplied with when the share `done` (0 to 1) of all planned steps is made.
 
     "constant": 1. "cosine": a linear rise over the first tenth, then half a cosine down to zero.
     """
     if schedule == "constant":
         return 1.0
-    return min(progress / 0.1, (1 + math.cos(math.pi * max(0.0, (progress - 0.1) / 0.9))) / 2)
+    return min(done / 0.1, (1 + math.cos(math.pi * max(0.0, (done - 0.1) / 0.9))) / 2)
 
 
 def mean_statistics(criterion, dataset, embeddings):
@@ -270,29 +271,25 @@ class TwinTrainer:
                 self.conclude()
         return run.log
 
-    def load_people(self):
-        """The People of the pairs, read and decoded unless there are some."""
+    def load_data(self):
+        """Crops, unless there are people who have them, families, split and triplets."""
+        args = self.args
         if not self.people:
-            self.people = People(*align.read_inputs(self.args, "aligned_json", "train_pairs"))
+            self.people = People(*align.read_inputs(args, "aligned_json", "train_pairs"))
             for warning in self.people.warnings:
                 self.say(f"warning: {warning}")
-        return self.people
-
-    def load_data(self):
-        """Crops, families, split and triplets."""
-        args, people = self.args, self.load_people()
-        usable = TwinTripletDataset(people.id_to_images, people.pairs)  # without the pairs that make no triplet
-        train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=people.pairs)
-        self.train_set = TwinTripletDataset(people.id_to_images, train, args.train_percentage, args.seed)
-        self.val_set = TwinTripletDataset(people.id_to_images, val) if val else None
+        usable = TwinTripletDataset(self.people.id_to_images, self.people.pairs)  # of pairs that make a triplet
+        train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=self.people.pairs)
+        self.train_set = TwinTripletDataset(self.people.id_to_images, train, args.train_percentage, args.seed)
+        self.val_set = TwinTripletDataset(self.people.id_to_images, val) if val else None
         self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
-        self.train_rows, self.n_skipped = people.rows(self.train_set.images.paths), usable.n_skipped
+        self.train_rows, self.n_skipped = self.people.rows(self.train_set.images.paths), usable.n_skipped
         steps = self.train_set.steps(1, args.images_per_batch, args.batch_size)
         self.run.epochs = args.epochs or math.ceil(STEPS[args.freeze_backbone] / max(1, len(steps)))
         # A network that has died must not be saved: without validation, a few training images are looked at.
-        self.val_rows = people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
+        self.val_rows = self.people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
         if self.n_skipped:
-            self.say(f"warning: {self.n_skipped} of {len(people.pairs)} pairs have too few crops; skipped")
+            self.say(f"warning: {self.n_skipped} of {len(self.people.pairs)} pairs have too few crops; skipped")
         if not val:
             self.say("warning: no validation: one family only, or --validation_split 0; the last epoch is kept")
 
@@ -307,13 +304,13 @@ class TwinTrainer:
         self.model.output_layer.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.embeddings, self.progress = {}, {}
+        self.embeddings, self.interrupted = {}, {}
         run.start(self.describe_run())
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # {} of steps not in fp16
             self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
-            self.progress, run.state = state["progress"], None  # it holds weights and Adam's moments
+            self.interrupted, run.state = state["progress"], None  # it holds weights and Adam's moments
         images = self.people.crops.pixels
         if args.freeze_backbone:
             images = backbone_features(self.model, self.people, self.processes)
@@ -361,8 +358,8 @@ class TwinTrainer:
         """One pass over the epoch's steps, in which the state is saved when due; returns the steps' mean statistics."""
         args, self.began = self.args, time.perf_counter()
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
-        start = self.progress.pop("step", 0)  # not 0 where an interrupted epoch goes on
-        sums = torch.tensor(self.progress.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
+        start = self.interrupted.pop("step", 0)  # not 0 where an interrupted epoch goes on
+        sums = torch.tensor(self.interrupted.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
         for i in progress(range(start, len(steps)), f"epoch {epoch}", "step", disable=not self.first):
             factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / self.run.epochs, args.schedule)
             for group in self.optimizer.param_groups:
@@ -410,7 +407,7 @@ class TwinTrainer:
             raise InputError(f"{self.run.name}, {where}: the loss or the weights are not finite; {self.way_out}")
 
     def finish_epoch(self, epoch, statistics):
-        """Validate, log, and save what is the best or due."""
+        """Validate, log, and write the checkpoint of the best."""
         run, trained = self.run, time.perf_counter()
         with torch.no_grad():
             embeddings = self.embed(self.val_rows)
@@ -499,18 +496,22 @@ def plot_curves(folder, log):
 
 def train_runs(runs):
     """Train the runs of parse_runs on crops decoded once; returns the names of those of several that failed."""
-    logs = {run.name: run.log for run in map(Run, runs) if run.finished}
+    logs = {run.name: run.log for run in map(Run, runs if len(runs) > 1 else ()) if run.finished}
     left, failed = [args for args in runs if args.run_name not in logs], []
     leader = TwinTrainer((left or runs)[0])
-    if left and not leader.args.skip_alignment:
+    if not leader.run.finished and not leader.args.skip_alignment:
         leader.align()
     if len(runs) == 1:
         leader.train()
         return []
-    people, leader.run = leader.load_people() if left else None, None
+    if left:
+        leader.load_data()
+        if leader.args.pretrained != "none":
+            net.load_checkpoint(leader.args.pretrained, leader.args.arch, leader.args.channels)
+    leader.run = None  # it may hold the state of an interrupted run
 
     def train(args):
-        logs[args.run_name] = TwinTrainer(args, people).train()
+        logs[args.run_name] = TwinTrainer(args, leader.people).train()
 
     for args in progress(left, "all runs", "run", smoothing=1, disable=not leader.first):
         try:

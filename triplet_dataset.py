@@ -295,7 +295,7 @@ class TwinTripletDataset(Dataset):
                 sampled = self._sample[self._begin[pair] : self._end[pair]]
                 kept &= sampled.take(sampled.searchsorted(number), mode="clip") == number
             found.append(np.stack([first + anchor, first + positive, other + negative], 1)[kept])
-            (n, m), (first, other) = (m, n), (other, first)
+            (n, m), (first, other) = (m, n), (other, first)  # so m(m-1)n above is the first half's size
         return np.concatenate(found)
 
     def by_pair(self, chunk=1 << 20):
@@ -331,7 +331,7 @@ class ShuffledSteps:
     def __init__(self, dataset, epoch, batch_size):
         n = len(dataset)
         order = np.random.default_rng([dataset.seed, epoch]).permutation(np.arange(n, dtype=np.min_scalar_type(n)))
-        self.dataset, self.steps = dataset, range(0, n, batch_size)
+        self.steps = range(0, n, batch_size)
         self.parts = lambda start: [dataset.triplets(order[start : start + batch_size])]
 
     def __len__(self):
@@ -359,7 +359,7 @@ class GroupedSteps(ShuffledSteps):
             blocks += [(pair, [h[i % len(h)] for h in hands]) for i in range(max(map(len, hands)))]
         if dataset.percentage < 100:
             blocks = [block for block in blocks if len(dataset.triplets_among(*block))]
-        self.dataset, self.steps, room = dataset, [], 0
+        self.steps, room = [], 0
         self.parts = lambda blocks: [dataset.triplets_among(*block) for block in blocks]
         for pair, hands in (blocks[i] for i in generator.permutation(len(blocks))):
             size = sum(map(len, hands))

@@ -57,8 +57,8 @@ class TripletLoss(nn.Module):
         """The loss with each d(a, p) compared with every d(a, n), not only with its own anchor's -> scalar.
 
         A triplet never compares scores of different families, but one threshold has to serve them all. This is the
-        mean over all pairs of triplets i, j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, the second term of the
-        quadruplet loss (Chen et al., CVPR 2017), in T log T by sorting the distances (T,).
+        mean over all pairs of triplets i, j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, after the second term of
+        the quadruplet loss (Chen et al., CVPR 2017), in T log T by sorting the distances (T,).
         """
         raised = to_positive + self.margin  # compared as one number on both sides, so that ties agree
         below = torch.searchsorted(to_negative.detach().sort().values, raised.detach())

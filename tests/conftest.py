@@ -316,6 +316,7 @@ def evaluated(tmp_path_factory):
     torch.save({"state_dict": {f"model.{key}": x for key, x in start.state_dict().items()}}, folder / "start.ckpt")
     for number, name in enumerate(EVALUATED[1:]):
         config = tuned(train_percentage=(10, 20, 30, 20)[number], train_ids=SEEN if "leak" in name else ["x"])
+        config["pretrained"] = str(folder / "start.ckpt")
         facts = {"config": {**config, "seed": number}, "metrics": {"val_auc": (0.7, 0.9, 0.8, 0.85)[number]}}
         facts["metrics"] |= THRESHOLDS if name == "models/b.pth" else {}
         net.save_checkpoint(folder / name, variant(start, number), **facts, start_metrics=START_THRESHOLDS)

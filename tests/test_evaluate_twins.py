@@ -318,6 +318,9 @@ def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_
         words = "twin FMR {} %, general FMR {} %, FNMR {} %".format(*spelt)
         line = f"  start, at the threshold for {purpose} of its validation people: {words}."
         assert line in evaluated.said.getvalue().splitlines()
+    run = {"config": {"pretrained": "a/start.ckpt"}, "start_metrics": {"val_eer_threshold": 0.5}}
+    found = [ev.validation_thresholds(name, {name: {}, "run.pth": run}) for name in ("a/start.ckpt", "b/start.ckpt")]
+    assert found == [{"val_eer": 0.5}, {}]
 
 
 def test_settings_are_told_apart_and_named_by_every_value_that_differs():

@@ -656,7 +656,7 @@ def test_freeze_backbone_takes_the_usual_spellings(value):
     ("flags", "message"),
     [
         ("--pretrained missing.ckpt", "missing.ckpt: no such file"),
-        ("--images_per_batch 15", "--images_per_batch must be at least 16"),
+        ("--images_per_batch 15", "--images_per_batch: must be int from 16 to "),
         ("--precision fp16", "--precision fp32 or bf16"),
         ("--device cuda:77", "--device cuda:77: "),
         ("--resume --overwrite", "--overwrite: "),
