@@ -38,6 +38,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default="demo", help="where everything is written (default demo)")
     parser.add_argument("--pairs", type=int, default=36, help="training families (default 36)")
+    parser.add_argument("--device", default="cpu", help="auto, cuda, cuda:N or cpu (default cpu)")
     args = parser.parse_args(argv)
     began, home = time.perf_counter(), Path(args.folder)
     if home.exists() and any(home.iterdir()) and not (home / MARKER).exists():
@@ -68,15 +69,15 @@ def main(argv=None):
     run(
         train_twins,
         f"--train_pairs {q}/train/pairs.json --skip_alignment --aligned_json {q}/id_to_train_aligned_images.json "
-        f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs --device cpu "
-        "--freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 --epochs 2 --learning_rate 1e-4 "
+        f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs "
+        f"--device {args.device} --freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 --epochs 2 --learning_rate 1e-4 "
         "--drift_weight 0 --schedule constant",  # random weights have nothing worth keeping
     )
     models = " ".join(shlex.quote(path.as_posix()) for path in sorted((home / "models").glob("*.pth")))
     run(
         evaluate_twins,
         f"--test_pairs {q}/test/pairs.json --skip_alignment --aligned_json {q}/id_to_test_aligned_images.json "
-        f"--checkpoints {q}/untrained.pth {models} --output_dir {q}/evaluation_results --device cpu",
+        f"--checkpoints {q}/untrained.pth {models} --output_dir {q}/evaluation_results --device {args.device}",
     )
     print(f"\nDone in {time.perf_counter() - began:.0f} s, on synthetic faces and from random weights. Look at:")
     for found in sorted(home.rglob("*.png")):
