@@ -70,8 +70,9 @@ def main(argv=None):
         train_twins,
         f"--train_pairs {q}/train/pairs.json --skip_alignment --aligned_json {q}/id_to_train_aligned_images.json "
         f"--arch ir_18 --pretrained {q}/untrained.pth --output_dir {q}/models --log_dir {q}/training_logs "
-        f"--device {args.device} --freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 --epochs 2 --learning_rate 1e-4 "
-        "--drift_weight 0 --schedule constant",  # random weights have nothing worth keeping
+        f"--device {args.device} --freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 "
+        "--epochs 2 --learning_rate 1e-4 --schedule constant "
+        "--drift_weight 0",  # random weights have nothing worth keeping
     )
     models = " ".join(shlex.quote(path.as_posix()) for path in sorted((home / "models").glob("*.pth")))
     run(
