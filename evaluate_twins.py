@@ -497,9 +497,9 @@ def validation_thresholds(path, facts):
     """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, or with one that began from it."""
     figures = facts[path].get("metrics")
     for run in facts.values():
-        start, found = run.get("config", {}).get("pretrained", ""), run.get("start_metrics", {})
-        if os.path.abspath(start) == os.path.abspath(path) and found.get("val_eer_threshold") is not None:
-            figures = figures or found
+        start, found = Path(run.get("config", {}).get("pretrained", "")), run.get("start_metrics", {})
+        if start.name == Path(path).name and (not start.is_file() or start.samefile(path)):
+            figures = figures or (found if found.get("val_eer_threshold") is not None else None)
     known = {name: (figures or {}).get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
     return {name: threshold for name, threshold in known.items() if threshold is not None}
 

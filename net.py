@@ -231,10 +231,9 @@ def load_checkpoint(path, arch=None, channels=None):
     if found is None or arch not in (None, found):
         fits = f"its tensors fit {found}, not {arch}; say --arch {found}"
         raise InputError(f"{path}: {fits if found else f'{units} residual units are no network of AdaFace'}")
-    with torch.device("meta"):  # no random weights are drawn
-        model = build_model(found)
+    model = build_model(found)
     try:
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         ours = "body.1.res_layer.5.weight" in state
@@ -245,7 +244,7 @@ def load_checkpoint(path, arch=None, channels=None):
             raise InputError(f"{path}: {key} holds NaN, infinite or impossible weights; take an earlier checkpoint")
     if "arch" in content and isinstance(content.get("config"), dict):
         model.facts = {key: value for key, value in content.items() if key != "state_dict"}
-    return model.float().eval()
+    return model.eval()
 
 
 def read_checkpoint(path):

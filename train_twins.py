@@ -49,7 +49,7 @@ def parse_runs(argv=None):
     align.add_alignment_arguments(group, "train")
 
     add = parser.add_argument_group("what is trained").add_argument
-    add("--arch", default="ir_50", help=f"network: {', '.join(net.ARCHITECTURES)}")
+    add("--arch", choices=net.ARCHITECTURES, metavar="NAME", default="ir_50", help=", ".join(net.ARCHITECTURES))
     add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
     bare, several = {"nargs": "*", "metavar": "BOOL"}, {"nargs": "+", "metavar": "N"}
     add("--freeze_backbone", type=align.boolean, **bare, default=False, help="only the embedding layer; bare: True")
@@ -93,7 +93,7 @@ def parse_runs(argv=None):
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
 
-# What a resumed run must share with its beginning; the rest is how long, how fast, where, and whence the crops.
+# What a resumed run must share with its beginning; the rest is how long, how fast, where, and the crops' origin.
 RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "precision", "used_precision")))
 
 
@@ -272,7 +272,7 @@ class TwinTrainer:
         return run.log
 
     def load_data(self):
-        """Crops, unless there are people who have them, families, split and triplets."""
+        """Crops (unless `people` were given, who have them), families, split and triplets."""
         args = self.args
         if not self.people:
             self.people = People(*align.read_inputs(args, "aligned_json", "train_pairs"))
@@ -499,6 +499,8 @@ def train_runs(runs):
     logs = {run.name: run.log for run in map(Run, runs if len(runs) > 1 else ()) if run.finished}
     left, failed = [args for args in runs if args.run_name not in logs], []
     leader = TwinTrainer((left or runs)[0])
+    if not leader.run.finished and leader.args.pretrained != "none":  # before hours of alignment
+        net.load_checkpoint(leader.args.pretrained, leader.args.arch, leader.args.channels)
     if not leader.run.finished and not leader.args.skip_alignment:
         leader.align()
     if len(runs) == 1:
@@ -506,9 +508,7 @@ def train_runs(runs):
         return []
     if left:
         leader.load_data()
-        if leader.args.pretrained != "none":
-            net.load_checkpoint(leader.args.pretrained, leader.args.arch, leader.args.channels)
-    leader.run = None  # it may hold the state of an interrupted run
+    leader.run = leader.train_set = leader.val_set = leader.evaluator = None  # each run has its own
 
     def train(args):
         logs[args.run_name] = TwinTrainer(args, leader.people).train()

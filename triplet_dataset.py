@@ -345,8 +345,8 @@ class GroupedSteps(ShuffledSteps):
     """The steps of an epoch that embeds each image about once, with all sampled triplets among a step's images.
 
     Each person's images are dealt at random into hands of at most HAND_SIZE; a hand of one twin and one of the other
-    are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes one at least, as
-    many as have no more than `images_per_batch` images. All is up to seed and epoch. `[i]`: (T, 3) int64 rows.
+    are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes as many as fit
+    into `images_per_batch` images, at least one. All is up to seed and epoch. `[i]`: (T, 3) int64 rows.
     """
 
     def __init__(self, dataset, epoch, images_per_batch):

@@ -294,7 +294,7 @@ def test_the_comparison_stands_in_json_csv_and_terminal_the_baseline_first(evalu
     assert f"Validation would have chosen: {evaluated.content['chosen_by_validation']}" in said
 
 
-def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_from_epoch_0(evaluated):
+def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_from_epoch_0(evaluated, tmp_path):
     assert [setting["name"] for setting in evaluated.settings] == ["start", "10 %", "20 %", "30 %"]
     names = evaluated.settings[2]["checkpoints"]
     assert (names[0], names[1][:2], evaluated.content["chosen_by_validation"]) == ("b", "a+", "20 %")
@@ -318,9 +318,12 @@ def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_
         words = "twin FMR {} %, general FMR {} %, FNMR {} %".format(*spelt)
         line = f"  start, at the threshold for {purpose} of its validation people: {words}."
         assert line in evaluated.said.getvalue().splitlines()
-    run = {"config": {"pretrained": "a/start.ckpt"}, "start_metrics": {"val_eer_threshold": 0.5}}
-    found = [ev.validation_thresholds(name, {name: {}, "run.pth": run}) for name in ("a/start.ckpt", "b/start.ckpt")]
-    assert found == [{"val_eer": 0.5}, {}]
+    here, there, gone = (str(tmp_path / name / "start.ckpt") for name in ("here", "there", "gone"))
+    for path in (here, there):
+        net.save_checkpoint(path, net.build_model("ir_tiny"))
+    for start, tested, found in ((here, here, {"val_eer": 0.5}), (here, there, {}), (gone, here, {"val_eer": 0.5})):
+        run = {"config": {"pretrained": start}, "start_metrics": {"val_eer_threshold": 0.5}}
+        assert ev.validation_thresholds(tested, {tested: {}, "run.pth": run}) == found
 
 
 def test_settings_are_told_apart_and_named_by_every_value_that_differs():
