@@ -437,7 +437,7 @@ def postponed_interrupt():
 
 
 def add_alignment_arguments(parser, kind="train", skip=True):
-    """The flags that scripts share; `kind`, train or test, is in the default names; `skip`: --skip_alignment too."""
+    """The flags that scripts share; `kind`, train or test, is in the default names; `skip`: not align.py's alone."""
     add = parser.add_argument
     add("--id_to_images", default="id_to_images.json", metavar="FILE", help='JSON {"ID": ["photograph", ...], ...}')
     add("--aligned_folder", default=f"{kind}_aligned_images", metavar="DIR", help="gets <ID>/<photograph>.png")

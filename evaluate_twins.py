@@ -32,8 +32,8 @@ OPERATING_POINTS["val_general"] = ("general_threshold_0.001", "a general FMR of 
 METRICS = ("eer", "eer_threshold", "auc", "best_accuracy", "accuracy_at_eer")
 METRICS += (*(f"tar_at_far_{far:g}" for far in FALSE_ACCEPT_RATES), "general_auc")
 METRICS += tuple(f"general_threshold_{rate:g}" for rate in GENERAL_MATCH_RATES)
-RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each of the last and at each operating point
-METRICS += tuple(f"{rate}_{at}" for at in ("0.001", "0.0001", *OPERATING_POINTS) for rate in RATES)
+RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each general threshold and at each operating point
+METRICS += tuple(f"{rate}_{at}" for at in (*map(str, GENERAL_MATCH_RATES), *OPERATING_POINTS) for rate in RATES)
 LOWER_IS_BETTER = ("eer", *RATES)
 # What makes two training runs two settings, by their config.json; the seed does not, and the last gives no name.
 SETTINGS = ("freeze_backbone", "train_percentage", "margin", "distance", "images_per_batch", "batch_size", "epochs")
@@ -208,13 +208,13 @@ def compare(estimates, baseline=None):
 
 
 def spell(value, bounds, form, scale=1):
-    """A figure and its interval, or None for either, as text: "0.12 [0.10, 0.15]"."""
+    """A figure and its interval, which may be None, as text: "0.12 [0.10, 0.15]"."""
     numbers = [f"{scale * x:{form}}" for x in (value, *(bounds or []))]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" if bounds else numbers[0]
 
 
 def describe(comparison):
-    """What a comparison with the start says of twins and of everyone else, as text: the verdicts on both AUCs."""
+    """What a comparison with a baseline says of twins and of everyone else, as text: the verdicts on both AUCs."""
     words = []
     for name, people in (("auc", "twins"), ("general_auc", "everyone else")):
         change, bounds, verdict = (comparison[name][key] for key in ("difference", "difference_interval", "verdict"))
@@ -389,7 +389,7 @@ def plot_distributions(path, result):
 
 
 def plot_hardest(path, evaluator, result, crops, columns=4):
-    """Crops (N, 112, 112, 3) of the worst errors at the EER threshold, each crop once at most, each family twice."""
+    """The worst errors at the EER threshold, each crop once at most, each family twice; crops: of all images."""
     threshold = result.estimate.figures["eer_threshold"]
     names = ["/".join(Path(p).parts[-2:])[-17:] for p in evaluator.images.paths]
     with plot_figure(path, 2.4 * columns, 7.0, 4, columns) as grid:
@@ -409,7 +409,7 @@ def plot_hardest(path, evaluator, result, crops, columns=4):
                     seen |= {a, b}
                     families.append(family)
                     place.imshow(np.concatenate([crops[a], crops[b]], 1))
-                    place.set_title(f"{place.get_title()}score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
+                    place.set_title(f"score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
         title = f"{result.name}: mistakes at the EER threshold {threshold:.3f}, the worst first"
         grid[0, 0].figure.suptitle(title, fontsize=9)
         for place in grid.flat:
@@ -439,7 +439,7 @@ def plot_data_percentage(path, settings):
             axes.set(xscale="log", ylabel=f"change of the AUC, {people}")
             axes.set_xticks(list(images), images.values(), fontsize=7)
             axes.set_xticks([], minor=True)
-        grid[0].set_title("means with 95 % intervals; band: the range of the seeds")
+        grid[0].set_title("means with 95 % intervals; band: the range of several seeds")
         grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 

@@ -156,7 +156,7 @@ def embed(models, crops, device, batch_size=None, description=None, flip=False):
             for model, result in zip(models, embeddings, strict=True):
                 found = [model.head(view) for view in views]
                 result[i : i + batch_size] = F.normalize(sum(e * norm for e, norm in found)) if flip else found[0][0]
-    return list(embeddings.clone())  # no inference tensors, which training could not use
+    return list(embeddings)
 
 
 def backbone_sha256(model):
@@ -257,15 +257,15 @@ def read_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint file")
     with open(path, "rb") as file:
         head = file.read(64)
+    safe = head[8:9] == b"{"  # safetensors: a JSON header, after its length, which may begin as an ONNX model does
     for beginning, kind in OTHER_FILES.items():
-        if head.lstrip().startswith(beginning):
+        if not safe and head.lstrip().startswith(beginning):
             raise InputError(f"{path}: {kind}")
     try:
         zipped = head.startswith(b"PK")  # written by PyTorch 1.6 or later
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         stand_ins = [(_stand_in(name), name) for name in foreign]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
-            safe = head[8:9] == b"{"  # a JSON header, after its length
             content = read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile or damaged file can fail in any way
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:200] or type(error).__name__

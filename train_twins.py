@@ -42,8 +42,7 @@ def parse_runs(argv=None):
     """The settings of each run that the command line asks for, the cheapest first."""
     text = "Fine-tune AdaFace on identical twins with triplet loss. --freeze_backbone, --train_percentage, --margin and"
     parser = align.Parser(prog="train_twins.py", description=f"{text} --seed take several values: a run of each.")
-    count, room = between(int, 1, 10**9), between(int, 2 * HAND_SIZE, 10**9)
-    seed, weight = between(int, 0, 2**32 - 1), between(float, 0, 1e6)
+    count, seed, weight = between(int, 1, 10**9), between(int, 0, 2**32 - 1), between(float, 0, 1e6)
     group = parser.add_argument_group("data and stage 1, alignment")
     group.add_argument("--train_pairs", default="train_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
     align.add_alignment_arguments(group, "train")
@@ -59,7 +58,7 @@ def parse_runs(argv=None):
     add = parser.add_argument_group("how it is trained").add_argument
     add("--margin", type=between(float, 1e-6, 2), **several, default=0.3, help="of the triplet loss, a distance")
     add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
-    add("--images_per_batch", type=room, default=96, help="images of a step, all sampled triplets among which count")
+    add("--images_per_batch", type=between(int, 2 * HAND_SIZE, 10**9), default=96, help="images of a training step")
     add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
     add("--epochs", type=count, help=f"by default what makes {STEPS[False]} steps, frozen {STEPS[True]}; one at least")
     add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help="share of the loss on pairs of triplets")
@@ -304,13 +303,13 @@ class TwinTrainer:
         self.model.output_layer.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.embeddings, self.interrupted = {}, {}
-        run.start(self.describe_run())
+        self.embeddings, self.resume_at = {}, {}
+        run.start(self.processes.collect(self.describe_run())[0])  # all have looked at what was there
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # {} of steps not in fp16
             self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
-            self.interrupted, run.state = state["progress"], None  # it holds weights and Adam's moments
+            self.resume_at, run.state = state["progress"], None  # it holds weights and Adam's moments
         images = self.people.crops.pixels
         if args.freeze_backbone:
             images = backbone_features(self.model, self.people, self.processes)
@@ -358,8 +357,8 @@ class TwinTrainer:
         """One pass over the epoch's steps, in which the state is saved when due; returns the steps' mean statistics."""
         args, self.began = self.args, time.perf_counter()
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
-        start = self.interrupted.pop("step", 0)  # not 0 where an interrupted epoch goes on
-        sums = torch.tensor(self.interrupted.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
+        start = self.resume_at.pop("step", 0)
+        sums = torch.tensor(self.resume_at.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
         for i in progress(range(start, len(steps)), f"epoch {epoch}", "step", disable=not self.first):
             factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / self.run.epochs, args.schedule)
             for group in self.optimizer.param_groups:
@@ -456,13 +455,12 @@ class TwinTrainer:
 
     def conclude(self):
         """Say how the best epoch compares with the start, write the last files, drop the state to resume from."""
-        run, log = self.run, self.run.log
-        self.say(f"stopped by {log['stopped']}; best epoch {log['best_epoch']}: {log['best_checkpoint']}")
+        run, log, path = self.run, self.run.log, self.run.log["best_checkpoint"]
+        self.say(f"stopped by {log['stopped']}; best epoch {log['best_epoch']}: {path}")
         if self.val_set:
             start, best = (self.evaluator.score(self.embeddings[f"val_{key}"]) for key in ("start", "best"))
             log["against_start"] = compare([self.evaluator.estimate(best)], self.evaluator.estimate(start))
             self.say(f"On the validation people, against the start: {describe(log['against_start'])}.")
-            path = log["best_checkpoint"]  # which carries the verdict too
             net.write_checkpoint(path, {**net.read_checkpoint(path), "against_start": log["against_start"]})
         plot_curves(run.folder, log)
         write_json(run.folder / "training_log.json", log)  # now that all is there, it says that the run is over

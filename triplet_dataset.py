@@ -346,10 +346,12 @@ class GroupedSteps(ShuffledSteps):
 
     Each person's images are dealt at random into hands of at most HAND_SIZE; a hand of one twin and one of the other
     are a block (the twin with fewer hands lends them again); blocks are shuffled, and a step takes as many as fit
-    into `images_per_batch` images, at least one. All is up to seed and epoch. `[i]`: (T, 3) int64 rows.
+    into `images_per_batch` images. All is up to seed and epoch. `[i]`: (T, 3) int64 rows.
     """
 
     def __init__(self, dataset, epoch, images_per_batch):
+        if images_per_batch < 2 * HAND_SIZE:
+            raise InputError(f"--images_per_batch must be at least {2 * HAND_SIZE}, a hand of each of two twins")
         generator = np.random.default_rng([dataset.seed, epoch])
         blocks = []
         for pair, counts in enumerate(dataset.images.count[dataset.images.pairs]):

@@ -39,6 +39,7 @@ def safetensors(state):
         head[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [len(parts), len(parts) + len(data)]}
         parts += data
     text = json.dumps(head).encode()
+    text += b" " * ((8 - len(text)) % 256)  # so it begins as an ONNX model does
     return len(text).to_bytes(8, "little") + text + parts
 
 

@@ -318,12 +318,11 @@ def test_seeds_are_one_setting_with_mean_and_range_and_the_start_has_thresholds_
         words = "twin FMR {} %, general FMR {} %, FNMR {} %".format(*spelt)
         line = f"  start, at the threshold for {purpose} of its validation people: {words}."
         assert line in evaluated.said.getvalue().splitlines()
-    here, there, gone = (str(tmp_path / name / "start.ckpt") for name in ("here", "there", "gone"))
-    for path in (here, there):
-        net.save_checkpoint(path, net.build_model("ir_tiny"))
-    for start, tested, found in ((here, here, {"val_eer": 0.5}), (here, there, {}), (gone, here, {"val_eer": 0.5})):
+    net.save_checkpoint(tmp_path / "start.ckpt", net.build_model("ir_tiny"))
+    here, there, known = str(evaluated.out.parent / "start.ckpt"), str(tmp_path / "start.ckpt"), {"val_eer": 0.5}
+    for start, path, found in ((here, here, known), (here, there, {}), ("start.ckpt", here, known)):
         run = {"config": {"pretrained": start}, "start_metrics": {"val_eer_threshold": 0.5}}
-        assert ev.validation_thresholds(tested, {tested: {}, "run.pth": run}) == found
+        assert ev.validation_thresholds(path, {path: {}, "run.pth": run}) == found
 
 
 def test_settings_are_told_apart_and_named_by_every_value_that_differs():

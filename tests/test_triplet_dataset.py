@@ -238,9 +238,11 @@ def test_grouped_epochs_are_up_to_seed_and_epoch():
     assert epoch(1) != epoch(1, seed=7)
 
 
-def test_a_step_takes_as_many_blocks_as_it_has_room_for():
+def test_a_step_with_room_for_no_block_is_refused_in_one_line():
     dataset = td.TwinTripletDataset(people([8] * 20), couples(10))
     assert [len(td.GroupedSteps(dataset, 1, room)) for room in (16, 31, 32, 47, 48)] == [10, 10, 5, 5, 4]
+    with pytest.raises(InputError, match=r"^--images_per_batch must be at least 16.*$"):
+        td.GroupedSteps(dataset, 1, 15)
 
 
 # ---- families and splits --------------------------------------------------------------------------------------------
