@@ -1,30 +1,27 @@
 """Stage 1: photographs to aligned 112x112 RGB face crops.
 
-    python align.py                                       # all people of id_to_images.json
-    python align.py --pairs train_twin_id_pairs.json      # only the people of these pairs
-    python align.py --landmarks landmarks.json            # your own landmarks; no detector is loaded
+    python align.py                                     # all people of id_to_images.json
+    python align.py --pairs train_twin_id_pairs.json    # only the people of these pairs
+    python align.py --landmarks landmarks.json          # with your landmarks; no detector is loaded
 
-Landmarks -> least-squares similarity to the ArcFace template -> crop, which carries a key of its source, so a repeated
-run makes only the missing crops. alignment_report.json and alignment_sheet.png say what became of each photograph.
+Five landmarks of a face give the least-squares similarity to the ArcFace template, which cuts the
+crop out of the photograph. Each crop stores a hash of everything it was made from, so a repeated
+run makes only what is missing. alignment_report.json and alignment_sheet.png, beside the crops, say
+what became of each photograph and show the worst crops.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import reprlib
-import signal
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from configparser import RawConfigParser
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -32,193 +29,327 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torchvision.utils import save_image
 
-from net import CROP_SIZE, InputError, Processes, progress, replacing, run_main
-from triplet_dataset import load_crops, read_id_to_images, read_json, read_pairs, resolve, write_json
+from net import (
+    CROP_SIZE,
+    InputError,
+    OwnError,
+    Parser,
+    Processes,
+    file_name,
+    file_names,
+    interrupt,
+    is_out_of_memory,
+    number_between,
+    progress,
+    read_flag,
+    read_json,
+    replacing,
+    run_main,
+    run_script,
+    write_json,
+)
+from triplet_dataset import load_crops, read_id_to_images, read_pairs, resolve
 
 with suppress(ImportError):  # optional: photographs in Apple's HEIC format
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
-# Left eye, right eye (as seen in the picture), nose, mouth corners, in pixels of the crop: the template of
-# ArcFace (Deng et al., CVPR 2019; reference points of insightface), which AdaFace's crops follow.
-TEMPLATE = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-TEMPLATE = np.array(TEMPLATE)
+# Left eye, right eye (as seen in the picture), nose, mouth corners, in pixels of the crop. This
+# is the template of ArcFace (Deng et al., CVPR 2019; reference points of insightface), which
+# AdaFace follows.
+TEMPLATE = np.array(
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+)
 DECODED_SIZE = 1920  # long side in pixels to which a JPEG is decoded, at least
-WHITES = (1, 255, 1023, 4095, 16383, 65535)  # the largest value of 8 to 16 bits, and of floats
 DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees, at most
-# Landmarks farther than this from the template (root mean square, crop pixels) are a profile or no face. 120 frontal
-# photographs of 30 people reach 6.6 (median 3.1); a head turned by 60 degrees has 9.5, exchanged sides 23.
+SMALLEST_DETECTION = 32  # short side in pixels below which the face detector fails
+# Values that may mean white: 1 for floats, else that of 8, 10, 12, 14 or 16 bits.
+WHITES = (1, 255, 1023, 4095, 16383, 65535)
+# Landmarks farther than this from the template (root mean square, crop pixels) are a profile or no
+# face. 120 frontal photographs of 30 people reach 6.6, with a median of 3.1; a head turned by 60
+# degrees has 9.5, and landmarks with left and right exchanged have 23.
 MAX_RESIDUAL = 8.0
-MIN_EYES = 10  # pixels between the eyes in the photograph
-WEIGHTS = "s3fd-619a316812.pth and 2DFAN4-11f355bf06.pth.tar from https://www.adrianbulat.com/downloads/python-fan/"
+MIN_EYES = 10  # distance of the eyes in the photograph, in pixels
+DETECTOR_WEIGHTS = (
+    "s3fd-619a316812.pth and 2DFAN4-11f355bf06.pth.tar "
+    "from https://www.adrianbulat.com/downloads/python-fan/"
+)
 
 
+# ---- geometry ------------------------------------------------------------------------------------
 def five_points(landmarks):
-    """5 or 68 landmarks (N, 2) -> (5, 2) float64: eye centres, nose tip, mouth corners, in the template's order.
+    """5 or 68 landmarks (N, 2) -> (5, 2) float64: eyes, nose, mouth corners, as in TEMPLATE.
 
-    Of 68 (iBUG 300-W), eye centres are the means of points 36-41 and 42-47. Raises ValueError for anything else.
+    Of 68 landmarks (iBUG 300-W), the eyes are the means of points 36-41 and 42-47. Raises
+    ValueError for anything else.
     """
     points = np.asarray(landmarks)
-    if points.shape not in ((5, 2), (68, 2)) or points.dtype.kind not in "iuf" or not (np.abs(points) < 1e6).all():
+    is_numeric = points.dtype.kind in "iuf"
+    if points.shape not in ((5, 2), (68, 2)) or not is_numeric or not (np.abs(points) < 1e6).all():
         raise ValueError(f"not 5 or 68 points [x, y] in pixels: {reprlib.repr(landmarks)}")
     if len(points) == 68:
-        points = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
+        left_eye = points[36:42].mean(0)
+        right_eye = points[42:48].mean(0)
+        points = np.stack([left_eye, right_eye, points[30], points[48], points[54]])
     return points.astype(np.float64)
 
 
 def similarity_transform(source, target):
-    """(2, 3) matrix of the least-squares similarity from `source` to `target`, both (N, 2).
+    """The (2, 3) matrix of the least-squares similarity from `source` to `target`, both (N, 2).
 
-    As in Umeyama (IEEE TPAMI 13(4), 1991): for points as complex numbers, the regression target = a * source + b.
+    As in Umeyama (IEEE TPAMI 13(4), 1991). With points as complex numbers a similarity is
+    `a * source + b`, and this is the ordinary regression for a and b.
     """
-    source, target = source @ [1, 1j], target @ [1, 1j]
+    source = source[:, 0] + 1j * source[:, 1]
+    target = target[:, 0] + 1j * target[:, 1]
     centred = source - source.mean()
     a = np.vdot(centred, target) / np.vdot(centred, centred)
     b = target.mean() - a * source.mean()
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
-def residual(points):
-    """Root mean square distance in crop pixels of five points (5, 2) from the template, after the similarity."""
+def distance_from_template(points):
+    """How far five points (5, 2) are from the template after alignment.
+
+    The root mean square distance, in pixels of the crop.
+    """
     matrix = similarity_transform(points, TEMPLATE)
-    return float(np.sqrt(((points @ matrix[:, :2].T + matrix[:, 2] - TEMPLATE) ** 2).sum(1).mean()))
+    aligned = points @ matrix[:, :2].T + matrix[:, 2]
+    squared_distances = ((aligned - TEMPLATE) ** 2).sum(1)
+    return float(np.sqrt(squared_distances.mean()))
 
 
-def align_face(image, landmarks):
+def align_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """The aligned crop of a face.
 
-    image: (H, W, 3) uint8 RGB; landmarks: (5, 2) or (68, 2), (x, y) in pixels of `image`, the centre of the top left
-    pixel being (0, 0). Returns (112, 112, 3) uint8 RGB; black where the photograph ends. Bilinear sampling of a large
-    face would skip pixels and alias, so the crop is sampled about as finely as the picture is, then averaged.
+    image: (H, W, 3) uint8 RGB. landmarks: (5, 2) or (68, 2), (x, y) in pixels of `image`, where
+    (0, 0) is the centre of the top left pixel. Returns (112, 112, 3) uint8 RGB, black where the
+    photograph ends. Raises ValueError for other landmarks.
+
+    Bilinear sampling of a large face would skip pixels and alias. So the crop is first sampled
+    about as finely as the photograph is, and then averaged.
     """
     matrix = similarity_transform(five_points(landmarks), TEMPLATE)
-    samples = max(1, round(np.linalg.det(matrix[:, :2]) ** -0.5))  # per crop pixel and direction
+    scale = np.sqrt(np.linalg.det(matrix[:, :2]))  # crop pixels per photograph pixel
+    samples = max(1, round(1 / scale))  # per crop pixel, in each direction
     matrix *= samples
     matrix[:, 2] += (samples - 1) / 2  # pixel centres
-    fine = cv2.warpAffine(image, matrix, (CROP_SIZE * samples,) * 2, flags=cv2.INTER_LINEAR)
+    fine_size = (CROP_SIZE * samples, CROP_SIZE * samples)
+    fine = cv2.warpAffine(image, matrix, fine_size, flags=cv2.INTER_LINEAR)
     return cv2.resize(fine, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA)
 
 
-def read_photo(path, long_side=None):
-    """(H, W, 3) uint8 RGB array of a photograph, upright by its EXIF orientation; raises OSError or ValueError.
+def scale_pixels(points, factor):
+    """Pixel positions (N, 2) in the same picture `factor` times as large; (0, 0) is a centre."""
+    return (points + 0.5) * factor - 0.5
 
-    At full size, but with `long_side` a JPEG is decoded at 1/2, 1/4 or 1/8 if that many pixels are left. Where values
-    have more than 8 bits, white is the smallest usual white that none exceeds: files do not say how many bits they use.
+
+# ---- photographs ---------------------------------------------------------------------------------
+def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
+    """The (H, W, 3) uint8 RGB array of a photograph, upright by its EXIF orientation.
+
+    At full size; with `long_side`, a JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of
+    its size at which it is still at least `long_side` pixels long. Raises OSError or ValueError
+    for a file that is not an image.
     """
     try:
         photo = Image.open(path)
     except UnidentifiedImageError:
-        if re.match(rb"....ftyp(he|mif1|msf1)", Path(path).read_bytes()[:12], re.DOTALL):
-            raise InputError("a HEIC photograph: pip install pillow-heif, or convert it to JPEG") from None
+        beginning = Path(path).read_bytes()[:12]
+        if re.match(rb"....ftyp(he|mif1|msf1)", beginning, re.DOTALL):
+            way_out = "pip install pillow-heif, or convert it to JPEG"
+            raise InputError(f"a HEIC photograph: {way_out}") from None
         raise
     with photo:
-        share = min(1, (long_side or max(photo.size)) / max(photo.size))
-        photo.draft(None, [max(1, int(side * share)) for side in photo.size])  # does nothing but for JPEGs
+        if long_side:
+            shrink = min(1, long_side / max(photo.size))
+            size = [max(1, int(side * shrink)) for side in photo.size]
+            photo.draft(None, size)  # only JPEGs can be decoded smaller
         upright = ImageOps.exif_transpose(photo)
-        if upright.mode[0] in "IF":  # Pillow's own conversion clips at 255
-            values = np.asarray(upright)
-            low, high = values.min(), values.max()
-            if not 0 <= low <= high <= WHITES[-1]:
-                raise InputError(f"values from {low:g} to {high:g}, not within 0 to {WHITES[-1]}: save it with 8 bits")
-            white = min(white for white in WHITES if high <= white)
-            upright = Image.fromarray(np.uint8(np.round(values * (255.0 / white))))
+        if upright.mode[0] in "IF":
+            upright = to_8_bits(upright)
         return np.array(upright.convert("RGB"))
 
 
-class FaceDetector:
-    """Landmarks of the main face of a photograph, by the networks of the face-alignment package.
+def to_8_bits(image):
+    """A PIL image with 16-bit or float values -> one with 8 bits; Pillow itself would clip at 255.
 
-    `detector(image)`: (H, W, 3) uint8 RGB -> ((68, 2) float64 in pixels, or None without a face; several as in
-    `main_face`). Threads take turns. Raises InputError without package or weights.
+    Files do not say how many bits they use, so white is the smallest of WHITES that no value
+    exceeds.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= WHITES[-1]:
+        message = f"values from {low:g} to {high:g}, not within 0 to {WHITES[-1]}"
+        raise InputError(f"{message}: save it with 8 bits")
+    white = min(white for white in WHITES if high <= white)
+    return Image.fromarray(np.uint8(np.round(values * (255.0 / white))))
+
+
+# ---- landmarks -----------------------------------------------------------------------------------
+class FaceDetector:
+    """Finds the landmarks of the main face with the networks of the face-alignment package.
+
+    `detector(image)`, image (H, W, 3) uint8 RGB, returns (landmarks, several): (68, 2) float64 in
+    pixels, or None without a face, and whether there are several faces, as `main_face` says.
+    Threads take turns. Raises InputError if the package or its weights are missing.
     """
 
     def __init__(self, device="cpu"):
         self.lock = threading.Lock()
-        try:  # here, because with landmarks given the alignment does without
+        try:  # imported here, since it is not needed when landmarks are given
             from face_alignment import FaceAlignment, LandmarksType
 
-            # Off: compiling, which takes minutes and a C compiler, and a second pass over mirrored faces.
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the package changes them for good
-                self.network = FaceAlignment(LandmarksType.TWO_D, device=str(device), flip_input=False, compile=False)
+            # Without compiling, which takes minutes and a C compiler, and without a second look
+            # at the mirrored face. The package changes cuDNN's flags for good, unless they are
+            # guarded.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                self.network = FaceAlignment(
+                    LandmarksType.TWO_D, device=str(device), flip_input=False, compile=False
+                )
         except (ImportError, AttributeError, TypeError) as error:
-            found = ", ".join(package.version for package in distributions(name="face-alignment")) or "none"
-            remedy = f'found: {found}; pip install "face-alignment>=1.5", or give --landmarks'
-            raise InputError(f"face-alignment 1.5 or later is needed, {remedy} ({error})") from error
+            versions = [package.version for package in distributions(name="face-alignment")]
+            found = ", ".join(versions) or "none"
+            raise InputError(
+                f"face-alignment 1.5 or later is needed, found: {found} ({error}); "
+                'pip install "face-alignment>=1.5", or give --landmarks'
+            ) from error
         except Exception as error:  # no connection, no space, a damaged file
-            remedy = f"put {WEIGHTS} into {torch.hub.get_dir()}/checkpoints, or give --landmarks"
-            raise InputError(f"face-alignment's weights cannot be loaded ({error}): {remedy}") from error
+            folder = f"{torch.hub.get_dir()}/checkpoints"
+            raise OwnError(
+                f"face-alignment's weights cannot be loaded ({error}): "
+                f"put {DETECTOR_WEIGHTS} into {folder}, or give --landmarks"
+            ) from error
 
     def __call__(self, image):
-        full = np.array(image.shape[1::-1])
-        size = np.round(full * min(1, DETECTION_SIZE / full.max())).astype(int)
-        if size.min() < 32:  # too small for the network
+        full_size = np.array([image.shape[1], image.shape[0]])
+        shrink = min(1, DETECTION_SIZE / full_size.max())
+        size = np.round(full_size * shrink).astype(int)
+        if size.min() < SMALLEST_DETECTION:
             return None, False
         small = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
-        with self.lock, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            boxes = self.network.face_detector.detect_from_image(small)  # takes RGB
-            box, several = main_face(np.reshape(boxes, (-1, 5))[:, :4], small.shape)
-            if box is None:
-                return None, False
-            points = self.network.get_landmarks_from_image(small, detected_faces=[box])[0]
-        return (points.astype(np.float64) + 0.5) * (full / size) - 0.5, several  # by pixel centres
+        with self.lock:
+            points, several = self._detect(small)
+        if points is not None:
+            points = scale_pixels(points.astype(np.float64), full_size / size)
+        return points, several
+
+    def _detect(self, image):
+        """(landmarks, several) in an image that is small enough."""
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                found = self.network.face_detector.detect_from_image(image)  # takes RGB
+                boxes = np.reshape(found, (-1, 5))[:, :4]
+                box, several = main_face(boxes, image.shape)
+                if box is None:
+                    return None, False
+                faces = self.network.get_landmarks_from_image(image, detected_faces=[box])
+                return faces[0], several
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            way_out = "take --device cpu, or give --landmarks"
+            raise OwnError(f"out of memory while detecting faces: {way_out}") from error
 
 
 def main_face(boxes, shape):
-    """(box, several): the main face among `boxes` (N, 4: left, top, right, bottom) in an image of `shape`.
+    """(box, several): the main face among `boxes` in an image of `shape`; (None, False) for none.
 
-    The largest area - 2 * (distance of centres)^2, insightface's rule; several: another has at least half its area.
+    boxes: (N, 4), left, top, right, bottom. The main face has the largest `area - 2 * (distance
+    from the image's centre)^2`, insightface's rule. There are several if another face has at
+    least half its area.
     """
     if len(boxes) == 0:
         return None, False
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    offset = (boxes[:, :2] + boxes[:, 2:]) / 2 - np.array(shape[1::-1]) / 2
+    top_left, bottom_right = boxes[:, :2], boxes[:, 2:]
+    area = (bottom_right - top_left).prod(1)
+    image_centre = np.array([shape[1], shape[0]]) / 2
+    offset = (top_left + bottom_right) / 2 - image_centre
     main = np.argmax(area - 2 * (offset**2).sum(1))
-    return boxes[main], bool((area >= area[main] / 2).sum() > 1)
+    n_large = (area >= area[main] / 2).sum()
+    return boxes[main], bool(n_large > 1)
 
 
 def read_landmarks(path, images_folder):
-    """{"path": [[x, y], ...] or null} -> {path: five points [[x, y], ...], or [] for a photograph without a face}.
+    """{"path": [[x, y], ...] or null} -> {path: five points [[x, y], ...], or [] for no face}.
 
-    5 or 68 points in pixels of the upright photograph, or a list with those of one face. Relative paths are taken from
-    `images_folder`, that of id_to_images.json, and from the landmark file's own.
+    An entry has 5 or 68 points in pixels of the upright photograph, or a list with those of one
+    face. Relative paths start at `images_folder`, that of id_to_images.json, or at the file's own
+    folder.
     """
     expected = '{"path": [[x, y], ...] or null, ...} with 5 or 68 points per photograph'
+    own_folder = os.path.dirname(os.path.abspath(path))
     landmarks = {}
-    for image, points in read_json(path, expected).items():
+    for image, entry in read_json(path, expected).items():
         try:
-            face = points[0] if np.ndim(points) == 3 and len(points) == 1 else points
-            found = five_points(face).tolist() if face else []
+            points = points_of_entry(entry)
         except ValueError as error:
-            raise InputError(f"{path}: landmarks of {image!r}: {error}; expected {expected}") from error
-        for folder in (images_folder, os.path.dirname(os.path.abspath(path))):
-            landmarks[resolve(folder, image)] = found
+            message = f"{path}: landmarks of {image!r}: {error}; expected {expected}"
+            raise InputError(message) from error
+        for folder in (images_folder, own_folder):
+            landmarks[resolve(folder, image)] = points
     slip = find_slip([np.array(points) for points in landmarks.values() if points])
     if slip:
         raise InputError(f"{path}: {slip}; correct the file")
     return landmarks
 
 
-SLIPS = {  # what most entries may have in common, and how it is put right
-    "left and right are exchanged: the eye on the left of the picture comes first": lambda face: face[[1, 0, 2, 4, 3]],
+def points_of_entry(entry):
+    """The five points of an entry in a landmark file, as a list; [] without a face."""
+    if not entry:
+        return []
+    if np.ndim(entry) == 3 and len(entry) == 1:  # a list of faces, of which there is one
+        (entry,) = entry
+    return five_points(entry).tolist()
+
+
+# Mistakes that run through a whole file: the message, and the correction that reveals the mistake.
+SLIPS = {
+    "left and right are exchanged: the eye on the left of the picture comes first": (
+        lambda face: face[[1, 0, 2, 4, 3]]
+    ),
     "x and y are exchanged: a point is [x, y], x from the left": lambda face: face[:, ::-1],
     "y counts from the bottom: it counts from the top": lambda face: face * [1, -1],
-    "from 0 to 1: multiply by width and height": lambda face: TEMPLATE if 0 <= face.min() <= face.max() <= 1 else face,
+    "the points are from 0 to 1: multiply them by width and height": lambda face: (
+        face_if_normalised(face)
+    ),
 }
 
 
 def find_slip(faces):
-    """What is wrong with most of `faces`, (5, 2) each, in words, or None."""
-
-    def upright(face):  # for a face that lies on its side, each of the slips looks like another one
-        x, y = face[1] - face[0]
-        return x > max(abs(y), 1) and residual(face) <= MAX_RESIDUAL
-
+    """What is wrong with most of `faces`, (5, 2) each, in words; None if nothing is."""
+    wrong = [face for face in faces if not is_upright(face)]
     for slip, correct in SLIPS.items():
-        if 2 * sum(not upright(face) and upright(correct(face)) for face in faces) > len(faces):
+        n_corrected = sum(is_upright(correct(face)) for face in wrong)
+        if n_corrected > len(faces) / 2:
             return slip
+    return None
 
 
+def face_if_normalised(face):
+    """An upright face in place of points from 0 to 1: the photograph's size is not known here."""
+    if face.min() >= 0 and face.max() <= 1:
+        return TEMPLATE
+    return face
+
+
+def is_upright(face):
+    """Whether five points look like an upright face.
+
+    False for a face on its side, for which every slip looks like another one.
+    """
+    x, y = face[1] - face[0]
+    return x > max(abs(y), 1) and distance_from_template(face) <= MAX_RESIDUAL
+
+
+# ---- from a photograph to its crop ---------------------------------------------------------------
 class Job(NamedTuple):
     """One photograph of one person, and where its crop goes."""
 
@@ -229,13 +360,60 @@ class Job(NamedTuple):
     key: str | None  # a hash of all that the crop depends on; None if there is no such file
 
 
-def align_photo(job, detector=None):
-    """Make the crop of a job's photograph, with its landmarks or else those that `detector` finds.
+def plan_jobs(id_to_images, folder, landmarks, home):
+    """The Jobs of all photographs of {ID: [path, ...]}; crops go to `folder`/<ID>/<stem>.png.
 
-    Returns what became of it, which the crop, a PNG, also carries: "status"; "reason" for having no crop; "flag"
-    (what to look at); "residual" (see there); "eyes" (pixels between them at full size); "key".
+    landmarks: as `read_landmarks` returns them, {} to detect them. home: the folder that the
+    paths in keys and names are relative to, so that crops stay valid when the data set moves.
     """
-    facts = {"status": "aligned", "reason": "", "flag": "", "residual": None, "eyes": None, "key": job.key}
+    jobs = []
+    first_spelling = {}
+    for identity, sources in id_to_images.items():
+        earlier = first_spelling.setdefault(identity.casefold(), identity)
+        if earlier != identity:  # they would share a folder where the file system ignores case
+            raise InputError(f"IDs {earlier!r} and {identity!r} differ in case alone; rename one")
+        for source, name in file_names(dict.fromkeys(sources), home).items():
+            points = landmarks.get(source)
+            target = Path(folder, file_name(identity), f"{name}.png")
+            jobs.append(Job(identity, source, target, points, make_key(source, home, points)))
+    return jobs
+
+
+def make_key(source, home, points):
+    """A hash of all that a photograph's crop depends on; None if there is no such file."""
+    if not os.path.isfile(source):
+        return None
+    settings = ["arcface-112", DECODED_SIZE, DETECTION_SIZE, MAX_RESIDUAL, MIN_EYES]
+    info = os.stat(source)
+    photograph = [os.path.relpath(source, home), info.st_size, info.st_mtime_ns]
+    return hashlib.sha256(repr([*settings, *photograph, points]).encode()).hexdigest()
+
+
+def earlier_outcome(job):
+    """The facts stored in a job's crop, if it was made from the same input; else None."""
+    with suppress(Exception), Image.open(job.target) as crop:  # such a file was not written by us
+        facts = json.loads(crop.info["alignment"])
+        crop.load()  # fails for a damaged crop, which is then made anew
+        if facts["key"] == job.key:
+            return facts | {"status": "already done"}
+    return None
+
+
+def align_photo(job, detector=None):
+    """Make the crop of a job's photograph; returns what became of it, as the crop also carries it.
+
+    Without landmarks in the job, `detector` finds them. The facts returned are "status";
+    "reason", for having no crop; "flag", what to look at; "residual", see
+    `distance_from_template`; "eyes", the pixels between them in the photograph; "key".
+    """
+    facts = {
+        "status": "aligned",
+        "reason": "",
+        "flag": "",
+        "residual": None,
+        "eyes": None,
+        "key": job.key,
+    }
 
     def left_out(status, reason):
         return facts | {"status": status, "reason": reason}
@@ -245,265 +423,254 @@ def align_photo(job, detector=None):
     if job.landmarks is None and detector is None:
         return left_out("no landmarks", "not in the landmark file")
     try:
-        photo = read_photo(job.source, DECODED_SIZE)
-        with Image.open(job.source) as full:
-            scale = round(max(full.size) / max(photo.shape[:2]))
-    except Exception as error:  # a damaged photograph can fail in any way; it must not end the run
-        return left_out("unreadable", getattr(error, "strerror", None) or str(error) or repr(error))
-    points, several = detector(photo) if job.landmarks is None else (job.landmarks, False)
-    if points is None or len(points) == 0:
+        photo, reduction = read_reduced_photo(job.source)
+    except Exception as error:  # a damaged photograph can fail in any way; the others go on
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        return left_out("unreadable", reason)
+
+    points, several = find_landmarks(job, photo, reduction, detector)
+    if points is None:
         return left_out("no face", "no face was found")
-    points, size = five_points(points), np.array(photo.shape[1::-1])
-    if job.landmarks:
-        points = (points + 0.5) / scale - 0.5  # by pixel centres
-    eyes, middle = float(np.hypot(*(points[1] - points[0]))), points.mean(0)
-    facts["eyes"] = round(eyes * scale, 1)
+    size = np.array([photo.shape[1], photo.shape[0]])
+    middle = points.mean(0)
+    eyes = float(np.hypot(*(points[1] - points[0])))
+    facts["eyes"] = round(eyes * reduction, 1)
     if (middle < 0).any() or (middle >= size).any() or eyes > size.max():
         return left_out("poor fit", "the landmarks are outside the photograph")
     if facts["eyes"] < MIN_EYES:
         return left_out("too small", f"{facts['eyes']} pixels between the eyes, under {MIN_EYES}")
-    facts["residual"] = round(residual(points), 2)
+    facts["residual"] = round(distance_from_template(points), 2)
     if facts["residual"] > MAX_RESIDUAL:
-        return left_out("poor fit", f"{facts['residual']} crop pixels from the template: a profile, or no face")
+        reason = f"{facts['residual']} crop pixels from the template: a profile, or no face"
+        return left_out("poor fit", reason)
+
     crop = align_face(photo, points)
-    dark, light, flat = crop.mean() < 16, crop.mean() > 239, crop.std((0, 1)).max() < 4
-    flags = {"several faces": several, "nearly black": dark, "nearly white": light, "nearly constant": flat}
-    facts["flag"] = ", ".join(flag for flag, found in flags.items() if found)
-    note = PngImagePlugin.PngInfo()
-    note.add_text("alignment", json.dumps(facts))
-    with replacing(job.target) as temporary:
-        Image.fromarray(crop).save(temporary, "PNG", pnginfo=note)
+    facts["flag"] = ", ".join(find_oddities(crop, several))
+    save_crop(job.target, crop, facts)
     return facts
 
 
-def previous(job):
-    """What an earlier run made of a job with the same key, as its crop tells; None without such a crop."""
-    with suppress(Exception), Image.open(job.target) as crop:  # whatever fails here is no crop of ours
-        facts = json.loads(crop.info["alignment"])
-        crop.load()  # a damaged one is made anew
-        return facts | {"status": "already done"} if facts["key"] == job.key else None
+def read_reduced_photo(path):
+    """(photograph, reduction): one that is large enough to align, and how much smaller it is."""
+    photo = read_photo(path, DECODED_SIZE)
+    with Image.open(path) as full:
+        reduction = round(max(full.size) / max(photo.shape[:2]))
+    return photo, reduction
 
 
-def file_name(text):
-    """A file name for any text, no two alike, never a path: all but letters, digits, "_", "-", "." and space as %XX."""
-    if text in ("", ".", ".."):
-        return text.replace(".", "%2E") or "%"
-    return re.sub(r"[^\w .-]", lambda found: quote(found[0], safe="", errors="surrogatepass"), text)
+def find_landmarks(job, photo, reduction, detector):
+    """(points, several): five points (5, 2) in pixels of `photo`, or None; several faces or not."""
+    if job.landmarks is None:
+        points, several = detector(photo)
+        return None if points is None else five_points(points), several
+    if not job.landmarks:
+        return None, False
+    return scale_pixels(five_points(job.landmarks), 1 / reduction), False
 
 
-def file_names(paths, home="."):
-    """{path: its stem as a file name; if others share it, plus 8 digits of a hash of the path as seen from `home`}."""
-    stems, names = Counter(Path(path).stem.casefold() for path in paths), {}
-    for path in paths:
-        names[path] = file_name(Path(path).stem)
-        if stems[Path(path).stem.casefold()] > 1:
-            seen = ascii(Path(os.path.relpath(path, home)).as_posix())  # wherever the data set lies, in any order
-            names[path] += f"+{hashlib.sha256(seen.encode()).hexdigest()[:8]}"  # no other name has a plus sign
-    return names
+def find_oddities(crop, several):
+    """What a person should look at in a crop."""
+    if several:
+        yield "several faces"
+    if crop.mean() < 16:
+        yield "nearly black"
+    if crop.mean() > 239:
+        yield "nearly white"
+    if crop.std((0, 1)).max() < 4:
+        yield "nearly constant"
 
 
-def plan(id_to_images, folder, landmarks, home):
-    """The Jobs of all photographs of {ID: [path, ...]}; crops go to `folder`/<ID>/<stem>.png.
-
-    landmarks: of read_landmarks, {} to detect them. Keys hold sources as seen from `home`: a data set can be moved.
-    """
-    jobs, alike = [], {}
-    for identity, sources in id_to_images.items():
-        if (other := alike.setdefault(identity.casefold(), identity)) != identity:  # one folder where case is ignored
-            raise InputError(f"IDs {other!r} and {identity!r} differ in case alone; rename one")
-        for source, name in file_names(dict.fromkeys(sources), home).items():
-            points, key = landmarks.get(source), None
-            if os.path.isfile(source):
-                info, settings = os.stat(source), ["arcface-112", DECODED_SIZE, DETECTION_SIZE, MAX_RESIDUAL, MIN_EYES]
-                facts = [*settings, os.path.relpath(source, home), info.st_size, info.st_mtime_ns, points]
-                key = hashlib.sha256(repr(facts).encode()).hexdigest()
-            jobs.append(Job(identity, source, Path(folder, file_name(identity), f"{name}.png"), points, key))
-    return jobs
+def save_crop(path, crop, facts):
+    """Write a crop as PNG, atomically, with the facts of `align_photo` inside."""
+    note = PngImagePlugin.PngInfo()
+    note.add_text("alignment", json.dumps(facts))
+    with replacing(path) as temporary:
+        Image.fromarray(crop).save(temporary, "PNG", pnginfo=note)
 
 
-def write_report(mapping, report, folder):
-    """Write alignment_report.json and a picture of the worst crops, and print what became of the photographs."""
-    totals = Counter(word for entry in report for word in (entry["status"], *entry["flag"].split(", ")) if word)
-    sheet = [crop for _, crop in sorted((-e["residual"], e["crop"]) for e in report if e["crop"])[:100]]  # row by row
-    write_json(Path(folder, "alignment_report.json"), {"totals": totals, "sheet": sheet, "photographs": report})
-    if sheet:
-        with replacing(Path(folder, "alignment_sheet.png")) as temporary:
-            save_image(load_crops(sheet).pixels.permute(0, 3, 1, 2) / 255, temporary, "png", nrow=10)
-    counts = ", ".join(f"{n} {what}" for what, n in totals.items())
-    print(f"{len(report)} photographs of {len(mapping)} people: {counts}; see {folder}/alignment_report.json")
-    for entry in [entry for entry in report if not entry["crop"]][:5]:
-        print(f"  left out, {entry['status']}: {entry['source']!r} ({entry['reason']})")
-
-
+# ---- the stage -----------------------------------------------------------------------------------
 def align_files(args, pairs_flag="pairs", processes=None):
-    """The whole stage, from files to files: align, write the mapping and the report, print the totals.
+    """The whole stage, from files to files; returns {ID: [crop path, ...]}.
 
-    args: the flags of `add_alignment_arguments`; `pairs_flag` names the one for the pairs, whose people alone are then
-    aligned; the `processes` share the work, the first of them writes. Returns {ID: [crop path, ...]}, which
-    --aligned_json now holds, relative to its folder. Raises InputError, also where no photograph gave a crop.
+    args: the flags of `add_alignment_arguments`. pairs_flag: the flag of the pairs whose people
+    alone are aligned. processes: share the work; the first of them writes the report and
+    --aligned_json, which holds the result with paths relative to its folder. Raises InputError,
+    also if no photograph gave a crop.
     """
     processes = processes or Processes(args.device)
-    photos = read_flag(args, "id_to_images", read_id_to_images)
-    if getattr(args, pairs_flag):
-        photos = {name: photos[name] for pair in read_flag(args, pairs_flag, read_pairs, photos)[0] for name in pair}
-    home, folder = os.path.dirname(os.path.abspath(args.id_to_images)), args.aligned_folder
-    landmarks = read_flag(args, "landmarks", read_landmarks, home) if args.landmarks else {}
-    jobs = plan(photos, folder, landmarks, home)
-    if landmarks and all(job.landmarks is None for job in jobs):
-        raise InputError(f"{args.landmarks}: no photograph of {args.id_to_images} is in it; compare the paths")
-    mine, first = jobs[processes.rank :: processes.world], processes.rank == 0
-    found = {job.target: None if args.realign else previous(job) for job in mine}
-    todo, detector = [job for job in mine if not found[job.target]], None
-    if todo and not landmarks:
-        detector = FaceDetector(processes.device)
-        if first:
-            print(f"detecting faces on {processes.device}", flush=True)
-    pool = ThreadPoolExecutor(args.max_workers)  # image libraries release Python's lock
-    try:
-        results = pool.map(lambda job: align_photo(job, detector), todo)
-        results = progress(results, "aligning", "photo", total=len(todo), disable=not (first and todo))
-        found |= {job.target: facts for job, facts in zip(todo, results, strict=True)}
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for part in processes.collect(found):
-        found |= part
-    mapping, report = {name: [] for name in photos}, []
-    for job in jobs:
-        crop = str(job.target) if found[job.target]["status"] in ("aligned", "already done") else None
-        mapping[job.identity] += [crop] if crop else []
-        report.append(found[job.target] | {"id": job.identity, "source": job.source, "crop": crop})
-    if first:
-        write_report(mapping, report, folder)
+    ids, jobs, has_landmarks = read_jobs(args, pairs_flag)
+    outcomes = {}
+    for part in processes.collect(make_crops(args, jobs, has_landmarks, processes)):
+        outcomes |= part
+    report = [describe_outcome(job, outcomes[job.target]) for job in jobs]
+    mapping = {identity: [] for identity in ids}
+    for entry in report:
+        if entry["crop"]:
+            mapping[entry["id"]].append(entry["crop"])
+    if processes.is_main:
+        write_report(mapping, report, args.aligned_folder)
     if not any(mapping.values()):
-        reason = f"{report[0]['source']}: {report[0]['reason']}" if report else "no photographs are listed"
+        reason = "no photographs are listed"
+        if report:
+            reason = f"{report[0]['source']}: {report[0]['reason']}"
         raise InputError(f"{args.id_to_images}: not one photograph gave a crop; {reason}")
-    if first:
-        json_home = os.path.dirname(os.path.abspath(args.aligned_json))
-        relative = {n: [Path(os.path.relpath(crop, json_home)).as_posix() for crop in c] for n, c in mapping.items()}
-        write_json(args.aligned_json, relative)
-    processes.collect(None)  # now all may read it
+    if processes.is_main:
+        write_mapping(args.aligned_json, mapping)
+    processes.wait()  # from here on every process may read the files
     return mapping
 
 
-# ---- command line, shared by the three scripts ----------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """An argument parser for `main(argv) -> exit code`: a wrong flag is an InputError of one line."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
-
-    def format_help(self):  # without the defaults that say nothing
-        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists all flags")
-
-
-def between(kind, low, high):
-    """An argparse type: a number of `kind`, int or float, from `low` to `high`, both included."""
-
-    def parse(text):
-        with suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low} to {high}, not {text!r}")
-
-    return parse
+def read_jobs(args, pairs_flag):
+    """(IDs, Jobs, whether landmarks were given): the people to align and their photographs."""
+    photos = read_flag(args, "id_to_images", read_id_to_images)
+    if getattr(args, pairs_flag):
+        pairs, _ = read_flag(args, pairs_flag, read_pairs, photos)
+        photos = {name: photos[name] for pair in pairs for name in pair}
+    home = os.path.dirname(os.path.abspath(args.id_to_images))
+    landmarks = {}
+    if args.landmarks:
+        landmarks = read_flag(args, "landmarks", read_landmarks, home)
+    jobs = plan_jobs(photos, args.aligned_folder, landmarks, home)
+    if landmarks and all(job.landmarks is None for job in jobs):
+        message = f"no photograph of {args.id_to_images} is in it; compare the paths"
+        raise InputError(f"{args.landmarks}: {message}")
+    return list(photos), jobs, bool(landmarks)
 
 
-def boolean(text):
-    """An argparse type: True or False in any usual spelling."""
-    words = {**RawConfigParser.BOOLEAN_STATES, "t": True, "y": True, "f": False, "n": False}
-    if text.strip().lower() not in words:
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-    return words[text.strip().lower()]
-
-
-@contextmanager
-def postponed_interrupt():
-    """Yield a list that SIGINT and SIGTERM fill instead of stopping a step half-way; a second one stops at once."""
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+def make_crops(args, jobs, has_landmarks, processes):
+    """Make this process's share of the crops; returns {target: what `align_photo` returns}."""
+    own_jobs = jobs[processes.rank :: processes.world]
+    outcomes = {}
+    waiting = []
+    for job in own_jobs:
+        interrupt.raise_if_asked()
+        facts = None if args.realign else earlier_outcome(job)
+        if facts:
+            outcomes[job.target] = facts
+        else:
+            waiting.append(job)
+    if not waiting:
+        return outcomes
+    detector = None
+    if not has_landmarks:
+        detector = FaceDetector(processes.device)
+        if processes.is_main:
+            print(f"detecting faces on {processes.device}", flush=True)
+    pool = ThreadPoolExecutor(args.max_workers)  # image libraries release Python's lock
     try:
-        yield asked
+        results = pool.map(lambda job: align_photo(job, detector), waiting)
+        options = {"total": len(waiting), "disable": not processes.is_main}
+        results = progress(results, "aligning", "photo", **options)
+        for job, facts in zip(waiting, results, strict=True):
+            outcomes[job.target] = facts
+            interrupt.raise_if_asked()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        pool.shutdown(cancel_futures=True)
+    return outcomes
 
 
-def add_alignment_arguments(parser, kind="train", skip=True):
-    """The flags that scripts share; `kind`, train or test, is in the default names; `skip`: not align.py's alone."""
-    add = parser.add_argument
-    add("--id_to_images", default="id_to_images.json", metavar="FILE", help='JSON {"ID": ["photograph", ...], ...}')
-    add("--aligned_folder", default=f"{kind}_aligned_images", metavar="DIR", help="gets <ID>/<photograph>.png")
-    add("--aligned_json", default=f"id_to_{kind}_aligned_images.json", metavar="FILE", help="JSON, lists the crops")
-    if skip:
-        add("--skip_alignment", action="store_true", help="take the crops that --aligned_json lists")
-        add("--channels", choices=("RGB", "BGR"), help="of CVLface's networks (keys net.*) without a yaml beside them")
-    add("--landmarks", metavar="FILE", help='JSON {"path": [[x, y], ...], ...}, 5 or 68 points: no detector')
-    add("--realign", action="store_true", help="make every crop anew, also those already done")
-    add("--max_workers", type=between(int, 1, 1024), default=6, metavar="N", help="threads that align")
-    add("--device", default="auto", help="auto (cuda if there is one that this PyTorch serves), cuda, cuda:N or cpu")
+def describe_outcome(job, facts):
+    """The entry of a photograph in alignment_report.json."""
+    has_crop = facts["status"] in ("aligned", "already done")
+    crop = str(job.target) if has_crop else None
+    return facts | {"id": job.identity, "source": job.source, "crop": crop}
 
 
-def read_flag(args, flag, read, *more):
-    """`read` the file that a flag names; an InputError begins with the flag: `--pairs pairs.json: ...`."""
-    try:
-        return read(getattr(args, flag), *more)
-    except InputError as error:
-        raise InputError(f"--{flag} {error}") from error
+def write_report(mapping, report, folder):
+    """Write alignment_report.json and the picture of the worst crops; print the totals."""
+    totals = Counter(entry["status"] for entry in report)
+    for entry in report:
+        if entry["flag"]:
+            totals.update(entry["flag"].split(", "))
+    with_crop = [entry for entry in report if entry["crop"]]
+    with_crop.sort(key=lambda entry: (-entry["residual"], entry["crop"]))
+    sheet = [entry["crop"] for entry in with_crop[:100]]
+    content = {"totals": totals, "sheet": sheet, "photographs": report}
+    write_json(Path(folder, "alignment_report.json"), content)
+    if sheet:
+        crops = load_crops(sheet).pixels.permute(0, 3, 1, 2) / 255
+        with replacing(Path(folder, "alignment_sheet.png")) as temporary:
+            save_image(crops, temporary, "png", nrow=10)
+
+    counts = ", ".join(f"{n} {what}" for what, n in totals.items())
+    print(f"{len(report)} photographs of {len(mapping)} people: {counts}")
+    print(f"details: {folder}/alignment_report.json")
+    without_crop = [entry for entry in report if not entry["crop"]]
+    for entry in without_crop[:5]:
+        print(f"  left out, {entry['status']}: {entry['source']!r} ({entry['reason']})")
 
 
-def read_inputs(args, images_flag, pairs_flag):
-    """({ID: [path, ...]}, [(ID, ID), ...], [warning, ...]) of the image list and the pairs that two flags name."""
-    images = read_flag(args, images_flag, read_id_to_images)
-    return images, *read_flag(args, pairs_flag, read_pairs, images)
+def write_mapping(path, mapping):
+    """Write {ID: [crop path, ...]} with paths relative to the file's folder."""
+    folder = os.path.dirname(os.path.abspath(path))
+    relative = {}
+    for identity, crops in mapping.items():
+        relative[identity] = [Path(os.path.relpath(crop, folder)).as_posix() for crop in crops]
+    write_json(path, relative)
 
 
-def run_script(name, work, interrupted):
-    """Run `work()` as a script's main: returns its exit code.
-
-    0 done; 2 wrong input, told in one line on stderr; 130 interrupted, told in the line `interrupted`. The rest is a
-    bug and passes. Of torchrun's processes the first speaks, and each of what it may meet alone: a full memory or disk.
-    """
-    alone = False
-    try:
-        work()
-        return 0
-    except KeyboardInterrupt:
-        code, message = 130, interrupted
-    except InputError as error:
-        code, message = 2, str(error)
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)):  # cuDNN and cuBLAS say this
-            raise
-        code, alone = 2, True
-        message = "out of memory: lower --batch_size (training: --images_per_batch), or take another --device"
-    except OSError as error:
-        if error.errno is None:
-            raise
-        code, message, alone = 2, ": ".join(filter(None, (error.filename2 or error.filename, error.strerror))), True
-    if os.environ.get("RANK", "0") == "0" or alone or not torch.distributed.is_initialized():
-        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-    return code
+# ---- command line --------------------------------------------------------------------------------
+def add_alignment_arguments(parser, kind="train"):
+    """Add this stage's flags to a script's parser; `kind`, train or test, names the defaults."""
+    parser.add_argument(
+        "--id_to_images",
+        default="id_to_images.json",
+        metavar="FILE",
+        help='JSON file {"ID": ["photograph", ...], ...}',
+    )
+    parser.add_argument(
+        "--aligned_folder",
+        default=f"{kind}_aligned_images",
+        metavar="DIR",
+        help="folder for the crops, <ID>/<photograph>.png",
+    )
+    parser.add_argument(
+        "--aligned_json",
+        default=f"id_to_{kind}_aligned_images.json",
+        metavar="FILE",
+        help="JSON file for the list of the crops",
+    )
+    parser.add_argument(
+        "--landmarks",
+        metavar="FILE",
+        help='JSON file {"path": [[x, y], ...], ...} with 5 or 68 points: use them, detect none',
+    )
+    parser.add_argument(
+        "--realign", action="store_true", help="make every crop anew, even if it is there"
+    )
+    parser.add_argument(
+        "--max_workers",
+        type=number_between(int, 1, 1024),
+        default=6,
+        metavar="N",
+        help="number of threads that align",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N, or auto: cuda if there is a GPU that PyTorch can use, else cpu",
+    )
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="align.py", description="Cut aligned 112x112 face crops out of photographs.")
-    add_alignment_arguments(parser, skip=False)
-    parser.add_argument("--pairs", metavar="FILE", help='JSON [["ID", "twin\'s ID"], ...]: align only these people')
+    description = "Cut aligned 112x112 face crops out of photographs."
+    parser = Parser(prog="align.py", description=description)
+    add_alignment_arguments(parser)
+    parser.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help='JSON file [["ID", "twin\'s ID"], ...]: align only these people',
+    )
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Run the stage; returns the exit code (see run_script)."""
-    interrupted = "interrupted; the crops made so far are kept, run it again to go on"
-    return run_script("align.py", lambda: align_files(parse_args(argv), "pairs"), interrupted)
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage; returns the exit code (see net.run_script)."""
+    return run_script(
+        "align.py",
+        lambda: align_files(parse_args(argv)),
+        interrupted_message="interrupted; the crops so far are kept, and the same command goes on",
+    )
 
 
 if __name__ == "__main__":

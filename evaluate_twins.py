@@ -1,16 +1,19 @@
 """How well saved checkpoints tell twins apart: pair scores, verification metrics, pictures.
 
     python evaluate_twins.py --checkpoints pretrained/adaface_ir50_ms1mv2.ckpt models/*.pth
-    python evaluate_twins.py --skip_alignment --checkpoints ...       # the crops of --aligned_json are there already
+    python evaluate_twins.py --skip_alignment --checkpoints ...    # the crops are there already
 
-The score of two images is the cosine of their embeddings, float32. Genuine pairs show one person, twin impostor pairs
-two twins, general impostor pairs people of different families. A threshold t accepts score >= t; FMR and FNMR as in
+The score of two images is the cosine similarity of their embeddings, in float32. Genuine pairs
+show one person, twin impostor pairs the two twins of a pair, and general impostor pairs people of
+different families. A threshold t accepts a pair with score >= t; FMR and FNMR are those of
 ISO/IEC 19795-1. `train_twins.py` validates with the same functions.
 """
 
+import json
 import os
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,100 +22,262 @@ import torch
 from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 
-import net
-from align import Parser, add_alignment_arguments, align_files, between, file_names, read_inputs, run_script
-from net import InputError, progress
-from triplet_dataset import People, TwinImages, write_csv, write_json
+from align import add_alignment_arguments, align_files
+from net import (
+    InputError,
+    Parser,
+    check_alive,
+    embed,
+    file_names,
+    interrupt,
+    list_checkpoints,
+    load_checkpoint,
+    number_between,
+    pick_device,
+    progress,
+    replacing,
+    run_main,
+    run_script,
+    weights_sha256,
+    write_csv,
+    write_json,
+)
+from triplet_dataset import People, TwinImages, read_people
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
-GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets the threshold
-# Operating points from validation: which figure of the validation people is the threshold, and what it is for.
-OPERATING_POINTS = {"val_eer": ("eer_threshold", "equal errors on twins")}
-OPERATING_POINTS["val_general"] = ("general_threshold_0.001", "a general FMR of 0.1 %")
-METRICS = ("eer", "eer_threshold", "auc", "best_accuracy", "accuracy_at_eer")
-METRICS += (*(f"tar_at_far_{far:g}" for far in FALSE_ACCEPT_RATES), "general_auc")
-METRICS += tuple(f"general_threshold_{rate:g}" for rate in GENERAL_MATCH_RATES)
-RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each general threshold and at each operating point
-METRICS += tuple(f"{rate}_{at}" for at in (*map(str, GENERAL_MATCH_RATES), *OPERATING_POINTS) for rate in RATES)
-LOWER_IS_BETTER = ("eer", *RATES)
-# What makes two training runs two settings, by their config.json; the seed does not, and the last gives no name.
-SETTINGS = ("freeze_backbone", "train_percentage", "margin", "distance", "images_per_batch", "batch_size", "epochs")
-SETTINGS += ("quadruplet_weight", "drift_weight", "learning_rate", "schedule", "weight_decay", "monitor", "patience")
-SETTINGS += ("precision", "arch", "pretrained", "validation_split", "split_seed", "crops_sha256", "used_precision")
-GENERAL_PAIRS = 2_000_000  # of more general impostor pairs, so many are drawn
-MIN_FAMILIES = 6  # of fewer, the bootstrap knows too little for an interval or a verdict
-# Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve grey print.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
-PICTURE_STYLE = {"axes.prop_cycle": cycler(color=COLOURS, linestyle=STYLES), "lines.linewidth": 1.2, "axes.grid": True}
-PICTURE_STYLE |= {"lines.markersize": 4, "grid.alpha": 0.3, "legend.frameon": False, "legend.fontsize": 8}
-PICTURE_STYLE |= {"text.parse_math": False}  # a name may hold dollar signs
+GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets thresholds
+# Thresholds that training finds on its validation people and evaluation applies unchanged:
+# {name of the point: (the metric that is its threshold, that threshold in words)}.
+OPERATING_POINTS = {
+    "val_eer": ("eer_threshold", "equal errors on twins"),
+    "val_general": ("general_threshold_0.001", "a general FMR of 0.1 %"),
+}
+RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each general threshold and operating point
+MAX_GENERAL_PAIRS = 2_000_000  # if there are more general impostor pairs, they are sampled
+MIN_FAMILIES = 6  # with fewer families there is no interval and no verdict
+PAIRS_AT_ONCE = 1 << 12  # pairs scored at once, so that their embeddings stay in the cache
 
 
-class Pairs:
-    """Image pairs of one kind by ascending score: `scores` (K,), and `code` (K,), the family or families of each."""
+# ---- metrics -------------------------------------------------------------------------------------
+class Metric(NamedTuple):
+    """One figure of an evaluation."""
+
+    name: str
+    better: str | None  # "higher" or "lower"; None for a threshold, which is neither
+    # A figure at a given FMR needs at least 1 / rate impostor pairs of this kind.
+    impostors: str | None = None  # "twin" or "general"
+    rate: float | None = None
+
+    def as_text(self, value):
+        """The value as text, in percent except for areas and thresholds."""
+        if value is None:
+            return "-"
+        if self.better is None or self.name.endswith("auc"):
+            return f"{value:.4f}"
+        return f"{100 * value:.2f}"
+
+
+def all_metrics():
+    """Yield the Metrics in the order of metrics.json."""
+    yield Metric("eer", "lower")
+    yield Metric("eer_threshold", None)
+    yield Metric("auc", "higher")
+    yield Metric("best_accuracy", "higher")
+    yield Metric("accuracy_at_eer", "higher")
+    for rate in FALSE_ACCEPT_RATES:
+        yield Metric(f"tar_at_far_{rate:g}", "higher", "twin", rate)
+    yield Metric("general_auc", "higher")
+    for rate in GENERAL_MATCH_RATES:
+        yield Metric(f"general_threshold_{rate:g}", None, "general", rate)
+    for rate in GENERAL_MATCH_RATES:
+        for name in RATES:
+            yield Metric(f"{name}_{rate:g}", "lower", "general", rate)
+    for point in OPERATING_POINTS:
+        for name in RATES:
+            yield Metric(f"{name}_{point}", "lower")
+
+
+METRICS = {metric.name: metric for metric in all_metrics()}
+
+
+class ScoredPairs:
+    """Image pairs of one kind, by ascending score.
+
+    `scores` (K,). `code` (K,) int says whom a pair belongs to: family f for genuine and twin pairs,
+    and f * F + g for a general pair of families f and g, F being the number of families.
+    """
 
     def __init__(self, scores, code):
         order = np.argsort(scores, kind="stable")
-        self.scores, self.code = scores[order], code[order]
-        self.below = np.zeros(len(code) + 1, np.int64)
+        self.scores = scores[order]
+        self.code = code[order]
+        self._sums = np.zeros(len(code) + 1, np.int64)
 
-    def weigh(self, table):
-        """(K + 1,) int64, until the next call: what the k lowest pairs weigh, a pair of code c weighing table[c]."""
-        np.take(table, self.code, out=self.below[1:], mode="clip")
-        np.cumsum(self.below[1:], out=self.below[1:])
-        return self.below
+    def cumulative_weights(self, weight_of_code):
+        """(K + 1,) int64: the total weight of the 0, 1, ... K pairs with the lowest scores.
+
+        weight_of_code: what a pair of each code weighs. The next call overwrites the result: a new
+        array for each of a thousand resamples would take longer than the sums.
+        """
+        # With the default mode, "raise", numpy would write through a temporary copy. No code is
+        # out of range, so nothing is clipped.
+        np.take(weight_of_code, self.code, out=self._sums[1:], mode="clip")
+        np.cumsum(self._sums[1:], out=self._sums[1:])
+        return self._sums
 
 
-def verification_metrics(genuine, twin, general, weightings, applied=None):
-    """{name: (R,) float64} of the metrics for R weightings of the families, each (F,) int: how often it counts.
+class RankedPairs:
+    """The genuine, twin and general ScoredPairs of one network, ranked against each other once.
 
-    genuine, twin and general: Pairs, whose codes are f, f and f * F + g for families f and g. A general pair counts
-    w_f * w_g times, so copies of one family are no strangers. NaN where a weighting leaves none of the pairs needed.
-
-    "eer_threshold": the lowest score where |FMR - FNMR|, exactly compared, is least; "eer": the mean of both there.
-    "auc", "general_auc": the probability that a genuine score exceeds an impostor score, ties counting one half.
-    "best_accuracy": the largest share of right decisions over all thresholds; "accuracy_at_eer".
-    "tar_at_far_<rate>": the largest 1 - FNMR whose twin FMR is no more than that. "general_threshold_<rate>": the
-    lowest with no higher general FMR. "twin_fmr_<name>", "general_fmr_<name>", "fnmr_<name>": the rates at a general
-    threshold, named by its rate, and at those of `applied`, {name: threshold that other people gave}.
+    `metrics(weights)` then gives the figures for any weights of the families.
     """
-    thresholds = np.append(np.unique(np.concatenate([genuine.scores, twin.scores])), np.inf)
-    genuine_at, twin_at = (np.searchsorted(pairs.scores, thresholds) for pairs in (genuine, twin))
-    left, right = (np.searchsorted(general.scores, genuine.scores, side) for side in ("left", "right"))
-    rows = []
-    for families in weightings:
-        below, twin_below = genuine.weigh(families), twin.weigh(families)
-        general_below = general.weigh(np.outer(families, families).ravel())
-        n, n_twin, n_general = below[-1], twin_below[-1], general_below[-1]
-        rows.append(row := {})
-        if n and n_twin:
-            rejected, accepted = below[genuine_at], n_twin - twin_below[twin_at]  # genuine and twin weights
-            at = np.argmin(np.abs(accepted * n - rejected * n_twin))  # integers, so exact
-            accuracy = (n_twin - accepted + n - rejected) / (n + n_twin)
-            row["eer"], row["eer_threshold"] = (accepted[at] / n_twin + rejected[at] / n) / 2, thresholds[at]
-            row["auc"] = np.diff(rejected) @ (2 * n_twin - accepted[:-1] - accepted[1:]) / (2 * n * n_twin)
-            row["best_accuracy"], row["accuracy_at_eer"] = accuracy.max(), accuracy[at]
-            for far in FALSE_ACCEPT_RATES:  # FMR falls, FNMR rises with the threshold: the first that will do is best
-                row[f"tar_at_far_{far:g}"] = 1 - rejected[np.argmax(accepted <= far * n_twin)] / n
-        if n and n_general:
-            row["general_auc"] = np.diff(below) @ (general_below[left] + general_below[right]) / (2 * n * n_general)
-        if n and n_twin and n_general:
-            points = dict(applied or {})
+
+    def __init__(self, genuine, twin, general):
+        self.genuine = genuine
+        self.twin = twin
+        self.general = general
+        scores = np.unique(np.concatenate([genuine.scores, twin.scores]))
+        self.thresholds = np.append(scores, np.inf)
+        # For each threshold, the number of pairs that score lower.
+        self.genuine_below = np.searchsorted(genuine.scores, self.thresholds)
+        self.twin_below = np.searchsorted(twin.scores, self.thresholds)
+        # For each genuine pair, the number of general pairs that score lower, or no higher.
+        self.general_below = np.searchsorted(general.scores, genuine.scores, "left")
+        self.general_not_above = np.searchsorted(general.scores, genuine.scores, "right")
+
+    def metrics(self, weights, given_thresholds):
+        """{name: value}; see `verification_metrics`. Figures without pairs are not in it."""
+        sums = {
+            "fnmr": self.genuine.cumulative_weights(weights),
+            "twin_fmr": self.twin.cumulative_weights(weights),
+            "general_fmr": self.general.cumulative_weights(np.outer(weights, weights).ravel()),
+        }
+        n_genuine, n_twin, n_general = (values[-1] for values in sums.values())
+        result = {}
+        if n_genuine and n_twin:
+            result |= metrics_against_twins(
+                sums["fnmr"][self.genuine_below], sums["twin_fmr"][self.twin_below], self.thresholds
+            )
+        if n_genuine and n_general:
+            result["general_auc"] = area_under_curve(
+                np.diff(sums["fnmr"]),
+                sums["general_fmr"][self.general_below],
+                sums["general_fmr"][self.general_not_above],
+                n_general,
+            )
+        thresholds = dict(given_thresholds)
+        if n_general:
             for rate in GENERAL_MATCH_RATES:
-                allowed = int(rate * n_general + 1e-9)  # a float would make searchsorted convert all sums
-                highest_rejected = np.searchsorted(general_below, n_general - allowed) - 1
-                t = points[f"{rate:g}"] = np.nextafter(general.scores[highest_rejected], np.inf)
-                row[f"general_threshold_{rate:g}"] = t
-            for name, t in points.items():
-                row[f"twin_fmr_{name}"] = 1 - twin_below[np.searchsorted(twin.scores, t)] / n_twin
-                row[f"general_fmr_{name}"] = 1 - general_below[np.searchsorted(general.scores, t)] / n_general
-                row[f"fnmr_{name}"] = below[np.searchsorted(genuine.scores, t)] / n
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in METRICS}
+                threshold = general_threshold(self.general.scores, sums["general_fmr"], rate)
+                result[f"general_threshold_{rate:g}"] = threshold
+                thresholds[f"{rate:g}"] = threshold
+        for point, threshold in thresholds.items():
+            for name, values in self.rates_at(threshold, sums).items():
+                result[f"{name}_{point}"] = values
+        return result
+
+    def rates_at(self, threshold, sums):
+        """{name of RATES: value} at a threshold; sums: {name: cumulative weights of its pairs}."""
+        rates = {}
+        if sums["twin_fmr"][-1]:
+            rates["twin_fmr"] = 1 - share_below(self.twin.scores, sums["twin_fmr"], threshold)
+        if sums["general_fmr"][-1]:
+            rejected = share_below(self.general.scores, sums["general_fmr"], threshold)
+            rates["general_fmr"] = 1 - rejected
+        if sums["fnmr"][-1]:
+            rates["fnmr"] = share_below(self.genuine.scores, sums["fnmr"], threshold)
+        return rates
+
+
+def verification_metrics(genuine, twin, general, weightings, given_thresholds=None):
+    """{name: (R,) float64} of all METRICS under R weightings of the families.
+
+    genuine, twin and general: ScoredPairs. weightings: R arrays (F,) of ints, how often each
+    family counts. A general pair then counts w_f * w_g times, so copies of one family are never
+    strangers to each other. given_thresholds: {name of an operating point: threshold that other
+    people gave}. A figure is NaN if a weighting leaves none of the pairs that it needs.
+
+    "eer_threshold" is the lowest score for which |FMR - FNMR|, compared exactly, is least, and
+    "eer" the mean of both there. "auc" and "general_auc" are the probability that a genuine score
+    exceeds an impostor score, where ties count one half. "best_accuracy" is the largest share of
+    right decisions over all thresholds. "tar_at_far_<rate>" is the largest 1 - FNMR with a twin
+    FMR of at most that rate. "general_threshold_<rate>" is the lowest threshold with a general
+    FMR of at most that rate. "twin_fmr_<point>", "general_fmr_<point>" and "fnmr_<point>" are the
+    rates at such a threshold, and at those of `given_thresholds`.
+    """
+    ranked = RankedPairs(genuine, twin, general)
+    results = []
+    for weights in weightings:
+        results.append(ranked.metrics(weights, given_thresholds or {}))
+    columns = {}
+    for name in METRICS:
+        columns[name] = np.array([result.get(name, np.nan) for result in results])
+    return columns
+
+
+def metrics_against_twins(genuine_rejected, twin_rejected, thresholds):
+    """{name: value} of the metrics of genuine against twin impostor pairs.
+
+    genuine_rejected and twin_rejected: the weight (ints) of the pairs below each of the ascending
+    thresholds, the last of which rejects all.
+    """
+    n_genuine = genuine_rejected[-1]
+    n_twin = twin_rejected[-1]
+    twin_accepted = n_twin - twin_rejected
+    # |FMR - FNMR| times n_genuine * n_twin: integers, so the comparison is exact.
+    gap = np.abs(twin_accepted * n_genuine - genuine_rejected * n_twin)
+    at_eer = np.argmin(gap)
+    fmr = twin_accepted[at_eer] / n_twin
+    fnmr = genuine_rejected[at_eer] / n_genuine
+    n_right = twin_rejected + n_genuine - genuine_rejected
+    accuracy = n_right / (n_genuine + n_twin)
+    result = {
+        "eer": (fmr + fnmr) / 2,
+        "eer_threshold": thresholds[at_eer],
+        "auc": area_under_curve(
+            np.diff(genuine_rejected), twin_rejected[:-1], twin_rejected[1:], n_twin
+        ),
+        "best_accuracy": accuracy.max(),
+        "accuracy_at_eer": accuracy[at_eer],
+    }
+    for rate in FALSE_ACCEPT_RATES:
+        # FMR falls and FNMR rises with the threshold, so the lowest one that will do is the best.
+        lowest = np.argmax(twin_accepted <= rate * n_twin)
+        result[f"tar_at_far_{rate:g}"] = 1 - genuine_rejected[lowest] / n_genuine
+    return result
+
+
+def area_under_curve(genuine, impostors_below, impostors_not_above, n_impostors):
+    """The probability that a genuine score exceeds an impostor score; ties count one half.
+
+    genuine: the weights of genuine pairs. impostors_below and impostors_not_above: for each of them
+    the weight of the impostor pairs with a lower score, and with a lower or equal one. n_impostors:
+    the weight of all impostor pairs.
+    """
+    doubled = genuine @ (impostors_below + impostors_not_above)
+    return doubled / (2 * genuine.sum() * n_impostors)
+
+
+def general_threshold(scores, sums, rate):
+    """The lowest threshold at which no more than `rate` of the general impostor pairs are accepted.
+
+    scores: of these pairs, ascending. sums: (K + 1,), their cumulative weights.
+    """
+    n_allowed = int(rate * sums[-1])
+    highest_rejected = np.searchsorted(sums, sums[-1] - n_allowed) - 1
+    return np.nextafter(scores[highest_rejected], np.inf)
+
+
+def share_below(scores, sums, threshold):
+    """The share (by weight) of pairs whose score is below a threshold."""
+    return sums[np.searchsorted(scores, threshold)] / sums[-1]
 
 
 class Estimate(NamedTuple):
-    """The metrics of one network {name: float or None}; its resamples' {name: (R,)}, or None of too few families."""
+    """The metrics of one network: {name: float or None}, and {name: (R,)} of its R resamples.
+
+    With too few families for resamples, `samples` is None.
+    """
 
     figures: dict
     samples: dict | None
@@ -121,440 +286,1039 @@ class Estimate(NamedTuple):
 class TwinEvaluator:
     """Scores and metrics of networks on the image pairs of one TwinImages.
 
-    `rows` {"genuine", "twin", "general": (K, 2) int64}: the images of each unordered pair; of general pairs all, or
-    GENERAL_PAIRS drawn from the seed if there are more (`drawn`). `counts`: of images, pairs by kind, families. All
-    networks meet the same `resamples` of the families. Raises InputError without a genuine or a twin pair.
+    `rows` {"genuine", "twin", "general": (K, 2) int64}: the images of each pair. If there are more
+    than MAX_GENERAL_PAIRS general pairs, at most so many are drawn by the seed, with replacement
+    (`general_is_sampled`). `counts`: how many images, pairs of each kind and families there are.
+    All networks meet the same resamples of the families. Raises InputError if there is no
+    genuine or no twin pair.
     """
 
-    def __init__(self, images, seed=42, resamples=1000):
-        self.images, generator = images, np.random.default_rng(seed)
-        _, self.family = np.unique(images.family, return_inverse=True)  # families without an image do not count
-        ranges = [np.arange(f, f + n) for f, n in zip(images.first, images.count, strict=True)]
-        genuine = [person[np.c_[np.triu_indices(len(person), 1)]] for person in ranges]
-        twin = [np.stack(np.meshgrid(ranges[a], ranges[b]), -1).reshape(-1, 2) for a, b in images.pairs]
-        self.rows = {"genuine": np.concatenate(genuine), "twin": np.concatenate(twin)}
-        for kind, reason in (("genuine", "no person has two images"), ("twin", "no pair has images of both twins")):
-            if len(self.rows[kind]) == 0:
-                raise InputError(f"nothing to evaluate: {reason} among the pairs; check the aligned crops")
-        n, sizes = len(self.family), np.bincount(self.family)
-        total = int(n**2 - (sizes**2).sum()) // 2
-        self.counts = {"images": n, **{kind: len(rows) for kind, rows in self.rows.items()}}
-        self.counts |= {"general": total, "families": len(sizes)}
-        self.drawn = total > GENERAL_PAIRS
-        general = generator.integers(n, size=(2 * GENERAL_PAIRS, 2)) if self.drawn else np.c_[np.triu_indices(n, 1)]
-        self.rows["general"] = general[self.family[general[:, 0]] != self.family[general[:, 1]]][:GENERAL_PAIRS]
-        self.weights = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), resamples)
+    def __init__(self, images: TwinImages, seed: int = 42, resamples: int = 1000):
+        self.images = images
+        generator = np.random.default_rng(seed)
+        # Renumbered: families without an image do not count.
+        _, self.family = np.unique(images.family, return_inverse=True)
+        self.rows = {"genuine": genuine_pairs(images), "twin": twin_pairs(images)}
+        if len(self.rows["genuine"]) == 0:
+            reason = "none of the people has two images"
+            raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
+        if len(self.rows["twin"]) == 0:
+            reason = "there is no pair with images of both twins"
+            raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
+        n_images = len(self.family)
+        family_sizes = np.bincount(self.family)
+        n_families = len(family_sizes)
+        n_in_both_orders = n_images**2 - (family_sizes**2).sum()
+        self.counts = {
+            "images": n_images,
+            "genuine": len(self.rows["genuine"]),
+            "twin": len(self.rows["twin"]),
+            "general": int(n_in_both_orders) // 2,
+            "families": n_families,
+        }
+        self.general_is_sampled = self.counts["general"] > MAX_GENERAL_PAIRS
+        if self.general_is_sampled:
+            candidates = generator.integers(n_images, size=(2 * MAX_GENERAL_PAIRS, 2))
+        else:
+            candidates = np.stack(np.triu_indices(n_images, 1), 1)
+        families = self.family[candidates]
+        of_two_families = families[:, 0] != families[:, 1]
+        self.rows["general"] = candidates[of_two_families][:MAX_GENERAL_PAIRS]
+        equal = np.full(n_families, 1 / n_families)
+        self.weightings = generator.multinomial(n_families, equal, resamples)
 
-    def score(self, embeddings, chunk=1 << 12):  # whose products stay in a CPU's cache
-        """{kind: (K,) float64 cosines of `rows`}, of embeddings (N, 512) of unit length in the order of `images`."""
+    def score(self, embeddings: torch.Tensor) -> dict:
+        """{kind: (K,) float64 cosines of `rows`}, of embeddings (N, 512) of unit length."""
         scores = {}
         for kind, rows in self.rows.items():
-            parts = torch.from_numpy(rows.T).to(embeddings.device).split(chunk, 1)
-            scores[kind] = torch.cat([(embeddings[a] * embeddings[b]).sum(1) for a, b in parts]).cpu().double().numpy()
+            chunks = []
+            for chunk in torch.from_numpy(rows).to(embeddings.device).split(PAIRS_AT_ONCE):
+                products = embeddings[chunk[:, 0]] * embeddings[chunk[:, 1]]
+                chunks.append(products.sum(1))
+            scores[kind] = torch.cat(chunks).cpu().double().numpy()
         return scores
 
-    def _metrics(self, scores, weightings, applied):
-        codes = {kind: self.family[rows[:, 0]] for kind, rows in self.rows.items()}
-        codes["general"] = codes["general"] * self.counts["families"] + self.family[self.rows["general"][:, 1]]
-        return verification_metrics(*(Pairs(scores[kind], code) for kind, code in codes.items()), weightings, applied)
+    def _metrics(self, scores, weightings, given_thresholds):
+        genuine_family = self.family[self.rows["genuine"][:, 0]]
+        twin_family = self.family[self.rows["twin"][:, 0]]
+        family_1, family_2 = self.family[self.rows["general"]].T
+        general_code = family_1 * self.counts["families"] + family_2
+        genuine = ScoredPairs(scores["genuine"], genuine_family)
+        twin = ScoredPairs(scores["twin"], twin_family)
+        general = ScoredPairs(scores["general"], general_code)
+        return verification_metrics(genuine, twin, general, weightings, given_thresholds)
 
-    def figures(self, scores, applied=None):
-        """{name: float or None} of all metrics, each family counting once; a rate takes at least 1/rate impostors."""
+    def figures(self, scores: dict, given_thresholds: dict | None = None) -> dict:
+        """{name: float or None} of all METRICS; None for a figure that these pairs cannot give.
+
+        given_thresholds: see `verification_metrics`.
+        """
+        each_family_once = np.ones((1, self.counts["families"]), np.int64)
         figures = {}
-        for name, (value,) in self._metrics(scores, np.ones((1, self.counts["families"]), np.int64), applied).items():
-            rate, impostors = name.rpartition("_")[2], self.counts["twin" if name.startswith("tar") else "general"]
-            known = np.isfinite(value) and not (rate[0].isdigit() and impostors * float(rate) < 1)
-            figures[name] = float(value) if known else None
+        for name, values in self._metrics(scores, each_family_once, given_thresholds).items():
+            metric = METRICS[name]
+            is_known = np.isfinite(values[0])
+            if metric.rate is not None:
+                is_known = is_known and self.counts[metric.impostors] * metric.rate >= 1
+            figures[name] = float(values[0]) if is_known else None
         return figures
 
-    def estimate(self, scores, description=None, applied=None):
-        """The Estimate of scores, with `description` as label of a progress bar, or None for none."""
+    def estimate(
+        self, scores: dict, given_thresholds: dict | None = None, description: str | None = None
+    ) -> Estimate:
+        """The Estimate of scores; with a description there is a progress bar with this label."""
+        figures = self.figures(scores, given_thresholds)
         if self.counts["families"] < MIN_FAMILIES:
-            return Estimate(self.figures(scores, applied), None)
-        weights = progress(self.weights, description, "resample") if description else self.weights
-        return Estimate(self.figures(scores, applied), self._metrics(scores, weights, applied))
+            return Estimate(figures, None)
+        weightings = self.weightings
+        if description:
+            weightings = self._shown_weightings(description)
+        return Estimate(figures, self._metrics(scores, weightings, given_thresholds))
+
+    def _shown_weightings(self, description):
+        """Yield the weightings of the resamples, with a progress bar and interrupts."""
+        for weights in progress(self.weightings, description, "resample"):
+            interrupt.raise_if_asked()
+            yield weights
 
 
+def genuine_pairs(images):
+    """(K, 2) int64 rows: all pairs of images of one person.
+
+    The images of a person are consecutive rows, from `images.first` on.
+    """
+    parts = [np.empty((0, 2), np.int64)]
+    for first, count in zip(images.first, images.count, strict=True):
+        parts.append(first + np.stack(np.triu_indices(count, 1), 1))
+    return np.concatenate(parts)
+
+
+def twin_pairs(images):
+    """(K, 2) int64 rows: an image of a person and an image of their twin, for all pairs."""
+    parts = [np.empty((0, 2), np.int64)]
+    for a, b in images.pairs:
+        rows_a = images.first[a] + np.arange(images.count[a])
+        rows_b = images.first[b] + np.arange(images.count[b])
+        column_a = np.tile(rows_a, len(rows_b))
+        column_b = np.repeat(rows_b, len(rows_a))
+        parts.append(np.stack([column_a, column_b], 1))
+    return np.concatenate(parts)
+
+
+# ---- comparison with a baseline ------------------------------------------------------------------
 def interval(samples):
-    """[low, high], the 95 % percentile interval of bootstrap samples (R,), or None without finite ones."""
-    return [float(x) for x in np.nanpercentile(samples, (2.5, 97.5))] if np.isfinite(samples).any() else None
+    """The 95 % percentile interval [low, high] of bootstrap samples (R,); None if all are NaN."""
+    if not np.isfinite(samples).any():
+        return None
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
+    return [float(low), float(high)]
 
 
-def compare(estimates, baseline=None):
-    """{name: {"value", "interval"}}, with a baseline also "difference", "difference_interval" and "verdict".
+def compare(estimates: list, baseline: Estimate | None = None) -> dict:
+    """{name: {"value", "interval"}} of the Estimates of one setting, one for each seed.
 
-    estimates: of one network, or of several, then their means and the "range" of the value. The one rule for better and
-    worse: the difference's 95 % interval, on the same resamples of families, excludes zero. A threshold has no verdict.
+    With several estimates, `value` is their mean and "range" their minimum and maximum. With a
+    baseline there are also "difference", "difference_interval" and "verdict". The one rule for
+    better and worse: the 95 % interval of the difference, on the same resamples of families,
+    excludes zero.
     """
     result = {}
-    for name in estimates[0].figures:
+    for name in METRICS:
         values = [estimate.figures[name] for estimate in estimates]
-        value = None if None in values else sum(values) / len(values)
-        known = value is not None and estimates[0].samples is not None
-        samples = np.mean([estimate.samples[name] for estimate in estimates], 0) if known else np.array([])
-        entry = result[name] = {"value": value, "interval": interval(samples)}
+        value = None
+        samples = np.array([])
+        if None not in values:
+            value = sum(values) / len(values)
+            if estimates[0].samples is not None:
+                samples = np.mean([estimate.samples[name] for estimate in estimates], 0)
+        entry = {"value": value, "interval": interval(samples)}
         if len(estimates) > 1:
             entry["range"] = None if value is None else [min(values), max(values)]
         if baseline is not None:
-            both = value is not None and baseline.figures[name] is not None
-            change = interval(samples - baseline.samples[name]) if both and known else None
-            verdict = "too few families to say" if both else "not measured"
-            if change:
-                better = "worse" if (change[0] > 0) == name.startswith(LOWER_IS_BETTER) else "better"
-                verdict = "not distinguishable" if change[0] <= 0 <= change[1] else better
-            entry["difference"], entry["difference_interval"] = value - baseline.figures[name] if both else None, change
-            entry["verdict"] = None if "threshold" in name else verdict
+            entry |= compare_figure(METRICS[name], value, samples, baseline)
+        result[name] = entry
     return result
 
 
-def spell(value, bounds, form, scale=1):
+def compare_figure(metric, value, samples, baseline):
+    """The difference of one figure to the baseline's, its interval, and the verdict."""
+    result = {"difference": None, "difference_interval": None, "verdict": None}
+    baseline_value = baseline.figures[metric.name]
+    is_known = value is not None and baseline_value is not None
+    if is_known:
+        result["difference"] = value - baseline_value
+        if baseline.samples is not None:
+            change = samples - baseline.samples[metric.name]
+            result["difference_interval"] = interval(change)
+    if metric.better is not None:
+        result["verdict"] = judge(metric, is_known, result["difference_interval"])
+    return result
+
+
+def judge(metric, is_known, difference_interval):
+    """The verdict on a difference: better, worse, or why there is none."""
+    if not is_known:
+        return "not measured"
+    if difference_interval is None:
+        return "too few families to say"
+    low, high = difference_interval
+    if low <= 0 <= high:
+        return "not distinguishable"
+    is_higher = low > 0
+    wants_higher = metric.better == "higher"
+    return "better" if is_higher == wants_higher else "worse"
+
+
+def format_with_interval(value, bounds, form):
     """A figure and its interval, which may be None, as text: "0.12 [0.10, 0.15]"."""
-    numbers = [f"{scale * x:{form}}" for x in (value, *(bounds or []))]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]" if bounds else numbers[0]
+    text = f"{value:{form}}"
+    if bounds:
+        low, high = bounds
+        text += f" [{low:{form}}, {high:{form}}]"
+    return text
 
 
 def describe(comparison):
-    """What a comparison with a baseline says of twins and of everyone else, as text: the verdicts on both AUCs."""
-    words = []
+    """What a comparison with a baseline says of twins and of everyone else: both AUCs, as text."""
+    sentences = []
     for name, people in (("auc", "twins"), ("general_auc", "everyone else")):
-        change, bounds, verdict = (comparison[name][key] for key in ("difference", "difference_interval", "verdict"))
-        words.append(f"{verdict} on {people}" + ("" if change is None else f" (AUC {spell(change, bounds, '+.4f')})"))
-    return ", ".join(words)
+        entry = comparison[name]
+        sentence = f"{entry['verdict']} on {people}"
+        if entry["difference"] is not None:
+            change = format_with_interval(entry["difference"], entry["difference_interval"], "+.4f")
+            sentence += f" (AUC {change})"
+        sentences.append(sentence)
+    return ", ".join(sentences)
 
 
-class Result(NamedTuple):
-    """One checkpoint's evaluation."""
+@dataclass
+class Checkpoint:
+    """One checkpoint: what its file says, and then what its evaluation finds."""
 
-    name: str
-    checkpoint: str
-    config: dict  # of its training, {} for upstream's
-    validation: dict  # the figures of its validation people, or {}
-    scores: dict  # see TwinEvaluator.score
-    estimate: Estimate
-    overlap: list  # test IDs that the checkpoint was trained or validated on
+    path: str
+    name: str  # of the folder of its results
+    facts: dict  # what training wrote beside the weights, {} for upstream's
+    weights_hash: str  # of the whole network
+    backbone_hash: str  # of all but the embedding layer
+    overlap: list  # test IDs that it was trained or validated on
+    scores: dict | None = None  # see TwinEvaluator.score
+    estimate: Estimate | None = None
+
+    @property
+    def config(self):
+        return self.facts.get("config", {})
+
+    @property
+    def recipe(self):
+        """What makes two training runs the same setting; {} for upstream's and for older files."""
+        return self.config.get("recipe", {})
+
+    @property
+    def validation(self):
+        """The figures of the validation people, {} for none."""
+        return self.facts.get("metrics", {})
 
 
 class Setting(NamedTuple):
-    """Results that differ in nothing but the seed."""
+    """Checkpoints that differ in nothing but the seed, as one."""
 
     name: str
-    parts: dict  # what tells it from the other settings, {name of SETTINGS: its value in words}
-    results: list
-    figures: dict  # of `compare`: their means against the baseline
+    parts: dict  # what tells its recipe from the others', {flag: its value in words}
+    checkpoints: list
+    figures: dict  # of `compare`: their means, against the baseline
 
 
-def group_settings(results):
-    """[Setting, ...] of Results, named by what differs among them; the first result, the baseline, stands alone."""
-    groups, settings, seen = {}, [], Counter()
-    for result in results:
-        key = repr([result.config.get(name) for name in SETTINGS]) if result.config and groups else result.name
-        seen[key, result.config.get("seed")] += 1  # two with one seed, such as two epochs of a run, differ in more
-        groups.setdefault((key, seen[key, result.config.get("seed")]), []).append(result)
-    values = {key: {repr(result.config.get(key)) for result in results if result.config} for key in SETTINGS}
-    for group in groups.values():
-        config = group[0].config
-        words = {"freeze_backbone": "frozen" if config.get("freeze_backbone") else "full"}
-        words["train_percentage"] = f"{config.get('train_percentage')} %"
-        keys = [key for key in SETTINGS[:-1] if config and len(values[key]) > 1]
-        parts = {key: words.get(key, f"{key} {str(config.get(key))[-24:]}") for key in keys}
-        name = ", ".join(parts.values()) or f"mean of {len(group)} seeds" * (len(group) > 1)
-        named = settings and name and name not in [setting.name for setting in settings]
-        figures = compare([result.estimate for result in group], results[0].estimate if settings else None)
-        settings.append(Setting(name if named else group[0].name, parts, group, figures))
+def group_settings(checkpoints):
+    """[Setting, ...] of Checkpoints; the first one is the baseline and stands alone.
+
+    A setting is named by the flags that tell it from the others; else, if it has several seeds, by
+    their number; else, or if that name is taken, by its first checkpoint.
+    """
+    baseline, *others = checkpoints
+    settings = [Setting(baseline.name, {}, [baseline], compare([baseline.estimate]))]
+    differing = differing_flags(others)
+    taken = {baseline.name}
+    for group in group_by_recipe(others):
+        recipe = group[0].recipe
+        parts = {flag: describe_flag(flag, recipe[flag]) for flag in differing if flag in recipe}
+        name = ", ".join(parts.values())
+        if not name and len(group) > 1:
+            name = f"mean of {len(group)} seeds"
+        if not name or name in taken:
+            name = group[0].name
+        taken.add(name)
+        figures = compare([checkpoint.estimate for checkpoint in group], baseline.estimate)
+        settings.append(Setting(name, parts, group, figures))
     return settings
 
 
+def group_by_recipe(checkpoints):
+    """The lists of Checkpoints that have one recipe and different seeds.
+
+    Two checkpoints with the same recipe and the same seed, such as two epochs of a run, are not two
+    seeds: they come into different lists. A checkpoint without a recipe is a list of its own.
+    """
+    groups = {}
+    occurrences = Counter()
+    for checkpoint in checkpoints:
+        key = checkpoint.path
+        if checkpoint.recipe:
+            key = json.dumps(checkpoint.recipe, sort_keys=True)
+        seed = checkpoint.config.get("seed")
+        occurrences[key, seed] += 1
+        groups.setdefault((key, occurrences[key, seed]), []).append(checkpoint)
+    return list(groups.values())
+
+
+def differing_flags(checkpoints):
+    """The flags of which the recipes of checkpoints have different values.
+
+    Without the precision, which frozen and full runs differ in by themselves.
+    """
+    recipes = [checkpoint.recipe for checkpoint in checkpoints if checkpoint.recipe]
+    all_flags = {}  # a dict keeps the order
+    for recipe in recipes:
+        all_flags.update(dict.fromkeys(recipe))
+    flags = []
+    for flag in all_flags:
+        values = {repr(recipe.get(flag)) for recipe in recipes}
+        if len(values) > 1 and flag != "precision":
+            flags.append(flag)
+    return flags
+
+
+def describe_flag(flag, value):
+    """A flag of a recipe in words, for the name of a setting."""
+    if flag == "freeze_backbone":
+        return "frozen" if value else "full"
+    if flag == "train_percentage":
+        return f"{value} %"
+    if flag.endswith("_sha256"):  # of the start's weights, the crops or the pairs
+        return f"{flag.removesuffix('_sha256')} {value[:12]}"
+    return f"{flag} {value}"
+
+
 def chosen_by_validation(settings):
-    """The name of the setting with the highest mean validation AUC; None unless two or more share validation people."""
-    known = [s for s in settings if all(result.validation.get("val_auc") for result in s.results)]
-    people = {tuple(sorted(result.config.get("val_ids", []))) for setting in known for result in setting.results}
-    means = {setting.name: np.mean([r.validation["val_auc"] for r in setting.results]) for setting in known}
-    return max(means, key=means.get) if len(means) > 1 and len(people) == 1 else None
+    """The name of the setting with the highest mean validation AUC.
+
+    Settings without validation are passed over. None if fewer than two are left, or if they were
+    validated on different people.
+    """
+    means = {}
+    people = set()
+    for setting in settings:
+        values = [checkpoint.validation.get("val_auc") for checkpoint in setting.checkpoints]
+        if None in values:
+            continue
+        means[setting.name] = sum(values) / len(values)
+        for checkpoint in setting.checkpoints:
+            people.add(tuple(sorted(checkpoint.config.get("val_ids", []))))
+    if len(means) < 2 or len(people) > 1:
+        return None
+    return max(means, key=means.get)
 
 
-def write_result(folder, evaluator, result, crops, home, flip):
-    """metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`; paths as seen from `home`."""
-    content = {"checkpoint": result.checkpoint, "counts": evaluator.counts, "figures": compare([result.estimate])}
-    content |= {"general_pairs_drawn": evaluator.drawn, "flip": flip, "overlap": result.overlap}
+# ---- results: files and the table ----------------------------------------------------------------
+def write_result(folder, evaluator, checkpoint, crops, home, flip):
+    """Write metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`.
+
+    crops: of all images. home: the folder to which the paths in pair_scores.csv are relative.
+    """
+    content = {
+        "checkpoint": checkpoint.path,
+        "counts": evaluator.counts,
+        "figures": compare([checkpoint.estimate]),
+        "general_pairs_drawn": evaluator.general_is_sampled,
+        "flip": flip,
+        "overlap": checkpoint.overlap,
+    }
     write_json(folder / "metrics.json", content)
-    images, threshold, table = evaluator.images, result.estimate.figures["eer_threshold"], []
-    image = [(os.path.relpath(path, home), images.ids[i]) for path, i in zip(images.paths, images.person, strict=True)]
-    for kind in ("genuine", "twin"):
-        for (a, b), score in zip(evaluator.rows[kind].tolist(), result.scores[kind].tolist(), strict=True):
-            row = {"path_1": image[a][0], "path_2": image[b][0], "id_1": image[a][1], "id_2": image[b][1], "kind": kind}
-            table.append({**row, "score": score, "accepted_at_eer": int(score >= threshold)})
-    write_csv(folder / "pair_scores.csv", table)
+    write_csv(folder / "pair_scores.csv", list_pair_scores(evaluator, checkpoint, home))
     for kind in ("roc", "det"):
         with plot_figure(folder / f"{kind}_curve.png", 8.2) as axes:
-            plot_rates(axes, [result], kind)
-    plot_distributions(folder / "score_distributions.png", result)
-    plot_hardest(folder / "hardest_pairs.png", evaluator, result, crops)
+            curve = (checkpoint.name, checkpoint.scores, checkpoint.estimate.figures)
+            plot_rates(axes, [curve], kind)
+    plot_distributions(folder / "score_distributions.png", checkpoint)
+    plot_hardest(folder / "hardest_pairs.png", evaluator, checkpoint, crops)
 
 
-def write_comparison(folder, results, settings):
-    """comparison.json, whose content is returned, its table and pictures; the first result is the baseline."""
-    entries, table = [], []
-    summaries = [{"name": s.name, "checkpoints": [r.name for r in s.results], "figures": s.figures} for s in settings]
-    content = {"baseline": results[0].name, "chosen_by_validation": chosen_by_validation(settings)}
-    content |= {"settings": summaries, "checkpoints": entries}
-    for result in results:
-        figures = compare([result.estimate], None if result is results[0] else results[0].estimate)
-        entry = {"name": result.name, "checkpoint": result.checkpoint, "overlap": result.overlap}
-        entries.append({**entry, "validation": result.validation, "figures": figures})
+def list_pair_scores(evaluator, checkpoint, home):
+    """The rows of pair_scores.csv: all genuine and twin pairs."""
+    images = evaluator.images
+    paths = [os.path.relpath(path, home) for path in images.paths]
+    ids = [images.ids[person] for person in images.person]
+    threshold = checkpoint.estimate.figures["eer_threshold"]
+    rows = []
+    for kind in ("genuine", "twin"):
+        scores = checkpoint.scores[kind].tolist()
+        for (a, b), score in zip(evaluator.rows[kind].tolist(), scores, strict=True):
+            row = {
+                "path_1": paths[a],
+                "path_2": paths[b],
+                "id_1": ids[a],
+                "id_2": ids[b],
+                "kind": kind,
+                "score": score,
+                "accepted_at_eer": int(score >= threshold),
+            }
+            rows.append(row)
+    return rows
+
+
+def write_comparison(folder, checkpoints, settings, chosen):
+    """Write the files of the comparison; the first checkpoint is the baseline."""
+    baseline = checkpoints[0]
+    entries = []
+    table = []
+    for checkpoint in checkpoints:
+        against = None if checkpoint is baseline else baseline.estimate
+        figures = compare([checkpoint.estimate], against)
+        entries.append(
+            {
+                "name": checkpoint.name,
+                "checkpoint": checkpoint.path,
+                "overlap": checkpoint.overlap,
+                "validation": checkpoint.validation,
+                "figures": figures,
+            }
+        )
         for name, figure in figures.items():
-            row = {**entry, "overlap": len(result.overlap), "figure": name}
-            for key, bounds in (("value", "interval"), ("difference", "difference_interval")):
-                low, high = figure.get(bounds) or (None, None)
-                row |= {key: figure.get(key), f"{key}_low": low, f"{key}_high": high}
-            table.append({**row, "verdict": figure.get("verdict")})
+            table.append(comparison_row(checkpoint, name, figure))
+    content = {
+        "baseline": baseline.name,
+        "chosen_by_validation": chosen,
+        "settings": [
+            {
+                "name": setting.name,
+                "checkpoints": [checkpoint.name for checkpoint in setting.checkpoints],
+                "figures": setting.figures,
+            }
+            for setting in settings
+        ],
+        "checkpoints": entries,
+    }
     write_json(folder / "comparison.json", content)
     write_csv(folder / "comparison.csv", table)
     plot_comparison(folder / "comparison.png", settings)
     plot_data_percentage(folder / "data_percentage.png", settings)
-    return content
+
+
+def comparison_row(checkpoint, name, figure):
+    """The row of comparison.csv for one figure of one checkpoint."""
+    low, high = figure["interval"] or (None, None)
+    difference_low, difference_high = figure.get("difference_interval") or (None, None)
+    return {
+        "name": checkpoint.name,
+        "checkpoint": checkpoint.path,
+        "overlap": len(checkpoint.overlap),
+        "figure": name,
+        "value": figure["value"],
+        "value_low": low,
+        "value_high": high,
+        "difference": figure.get("difference"),
+        "difference_low": difference_low,
+        "difference_high": difference_high,
+        "verdict": figure.get("verdict"),
+    }
+
+
+TABLE_COLUMNS = {
+    "EER %": "eer",
+    "AUC": "auc",
+    "best acc %": "best_accuracy",
+    "TAR@FAR1%": "tar_at_far_0.01",
+    "twin FMR %": "twin_fmr_0.001",
+    "FNMR %": "fnmr_0.001",
+    "general AUC": "general_auc",
+}
+
+
+def comparison_table(settings, chosen):
+    """Text for the terminal: the figures, the differences to the baseline, and what to mind."""
+    baseline = settings[0]
+    width = max(len("setting"), *(len(setting.name) for setting in settings))
+    titles = "".join(f"  {title:>11}" for title in TABLE_COLUMNS)
+    lines = [f"{'setting':{width}}{titles}"]
+    for setting in settings:
+        cells = []
+        for name in TABLE_COLUMNS.values():
+            text = METRICS[name].as_text(setting.figures[name]["value"])
+            cells.append(f"  {text:>11}")
+        lines.append(f"{setting.name:{width}}{''.join(cells)}")
+    lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.")
+    lines.append("A dash means that there are too few pairs to say.")
+    for setting in settings:
+        if setting is not baseline:
+            lines += describe_setting(setting, baseline)
+        for checkpoint in setting.checkpoints:
+            if checkpoint.overlap:
+                n = len(checkpoint.overlap)
+                lines.append(
+                    f"OVERLAP: {checkpoint.name} was trained or validated on {n} of the test "
+                    "people, so its figures look better than they are."
+                )
+        lines += describe_operating_points(setting)
+    if len(settings) > 1:
+        if chosen:
+            lines.append(f"Validation would have chosen: {chosen}.")
+        else:
+            lines.append("There is no common validation to choose a setting by.")
+        lines.append("Choosing by the figures above would be selection on the test set.")
+    return "\n".join(lines)
+
+
+def describe_setting(setting, baseline):
+    """The lines of the table that compare a setting with the baseline."""
+    names = ", ".join(checkpoint.name for checkpoint in setting.checkpoints)
+    title = f"{setting.name} ({names}) against {baseline.name}"
+    lines = [f"{title}: {describe(setting.figures)}."]
+    verdicts = [setting.figures[name]["verdict"] for name in ("general_auc", "fnmr_0.001")]
+    if "worse" in verdicts:
+        lines.append("  It got WORSE at recognising people in general.")
+    return lines
+
+
+def describe_operating_points(setting):
+    """The lines of the table that say what the thresholds of the validation people really give."""
+    lines = []
+    for point, (_, purpose) in OPERATING_POINTS.items():
+        rates = {
+            "twin FMR": setting.figures[f"twin_fmr_{point}"],
+            "general FMR": setting.figures[f"general_fmr_{point}"],
+            "FNMR": setting.figures[f"fnmr_{point}"],
+        }
+        texts = []
+        for label, figure in rates.items():
+            if figure["value"] is None:
+                continue
+            percent = 100 * figure["value"]
+            bounds = figure["interval"] or []
+            bounds_in_percent = [100 * bound for bound in bounds]
+            texts.append(f"{label} {format_with_interval(percent, bounds_in_percent, '.3g')} %")
+        at = f"at the validation people's threshold for {purpose}"
+        if texts:
+            lines.append(f"  {setting.name}, {at}: {', '.join(texts)}.")
+    return lines
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+# Okabe and Ito's colours, which people with any colour vision tell apart; line styles serve
+# grey print.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+PICTURE_STYLE = {
+    "axes.prop_cycle": cycler(color=COLOURS, linestyle=STYLES),
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.parse_math": False,  # a name may hold dollar signs
+}
+# Left end of the axis in all pictures of distributions; lower scores count in the first bin.
+LOWEST_SCORE = -0.6
 
 
 @contextmanager
 def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
-    """Yield the axes (an array of several) of a picture; at the end they get a grid and, outside, a legend."""
+    """Yield the axes of a picture, an array if there are several, and write it at the end.
+
+    Axes with labelled lines get a legend beside them.
+    """
     with rc_context(PICTURE_STYLE):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-        axes = figure.subplots(rows, columns)
-        yield axes
-        for one in np.atleast_1d(axes).flat:
-            if one.get_legend_handles_labels()[0]:
-                one.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    with net.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        grid = figure.subplots(rows, columns)
+        yield grid
+        for axes in np.atleast_1d(grid).flat:
+            handles, _ = axes.get_legend_handles_labels()
+            if handles:
+                axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
-def plot_rates(axes, results, kind, title=""):
-    """ROC ("roc") or DET ("det") of genuine against twin impostor pairs, one line per result, with its EER."""
-    lowest = 100 / len(results[0].scores["twin"])  # a logarithmic axis has no 0: curves end at one pair
-    for result in results:
-        genuine, twin = np.sort(result.scores["genuine"]), np.sort(result.scores["twin"])
-        thresholds = np.append(np.unique(np.concatenate([genuine, twin])), np.inf)
-        fmr = np.maximum(100 - 100 * np.searchsorted(twin, thresholds) / len(twin), lowest)
-        fnmr = 100 * np.searchsorted(genuine, thresholds) / len(genuine)
-        figures, at = result.estimate.figures, [int(np.argmin(np.abs(fmr - fnmr)))]
-        label = f"{result.name}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %"
-        y = 100 - fnmr if kind == "roc" else fnmr
-        axes.plot(fmr, y, label=label, drawstyle="steps-post", marker="o", markevery=at)
-    axes.set(xscale="log", xlim=(lowest, 100), xlabel="false match rate on twin impostors (%); dot: EER")
-    scale, ylabel = ("linear", "true accept rate, 1 - FNMR (%)") if kind == "roc" else ("log", "FNMR (%)")
-    bottom = 0 if kind == "roc" else max(0.01, 10 * min(result.estimate.figures["eer"] for result in results))
-    axes.set(yscale=scale, ylim=(bottom, 100), ylabel=ylabel, title=kind.upper() + title)
-    for axis in (axes.xaxis, axes.yaxis) if kind == "det" else (axes.xaxis,):
-        axis.set(major_formatter="{x:g}", minor_formatter=lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+def plot_rates(axes, curves, kind):
+    """ROC ("roc") or DET ("det") of genuine against twin impostor pairs.
+
+    curves: [(name, scores as of TwinEvaluator.score, {metric: value} for the legend), ...].
+    """
+    n_twin = len(curves[0][1]["twin"])
+    lowest = 100 / n_twin  # a logarithmic axis has no 0: curves end at one pair
+    for name, scores, figures in curves:
+        fmr, fnmr = error_rates(scores)
+        at_eer = int(np.argmin(np.abs(fmr - fnmr)))
+        axes.plot(
+            np.maximum(fmr, lowest),
+            100 - fnmr if kind == "roc" else fnmr,
+            label=f"{name}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
+            drawstyle="steps-post",
+            marker="o",
+            markevery=[at_eer],
+        )
+    axes.set(xscale="log", xlim=(lowest, 100))
+    axes.set_xlabel("false match rate on twin impostors (%); dot: EER")
+    axes.set_title(kind.upper())
+    if kind == "roc":
+        axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)")
+        label_logarithmic_axis(axes.xaxis)
+    else:
+        lowest_eer = 100 * min(figures["eer"] for _, _, figures in curves)
+        bottom = max(0.01, lowest_eer / 10)
+        axes.set(yscale="log", ylim=(bottom, 100), ylabel="FNMR (%)")
+        label_logarithmic_axis(axes.xaxis)
+        label_logarithmic_axis(axes.yaxis)
 
 
-def differences(entries):
-    """(K,) differences and (2, K) bounds of their intervals, of entries of `compare`; NaN where there is none."""
-    bounds = [entry["difference_interval"] or [None, None] for entry in entries]
-    return np.array([entry["difference"] for entry in entries], float), np.array(bounds, float).T
+def error_rates(scores):
+    """(FMR on twins, FNMR), in percent, at all thresholds in ascending order."""
+    genuine = np.sort(scores["genuine"])
+    twin = np.sort(scores["twin"])
+    thresholds = np.append(np.unique(np.concatenate([genuine, twin])), np.inf)
+    fmr = 100 - 100 * np.searchsorted(twin, thresholds) / len(twin)
+    fnmr = 100 * np.searchsorted(genuine, thresholds) / len(genuine)
+    return fmr, fnmr
 
 
-def plot_comparison(path, settings):
-    """The differences of all settings to the baseline with 95 % intervals, and the DET of each one's first seed."""
-    shown = {"auc": "twin AUC", "eer": "EER", "general_auc": "general AUC", "fnmr_0.001": "FNMR at\ngeneral FMR 0.1 %"}
-    with plot_figure(path, 13.0, max(4.6, 2 + 0.4 * len(settings)), 1, 2) as (left, right):
-        left.plot([0, 0], [-1, len(shown)])
-        for number, setting in enumerate(settings[1:], 1):
-            change, bounds = differences([setting.figures[name] for name in shown])
-            y = np.arange(len(shown)) + 0.8 * (number / len(settings) - 0.5)
-            (dots,) = left.plot(100 * change, y, "o")
-            left.hlines(y, *(100 * bounds), color=dots.get_color(), linewidth=1.2)
-        left.set(yticks=range(len(shown)), yticklabels=shown.values(), ylim=(len(shown) - 0.5, -0.5))
-        left.set(title=f"difference to {settings[0].name}", xlabel="points (0.01 of AUC), 95 % interval")
-        plot_rates(right, [s.results[0]._replace(name=s.name) for s in settings], "det", ", of several seeds the first")
+def label_logarithmic_axis(axis):
+    """Label 1, 2 and 5 of each decade with plain numbers."""
+
+    def label_minor(value, _):
+        first_digit = f"{value:.0e}"[0]
+        return f"{value:g}" if first_digit in "25" else ""
+
+    axis.set(major_formatter="{x:g}", minor_formatter=label_minor)
 
 
-def plot_distributions(path, result):
-    """Distributions of genuine, twin impostor and general impostor scores, and the rates at two thresholds."""
-    low, scores = -0.6, result.scores  # one axis for all checkpoints; what lies lower is counted in the first bin
+def plot_distributions(path, checkpoint):
+    """The distributions of genuine, twin and general scores, and the rates at two thresholds."""
+    scores = checkpoint.scores
     with plot_figure(path, 8.6) as axes:
         for kind, values in scores.items():
-            share = np.histogram(np.clip(values, low, 1), 80, (low, 1))[0] * 100 / max(1, len(values))
+            bounded = np.clip(values, LOWEST_SCORE, 1)
+            counts, edges = np.histogram(bounded, 80, (LOWEST_SCORE, 1))
+            share = 100 * counts / max(1, len(values))
             label = kind if kind == "genuine" else f"{kind} impostor"
-            axes.plot(np.linspace(low, 1, 80), share, label=label, drawstyle="steps-mid")
-        for name, what in (("eer_threshold", "twin EER"), ("general_threshold_0.001", "general FMR 0.1 %")):
-            if (at := result.estimate.figures[name]) is not None:
-                rates = [f"FNMR {100 * (scores['genuine'] < at).mean():.1f} %"]
-                for kind in ("twin", "general") if len(scores["general"]) else ("twin",):
-                    rates.append(f"{kind} FMR {100 * (scores[kind] >= at).mean():.2g} %")
-                text = "\n".join([f"threshold at {what}", *rates])
-                axes.axvline(at, color="black", linewidth=1, linestyle="-" if "eer" in name else "--", label=text)
-        axes.set(xlim=(low, 1), yscale="log", xlabel="score (cosine similarity)", title=result.name)
+            middles = (edges[:-1] + edges[1:]) / 2
+            axes.plot(middles, share, label=label, drawstyle="steps-mid")
+        lines = (
+            ("eer_threshold", "twin EER", ":"),
+            ("general_threshold_0.001", "general FMR 0.1 %", "--"),
+        )
+        for name, what, style in lines:
+            threshold = checkpoint.estimate.figures[name]
+            if threshold is not None:
+                label = f"threshold at {what}\n{describe_rates(scores, threshold)}"
+                axes.axvline(threshold, color="grey", linewidth=1.5, linestyle=style, label=label)
+        axes.set(xlim=(LOWEST_SCORE, 1), yscale="log", title=checkpoint.name)
+        axes.set_xlabel("score (cosine similarity)")
         axes.set_ylabel("share of the image pairs per bin (%)")
 
 
-def plot_hardest(path, evaluator, result, crops, columns=4):
-    """The worst errors at the EER threshold, each crop once at most, each family twice; crops: of all images."""
-    threshold = result.estimate.figures["eer_threshold"]
-    names = ["/".join(Path(p).parts[-2:])[-17:] for p in evaluator.images.paths]
-    with plot_figure(path, 2.4 * columns, 7.0, 4, columns) as grid:
-        kinds = (("twin", "twins taken for one person", -1), ("genuine", "one person refused", 1))
-        for axes, (kind, title, sign) in zip((grid[:2].flat, grid[2:].flat), kinds, strict=True):
-            rows, values = evaluator.rows[kind], result.scores[kind]
-            mistaken = values >= threshold if sign < 0 else values < threshold
-            wrong, note = np.count_nonzero(mistaken), ""
-            for image, times in Counter(rows[mistaken].ravel().tolist()).most_common(1):
-                of = np.count_nonzero(rows == image)
-                note = f"; {names[image]} is in {times} of its {of}: look at it" if times >= max(4, of / 2) else ""
-            axes[0].set_title(f"{title}: {wrong} of {len(values)} pairs{note}\n\n", fontsize=7, loc="left")
-            seen, families, places = set(), [], iter(axes)
-            for k in np.argsort(sign * values, kind="stable")[:wrong]:  # the farthest from the threshold first
-                (a, b), family = rows[k], evaluator.family[rows[k][0]]
-                if not {a, b} & seen and families.count(family) < 2 and (place := next(places, None)):
-                    seen |= {a, b}
-                    families.append(family)
-                    place.imshow(np.concatenate([crops[a], crops[b]], 1))
-                    place.set_title(f"score {values[k]:.3f}\n{names[a]} | {names[b]}", fontsize=6)
-        title = f"{result.name}: mistakes at the EER threshold {threshold:.3f}, the worst first"
-        grid[0, 0].figure.suptitle(title, fontsize=9)
-        for place in grid.flat:
-            place.set_axis_off()
+def describe_rates(scores, threshold):
+    """The error rates at a threshold, a line each."""
+    lines = [f"FNMR {100 * (scores['genuine'] < threshold).mean():.1f} %"]
+    for kind in ("twin", "general"):
+        if len(scores[kind]):
+            rate = 100 * (scores[kind] >= threshold).mean()
+            lines.append(f"{kind} FMR {rate:.2g} %")
+    return "\n".join(lines)
+
+
+def plot_hardest(path, evaluator, checkpoint, crops):
+    """The worst wrong decisions at the EER threshold: eight twin pairs and eight genuine pairs."""
+    threshold = checkpoint.estimate.figures["eer_threshold"]
+    twin_excess = checkpoint.scores["twin"] - threshold
+    genuine_lack = threshold - checkpoint.scores["genuine"]
+    with plot_figure(path, 9.6, 7.0, rows=4, columns=4) as grid:
+        for axes in grid.flat:
+            axes.set_axis_off()
+        plot_mistakes(grid[:2], evaluator, checkpoint, crops, "twin", twin_excess, twin_excess >= 0)
+        plot_mistakes(
+            grid[2:], evaluator, checkpoint, crops, "genuine", genuine_lack, genuine_lack > 0
+        )
+        heading = f"mistakes at the EER threshold {threshold:.3f}, the worst first"
+        grid[0, 0].figure.suptitle(f"{checkpoint.name}: {heading}", fontsize=9)
+
+
+def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):
+    """Show the worst mistakes of one kind of pairs.
+
+    excess: how far the score of each pair is on the wrong side of the threshold. is_wrong:
+    whether it is there.
+    """
+    rows = evaluator.rows[kind]
+    names = [short_name(path) for path in evaluator.images.paths]
+    title = {"twin": "twins taken for one person", "genuine": "one person refused"}[kind]
+    note = note_on_suspect(rows, is_wrong, names)
+    # The empty lines leave room for the caption of the first pair.
+    heading = f"{title}: {is_wrong.sum()} of {len(rows)} pairs{note}\n\n"
+    grid[0, 0].set_title(heading, fontsize=7, loc="left")
+    worst = choose_hardest(evaluator, rows, excess, is_wrong, grid.size)
+    for axes, k in zip(grid.flat, worst, strict=False):
+        a, b = rows[k]
+        axes.imshow(np.concatenate([crops[a], crops[b]], 1))
+        score = checkpoint.scores[kind][k]
+        axes.set_title(f"score {score:.3f}\n{names[a]} | {names[b]}", fontsize=6)
+
+
+def short_name(path):
+    """The ID's folder and the file of a crop, cut to what fits under a picture."""
+    return "/".join(Path(path).parts[-2:])[-17:]
+
+
+def note_on_suspect(rows, is_wrong, names):
+    """A hint at the image with most mistakes, if half of its pairs, and at least 4, are wrong."""
+    if not is_wrong.any():
+        return ""
+    in_mistakes = Counter(rows[is_wrong].ravel().tolist())
+    image, n_mistakes = in_mistakes.most_common(1)[0]
+    n_pairs = np.count_nonzero(rows == image)
+    if n_mistakes < max(4, n_pairs / 2):
+        return ""
+    return f"; {n_mistakes} of the {n_pairs} pairs with {names[image]} are wrong: look at it"
+
+
+def choose_hardest(evaluator, rows, excess, is_wrong, n):
+    """The n wrong pairs farthest from the threshold: no image twice, no family three times."""
+    chosen = []
+    images = set()
+    times_shown = Counter()
+    worst_first = np.argsort(-excess, kind="stable")  # wrong pairs, with an excess above 0, lead
+    for k in worst_first[: is_wrong.sum()]:
+        a, b = rows[k].tolist()
+        family = evaluator.family[a]
+        if a in images or b in images or times_shown[family] == 2:
+            continue
+        chosen.append(k)
+        images |= {a, b}
+        times_shown[family] += 1
+        if len(chosen) == n:
+            break
+    return chosen
+
+
+def differences(entries):
+    """(K,) differences and (2, K) bounds of their intervals, of entries of `compare`.
+
+    Where there is none, they are NaN.
+    """
+    change = [entry["difference"] for entry in entries]
+    bounds = [entry["difference_interval"] or [None, None] for entry in entries]
+    return np.array(change, float), np.array(bounds, float).T
+
+
+def plot_comparison(path, settings):
+    """The differences of all settings to the baseline with 95 % intervals, and their DET curves."""
+    shown = {
+        "auc": "twin AUC",
+        "eer": "EER",
+        "general_auc": "general AUC",
+        "fnmr_0.001": "FNMR at\ngeneral FMR 0.1 %",
+    }
+    height = max(4.6, 2 + 0.4 * len(settings))
+    with plot_figure(path, 13.0, height, 1, 2) as (left, right):
+        # The baseline. It takes the first colour, as it does among the DET curves.
+        left.plot([0, 0], [-1, len(shown)])
+        for number, setting in enumerate(settings[1:], 1):
+            change, bounds = differences([setting.figures[name] for name in shown])
+            offset = 0.8 * (number / len(settings) - 0.5)  # settings beside each other
+            y = np.arange(len(shown)) + offset
+            (dots,) = left.plot(100 * change, y, "o")
+            left.hlines(y, *(100 * bounds), color=dots.get_color(), linewidth=1.2)
+        left.set(yticks=range(len(shown)), yticklabels=shown.values())
+        left.set(ylim=(len(shown) - 0.5, -0.5), title=f"difference to {settings[0].name}")
+        left.set_xlabel("change in percentage points (AUC: in 0.01), with 95 % interval")
+        curves = []
+        for setting in settings:
+            values = {name: figure["value"] for name, figure in setting.figures.items()}
+            curves.append((setting.name, setting.checkpoints[0].scores, values))
+        plot_rates(right, curves, "det")
+        if any(len(setting.checkpoints) > 1 for setting in settings):
+            right.set_title("DET: figures are means over seeds, curves are of the first seed")
 
 
 def plot_data_percentage(path, settings):
-    """Differences of both AUCs to the baseline by the share of triplets: a line per setting, its seeds as a band."""
-    lines, images = {}, {}
+    """The differences of both AUCs to the baseline by the share of triplets.
+
+    Settings that differ in nothing but the share are one line; several seeds are a band.
+    """
+    baseline = settings[0]
+    lines = {}
+    ticks = {}
     for setting in settings[1:]:
-        if share := setting.results[0].config.get("train_percentage"):
-            label = ", ".join(words for key, words in setting.parts.items() if key != "train_percentage") or "all runs"
-            lines.setdefault(label, {})[share] = setting.figures
-            images[share] = f"{share} %\n{setting.results[0].config['n_touched_images']} images"
+        first = setting.checkpoints[0]
+        share = first.recipe.get("train_percentage")
+        if share is None:
+            continue
+        others = [words for flag, words in setting.parts.items() if flag != "train_percentage"]
+        label = ", ".join(others) or "all runs"
+        lines.setdefault(label, {})[share] = setting.figures
+        ticks[share] = f"{share} %\n{first.config['n_touched_images']} images"
+
+    panels = {"auc": "twins", "general_auc": "everyone else"}
     with plot_figure(path, 8.6, 6.2, 2) as grid:
-        for axes, (name, people) in zip(grid, {"auc": "twins", "general_auc": "everyone else"}.items(), strict=True):
-            axes.plot([0.7 * min(images, default=1), 140], [0, 0], label=f"{settings[0].name} (baseline)")
+        for axes, (name, people) in zip(grid, panels.items(), strict=True):
+            start = baseline.figures[name]["value"]
+            # From left of the smallest share to right of 100 %.
+            whole_width = [0.7 * min(ticks, default=1), 140]
+            axes.plot(whole_width, [0, 0], label=f"{baseline.name} (baseline)")
             for number, (label, points) in enumerate(sorted(lines.items())):
-                entries = [points[share][name] for share in sorted(points)]
-                share = np.array(sorted(points)) * 1.04**number  # beside each other
-                change, bounds = differences(entries)
-                (line,) = axes.plot(share, change, marker="o", label=label)
-                axes.vlines(share, *bounds, color=line.get_color(), linewidth=1)
-                seeds = np.array([entry.get("range") or [None, None] for entry in entries], float).T
-                start = np.array(settings[0].figures[name]["value"], float)  # None becomes NaN
-                axes.fill_between(share, *(seeds - start), color=line.get_color(), alpha=0.2, linewidth=0)
+                shares = sorted(points)
+                entries = [points[share][name] for share in shares]
+                beside_each_other = np.array(shares) * 1.04**number  # none hides another
+                plot_line_with_band(axes, beside_each_other, entries, label, start)
             axes.set(xscale="log", ylabel=f"change of the AUC, {people}")
-            axes.set_xticks(list(images), images.values(), fontsize=7)
+            axes.set_xticks(list(ticks), ticks.values(), fontsize=7)
             axes.set_xticks([], minor=True)
         grid[0].set_title("means with 95 % intervals; band: the range of several seeds")
         grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 
-def comparison_table(settings, chosen):
-    """Text for the terminal: the figures, the differences to the baseline in words, and how not to use them."""
-    columns = {"EER %": "eer", "AUC": "auc", "best acc %": "best_accuracy", "TAR@FAR1%": "tar_at_far_0.01"}
-    columns |= {"twin FMR %": "twin_fmr_0.001", "FNMR %": "fnmr_0.001", "general AUC": "general_auc"}
-    width = max(len("setting"), *(len(setting.name) for setting in settings))
-    lines = [f"{'setting':{width}}  " + "  ".join(f"{title:>11}" for title in columns)]
-    for setting in settings:
-        lines.append(f"{setting.name:{width}}")
-        for name in columns.values():
-            value = setting.figures[name]["value"]
-            text = "-" if value is None else f"{value:.4f}" if name.endswith("auc") else f"{100 * value:.2f}"
-            lines[-1] += f"  {text:>11}"
-    lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %; -: too few pairs to say.")
-    for setting in settings:
-        figures = setting.figures
-        if setting is not settings[0]:
-            runs = ", ".join(result.name for result in setting.results)
-            lines.append(f"{setting.name} ({runs}) against {settings[0].name}: {describe(figures)}.")
-            if "worse" in [figures[name]["verdict"] for name in ("general_auc", "fnmr_0.001")]:
-                lines.append("  It got WORSE at recognising people in general.")
-        for result in setting.results:
-            if seen := len(result.overlap):
-                lines.append(f"OVERLAP: {result.name} has seen {seen} of the test people; it looks too good.")
-        for point, (_, purpose) in OPERATING_POINTS.items():
-            rates = [figures[f"{rate}_{point}"] for rate in RATES]
-            if None not in [rate["value"] for rate in rates]:
-                twin, general, fnmr = (spell(rate["value"], rate["interval"], ".3g", 100) for rate in rates)
-                reached = f"twin FMR {twin} %, general FMR {general} %, FNMR {fnmr} %"
-                lines.append(f"  {setting.name}, at the threshold for {purpose} of its validation people: {reached}.")
-    if len(settings) > 1:
-        lines.append(f"Validation would have chosen: {chosen}" if chosen else "No common validation to choose by.")
-        lines.append("Choosing by the figures above would be selection on the test set.")
-    return "\n".join(lines)
+def plot_line_with_band(axes, x, entries, label, start):
+    """A line through differences, with intervals, and a band for the range of several seeds."""
+    change, bounds = differences(entries)
+    (line,) = axes.plot(x, change, marker="o", label=label)
+    axes.vlines(x, *bounds, color=line.get_color(), linewidth=1)
+    if start is not None:
+        ranges = [entry.get("range") or [None, None] for entry in entries]
+        changes = np.array(ranges, float) - start  # None becomes NaN
+        axes.fill_between(
+            x, changes[:, 0], changes[:, 1], color=line.get_color(), alpha=0.2, linewidth=0
+        )
+
+
+# ---- the evaluation ------------------------------------------------------------------------------
+def evaluate(args):
+    """The whole evaluation of the command line; returns its Checkpoints, the baseline first."""
+    device = pick_device(args.device)
+    # All files are read before the alignment, so that a wrong entry does not cost hours.
+    images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
+    listed, pairs, warnings = read_people(args, images_flag, "test_pairs")
+    checkpoints = open_checkpoints(args, pairs)
+    aligned = listed if args.skip_alignment else align_files(args, "test_pairs")
+    people = People(aligned, pairs, warnings)
+    add_overlap_by_images(args, checkpoints, people)
+    evaluator = TwinEvaluator(TwinImages(people.id_to_images, pairs), args.seed)
+    n_without_crop = (evaluator.images.count == 0).sum()
+    if n_without_crop:
+        people.warnings.append(f"{n_without_crop} people have no crop; their pairs are not tested")
+    for warning in people.warnings:
+        print(f"warning: {warning}")
+    evaluate_checkpoints(args, checkpoints, evaluator, people, device)
+    report(args, checkpoints, evaluator, device)
+    return checkpoints
+
+
+def open_checkpoints(args, pairs):
+    """The Checkpoints that the flags name, each file once, the baseline first.
+
+    Raises InputError for one that was trained or validated on a test person, by its ID.
+    """
+    test_ids = {name for pair in pairs for name in pair}
+    names = list(args.checkpoints)
+    if args.baseline:
+        names.insert(0, args.baseline)
+    paths = list_checkpoints(names)
+    folders = file_names(paths)
+    checkpoints = []
+    for path in paths:
+        model = load_checkpoint(path, channels=args.channels)
+        config = model.facts.get("config", {})
+        seen_ids = {*config.get("train_ids", []), *config.get("val_ids", [])}
+        overlap = sorted(test_ids & seen_ids)
+        if overlap and not args.allow_overlap:
+            raise InputError(
+                f"{path}: was trained or validated on {len(overlap)} of the {len(test_ids)} test "
+                f"people: {', '.join(overlap)}; test on others, or say --allow_overlap"
+            )
+        checkpoint = Checkpoint(
+            path,
+            folders[path],
+            model.facts,
+            weights_hash=weights_sha256(model),
+            backbone_hash=weights_sha256(model, backbone_only=True),
+            overlap=overlap,
+        )
+        checkpoints.append(checkpoint)
+    return checkpoints
+
+
+def add_overlap_by_images(args, checkpoints, people):
+    """Add to each checkpoint's overlap the test people of whom it has seen an image in training.
+
+    This finds people who had another ID there. Raises InputError for them without --allow_overlap.
+    """
+    for checkpoint in checkpoints:
+        seen = set()
+        for image_hash in checkpoint.facts.get("crop_sha256", []):
+            if image_hash in people.owner:
+                name, _ = people.owner[image_hash]
+                seen.add(name)
+        if seen and not args.allow_overlap:
+            names = ", ".join(sorted(seen))
+            message = f"was trained or validated on images of {names}; test on others"
+            raise InputError(f"{checkpoint.path}: {message}, or say --allow_overlap")
+        checkpoint.overlap = sorted({*checkpoint.overlap, *seen})
+
+
+def evaluate_checkpoints(args, checkpoints, evaluator, people, device):
+    """Embed the images with all checkpoints, measure each, and write its results.
+
+    Networks with the same backbone, which differ in the embedding layer alone, run it once.
+    """
+    crops = people.crops.pixels[people.rows(evaluator.images.paths)]
+    groups = {}
+    for checkpoint in checkpoints:
+        groups.setdefault(checkpoint.backbone_hash, []).append(checkpoint)
+    for group in groups.values():
+        model = load_checkpoint(group[0].path, channels=args.channels)
+        heads = [model.output_layer]
+        for checkpoint in group[1:]:
+            # Nothing but the head is kept, so that one backbone at a time is in memory.
+            heads.append(load_checkpoint(checkpoint.path, channels=args.channels).output_layer)
+        results = embed(
+            model,
+            crops,
+            device,
+            heads,
+            batch_size=args.batch_size,
+            description=f"embedding with {', '.join(checkpoint.name for checkpoint in group)}"[:60],
+            flip=args.flip,
+        )
+        for checkpoint, embeddings in zip(group, results, strict=True):
+            check_alive(embeddings, checkpoint.path)
+            measure(args, checkpoint, checkpoints, evaluator, embeddings)
+            folder = Path(args.output_dir, checkpoint.name)
+            home = os.path.dirname(os.path.abspath(args.aligned_json))
+            write_result(folder, evaluator, checkpoint, crops, home, args.flip)
+
+
+def measure(args, checkpoint, checkpoints, evaluator, embeddings):
+    """Fill in the scores and the estimate of a checkpoint."""
+    checkpoint.scores = evaluator.score(embeddings)
+    thresholds = {}
+    if not args.flip:  # validation thresholds hold for plain embeddings, not for fused ones
+        thresholds = validation_thresholds(checkpoint, checkpoints)
+    label = f"resampling {checkpoint.name}"
+    checkpoint.estimate = evaluator.estimate(checkpoint.scores, thresholds, label)
+
+
+def validation_thresholds(checkpoint, checkpoints):
+    """{name of OPERATING_POINTS: threshold} that the validation people gave a network.
+
+    A trained checkpoint carries its own. Those of the network that training started from are in the
+    trained checkpoint, as `start_metrics`; if several runs started from it, the first one counts.
+    """
+    sources = [checkpoint.validation]
+    for other in checkpoints:
+        start_hash = other.recipe.get("weights_sha256")  # of the network that it started from
+        if start_hash == checkpoint.weights_hash:
+            sources.append(other.facts.get("start_metrics", {}))
+    for metrics in sources:
+        thresholds = {}
+        for point, (metric, _) in OPERATING_POINTS.items():
+            threshold = metrics.get(f"val_{metric}")
+            if threshold is not None:
+                thresholds[point] = threshold
+        if thresholds:
+            return thresholds
+    return {}
+
+
+def report(args, checkpoints, evaluator, device):
+    """Write the comparison of all checkpoints and print it."""
+    settings = group_settings(checkpoints)
+    chosen = chosen_by_validation(settings)
+    write_comparison(Path(args.output_dir), checkpoints, settings, chosen)
+    counts = evaluator.counts
+    n_people = (evaluator.images.count > 0).sum()
+    print(
+        f"{counts['images']} images of {n_people} people in {counts['families']} families, "
+        f"on {device}:\n{counts['genuine']} genuine, {counts['twin']} twin impostor, "
+        f"{counts['general']} general impostor pairs"
+    )
+    print(comparison_table(settings, chosen))
+    print(f"results in {args.output_dir}")
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="evaluate_twins.py", description="How well checkpoints tell the twins of a test set apart.")
+    description = "Measure how well checkpoints tell the twins of a test set apart."
+    parser = Parser(prog="evaluate_twins.py", description=description)
     add = parser.add_argument
-    add("--test_pairs", default="test_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
+    add(
+        "--test_pairs",
+        default="test_twin_id_pairs.json",
+        metavar="FILE",
+        help='JSON file [["ID", "twin\'s ID"], ...]',
+    )
     add_alignment_arguments(parser, "test")
-    add("--checkpoints", required=True, nargs="+", help="networks to compare, or folders of them")
-    add("--baseline", help="what the others are compared to; by default the first")
-    add("--output_dir", default="evaluation_results", help="where results go")
-    add("--batch_size", type=between(int, 1, 10**6), help="images at once (256 on CUDA, 8 on a CPU); for speed only")
-    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="of the bootstrap and of drawn general pairs")
-    add("--flip", action="store_true", help="embed each image and its mirror image, as one embedding")
-    add("--allow_overlap", action="store_true", help="also evaluate on people a checkpoint was trained on, and say so")
+    add(
+        "--skip_alignment",
+        action="store_true",
+        help="use the crops that --aligned_json lists, instead of aligning photographs",
+    )
+    add(
+        "--channels",
+        choices=("RGB", "BGR"),
+        help="colour order that a network of CVLface (keys net.*) takes, "
+        "if no yaml beside its file says it",
+    )
+    add(
+        "--checkpoints",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="networks to compare; folders and patterns with * are expanded",
+    )
+    add(
+        "--baseline",
+        metavar="FILE",
+        help="network that the others are compared with; without it, the first of --checkpoints",
+    )
+    add(
+        "--output_dir",
+        default="evaluation_results",
+        metavar="DIR",
+        help="folder for the results",
+    )
+    add(
+        "--batch_size",
+        type=number_between(int, 1, 10**6),
+        metavar="N",
+        help="images that pass the network at once, without influence on the results; "
+        "256 on CUDA and 8 on a CPU if not given",
+    )
+    add(
+        "--seed",
+        type=number_between(int, 0, 2**32 - 1),
+        default=42,
+        metavar="N",
+        help="seed of the bootstrap and of the sampled general impostor pairs",
+    )
+    add(
+        "--flip",
+        action="store_true",
+        help="embed each image and its mirror image, and use the direction of the sum; "
+        "there are no figures at validation thresholds then",
+    )
+    add(
+        "--allow_overlap",
+        action="store_true",
+        help="also evaluate checkpoints that were trained on test people, and say so",
+    )
     return parser.parse_args(argv)
 
 
-def validation_thresholds(path, facts):
-    """{name of OPERATING_POINTS: threshold} that training stored with a checkpoint, or with one that began from it."""
-    figures = facts[path].get("metrics")
-    for run in facts.values():
-        start, found = Path(run.get("config", {}).get("pretrained", "")), run.get("start_metrics", {})
-        if start.name == Path(path).name and (not start.is_file() or start.samefile(path)):
-            figures = figures or (found if found.get("val_eer_threshold") is not None else None)
-    known = {name: (figures or {}).get(f"val_{key}") for name, (key, _) in OPERATING_POINTS.items()}
-    return {name: threshold for name, threshold in known.items() if threshold is not None}
-
-
-def evaluate(args):
-    """The whole evaluation of the command line; returns the list of Results, the baseline first."""
-    device = net.pick_device(args.device)
-    listed, pairs, notes = read_inputs(args, "aligned_json" if args.skip_alignment else "id_to_images", "test_pairs")
-    tested, facts, backbones, overlaps = {name for pair in pairs for name in pair}, {}, {}, {}
-    for path in net.list_checkpoints([*filter(None, [args.baseline]), *args.checkpoints]):  # before hours of alignment
-        model = net.load_checkpoint(path, channels=args.channels)
-        facts[path], config = model.facts, model.facts.get("config", {})
-        backbones.setdefault(net.backbone_sha256(model), []).append(path)
-        overlaps[path] = sorted(tested & {*config.get("train_ids", []), *config.get("val_ids", [])})
-        if overlaps[path] and not args.allow_overlap:
-            who = f"{len(overlaps[path])} of the {len(tested)} test people: {', '.join(overlaps[path])}"
-            raise InputError(f"{path}: was trained or validated on {who}; test on others, or say --allow_overlap")
-    people = People(listed if args.skip_alignment else align_files(args, "test_pairs"), pairs, notes)
-    for path in facts:
-        seen = {people.owner[crop][0] for crop in facts[path].get("crop_sha256", []) if crop in people.owner}
-        if seen and not args.allow_overlap:
-            raise InputError(f"{path}: was trained on images of {', '.join(sorted(seen))}; see --allow_overlap")
-        overlaps[path] = sorted(seen | {*overlaps[path]})
-    images = TwinImages(people.id_to_images, pairs)
-    evaluator = TwinEvaluator(images, args.seed)
-    if empty := (images.count == 0).sum():
-        people.warnings.append(f"{empty} people have no crop; their pairs are not tested")
-    for warning in people.warnings:
-        print(f"warning: {warning}")
-    pixels, home = people.crops.pixels[people.rows(images.paths)], os.path.dirname(os.path.abspath(args.aligned_json))
-    output, names, results = Path(args.output_dir), file_names(facts), {}
-    for group in backbones.values():
-        models = [net.load_checkpoint(path, channels=args.channels) for path in group]
-        embeddings = net.embed(models, pixels, device, args.batch_size, f"embedding with {names[group[0]]}", args.flip)
-        for path, embedding in zip(group, embeddings, strict=True):
-            net.check_alive(embedding, path)
-            scores = evaluator.score(embedding)
-            applied = {} if args.flip else validation_thresholds(path, facts)  # scores of fused embeddings are others
-            estimate = evaluator.estimate(scores, f"resampling {names[path]}", applied)
-            said = facts[path].get("config", {}), facts[path].get("metrics", {})
-            results[path] = result = Result(names[path], path, *said, scores, estimate, overlaps[path])
-            write_result(output / names[path], evaluator, result, pixels, home, args.flip)
-    results, counts = [results[path] for path in facts], evaluator.counts
-    settings = group_settings(results)
-    chosen = write_comparison(output, results, settings)["chosen_by_validation"]
-    print(f"{counts['images']} images of {len(images.ids)} people in {counts['families']} families, on {device}:")
-    print(f"{counts['genuine']} genuine, {counts['twin']} twin impostor, {counts['general']} general impostor pairs")
-    print(comparison_table(settings, chosen), f"results in {args.output_dir}", sep="\n")
-    return results
-
-
-def main(argv=None):
-    """Evaluate; returns the exit code (see align.run_script)."""
-    return run_script("evaluate_twins.py", lambda: evaluate(parse_args(argv)), "interrupted; what is done is saved")
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate; returns the exit code (see net.run_script)."""
+    return run_script(
+        "evaluate_twins.py",
+        lambda: evaluate(parse_args(argv)),
+        interrupted_message="interrupted; the results of the checkpoints done so far are saved",
+        memory_advice="lower --batch_size, or take another --device",
+    )
 
 
 if __name__ == "__main__":
-    net.run_main(main)
+    run_main(main)

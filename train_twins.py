@@ -3,549 +3,1299 @@
     python train_twins.py                                     # the full network
     python train_twins.py --freeze_backbone                   # only the embedding layer
     python train_twins.py --skip_alignment --resume           # go on after an interruption
-    python train_twins.py --freeze_backbone True False --train_percentage 10 50 100 --seed 1 2 3   # a run of each
+    python train_twins.py --train_percentage 10 50 100 --seed 1 2 3   # a run of each combination
     torchrun --standalone --nproc_per_node=8 train_twins.py   # on eight GPUs of one machine
 
-The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off, so an embedding depends on
-its image alone and is computed once per step, however many triplets use it; a frozen backbone runs once per image.
+The network stays in eval mode: BatchNorm keeps its pretrained statistics and dropout is off, so
+an embedding depends on its image alone. It is computed once per step, however many triplets use
+it. The output of a frozen backbone is computed once per image and run.
 """
 
 import argparse
+import glob
 import hashlib
 import itertools
 import math
 import shlex
 import sys
+import textwrap
 import time
 import traceback
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import align
-import net
-from align import between
-from evaluate_twins import OPERATING_POINTS, SETTINGS, TwinEvaluator, compare, describe, plot_figure
-from net import InputError, Processes, progress, to_input
-from triplet_dataset import HAND_SIZE, People, TwinTripletDataset, read_json, split_pairs, write_json
+from align import add_alignment_arguments, align_files
+from evaluate_twins import METRICS, OPERATING_POINTS, TwinEvaluator, compare, describe, plot_figure
+from net import (
+    ARCHITECTURES,
+    IMAGES_AT_ONCE,
+    InputError,
+    Parser,
+    Processes,
+    boolean,
+    build_model,
+    check_alive,
+    file_name,
+    load_checkpoint,
+    network_of,
+    number_between,
+    progress,
+    read_checkpoint,
+    read_json,
+    report_errors,
+    run_main,
+    run_script,
+    save_checkpoint,
+    to_input,
+    weights_sha256,
+    write_checkpoint,
+    write_json,
+)
+from triplet_dataset import GROUP_SIZE, People, TwinTripletDataset, read_people, split_pairs
 from triplet_loss import DISTANCES, TripletLoss
 
-CHECK_EVERY = 50  # steps between looks at the loss, for which a GPU has to be waited for
-SAVE_MINUTES = 10  # between states to resume from
-STEPS = {True: 400, False: 100}  # of a default run, frozen or not, in whole epochs: they decide, not the epochs
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; runs are not locked there
+    fcntl = None
+
+CHECK_EVERY = 50  # steps between checks that the loss is finite; each check waits for the GPU
+SAVE_SECONDS = 60  # at least this long between two writes of last.pth
+# Without --epochs: the number of steps, rounded up to whole epochs, by --freeze_backbone.
+DEFAULT_STEPS = {True: 400, False: 100}
+FROZEN_BATCH = 256  # images whose features pass the embedding layer at once
+OUT_OF_MEMORY = "lower --images_per_batch or --batch_size, or take another --device"
 
 
-def parse_runs(argv=None):
-    """The settings of each run that the command line asks for, the cheapest first."""
-    text = "Fine-tune AdaFace on identical twins with triplet loss. --freeze_backbone, --train_percentage, --margin and"
-    parser = align.Parser(prog="train_twins.py", description=f"{text} --seed take several values: a run of each.")
-    count, seed, weight = between(int, 1, 10**9), between(int, 0, 2**32 - 1), between(float, 0, 1e6)
-    group = parser.add_argument_group("data and stage 1, alignment")
-    group.add_argument("--train_pairs", default="train_twin_id_pairs.json", help='JSON [["ID", "twin\'s ID"], ...]')
-    align.add_alignment_arguments(group, "train")
+# ---- command line --------------------------------------------------------------------------------
+class RecipeFlag(NamedTuple):
+    """A training flag. Two runs in which all of them have equal values are the same setting."""
 
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--arch", choices=net.ARCHITECTURES, metavar="NAME", default="ir_50", help=", ".join(net.ARCHITECTURES))
-    add("--pretrained", default="pretrained/adaface_ir50_ms1mv2.ckpt", help="weights to start from; none: random")
-    bare, several = {"nargs": "*", "metavar": "BOOL"}, {"nargs": "+", "metavar": "N"}
-    add("--freeze_backbone", type=align.boolean, **bare, default=False, help="only the embedding layer; bare: True")
-    add("--train_percentage", type=between(int, 1, 100), **several, default=100, help="share of each pair's triplets")
-    add("--validation_split", type=between(float, 0, 0.9), default=0.15, help="share of pairs, as whole families")
+    default: object
+    type: object
+    help: str
+    choices: tuple | None = None
 
-    add = parser.add_argument_group("how it is trained").add_argument
-    add("--margin", type=between(float, 1e-6, 2), **several, default=0.3, help="of the triplet loss, a distance")
-    add("--distance", choices=DISTANCES, default="cosine", help="1 - cos, or euclidean between unit vectors")
-    add("--images_per_batch", type=between(int, 2 * HAND_SIZE, 10**9), default=96, help="images of a training step")
-    add("--batch_size", type=count, help="instead, this many shuffled triplets a step, each once an epoch")
-    add("--epochs", type=count, help=f"by default what makes {STEPS[False]} steps, frozen {STEPS[True]}; one at least")
-    add("--quadruplet_weight", type=between(float, 0, 1), default=1.0, help="share of the loss on pairs of triplets")
-    add("--drift_weight", type=weight, default=0.5, help="of the mean cosine distance to the embeddings at the start")
-    add("--learning_rate", type=weight, default=1e-4, help="of AdamW, at its highest")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="the rate rises and falls, or stays")
-    add("--weight_decay", type=weight, default=1e-4, help="decoupled; not on BatchNorm, PReLU and biases")
-    add("--monitor", choices=("val_auc", "val_eer", "val_loss"), default="val_auc", help="what chooses the epoch")
-    add("--patience", type=count, default=10, help="stop after so many epochs in a row without a new best")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of training steps alone")
-    add("--seed", type=seed, **several, default=42, help="of the sampled triplets, their order and random weights")
-    add("--split_seed", type=seed, default=42, help="of who is validated on")
 
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="models", help="where the best epoch's checkpoint goes")
-    add("--log_dir", default="training_logs", help="its folder <run name>/ gets logs, curves and last.pth")
-    add("--run_name", type=align.file_name, help="name of the run, by default like full_100pct_margin0.3")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on with the run of this name; start it if there is none")
-    add("--overwrite", action="store_true", help="replace the run of this name")
-    args = parser.parse_args(argv)
+seed_number = number_between(int, 0, 2**32 - 1)
+positive_integer = number_between(int, 1, 10**9)
+non_negative = number_between(float, 0, 1e6)
 
-    swept = ("freeze_backbone", "train_percentage", "margin", "seed")
-    values = [sorted({*x}) or [True] if isinstance(x, list) else [x] for x in (getattr(args, key) for key in swept)]
-    runs = [argparse.Namespace(**vars(args) | dict(zip(swept, x, strict=True))) for x in itertools.product(*values)]
-    for run in runs:
-        mode, seed = "frozen" if run.freeze_backbone else "full", f"_seed{run.seed}" if len(values[-1]) > 1 else ""
-        run.run_name = run.run_name or f"{mode}_{run.train_percentage}pct_margin{run.margin:g}{seed}"
-    if len({run.run_name for run in runs}) < len(runs):  # also margins that differ too little
-        raise InputError(f"--run_name {runs[0].run_name}: {len(runs)} runs cannot share it; each gets one of its own")
+# Each flag here takes several values; every combination is a run. This table decides the names of
+# runs and what --resume compares. The evaluation takes runs that differ only in the seed as one
+# setting.
+RECIPE = {
+    "freeze_backbone": RecipeFlag(
+        False, boolean, "train only the embedding layer; without a value it means True"
+    ),
+    "train_percentage": RecipeFlag(
+        100, number_between(int, 1, 100), "percentage of each pair's triplets that is used"
+    ),
+    "margin": RecipeFlag(
+        0.3, number_between(float, 1e-6, 2), "margin of the loss, in units of --distance"
+    ),
+    "distance": RecipeFlag(
+        "cosine",
+        str,
+        "cosine: 1 - cosine similarity; euclidean: between embeddings of unit length",
+        DISTANCES,
+    ),
+    "images_per_batch": RecipeFlag(
+        96,
+        number_between(int, 2 * GROUP_SIZE, 10**9),  # at least a group of each of two twins
+        "images in a training step, at most",
+    ),
+    "batch_size": RecipeFlag(
+        None,
+        positive_integer,
+        "plain shuffled batches of so many triplets, in place of --images_per_batch",
+    ),
+    "quadruplet_weight": RecipeFlag(
+        1.0,
+        number_between(float, 0, 1),
+        "w in the loss (1 - w) * triplet loss + w * quadruplet loss; the quadruplet loss compares "
+        "every same-person distance in a step with every twin distance, across families",
+    ),
+    "drift_weight": RecipeFlag(
+        0.5,
+        non_negative,
+        "weight of the drift in the loss: the mean cosine distance of the embeddings from those "
+        "before training",
+    ),
+    "learning_rate": RecipeFlag(1e-4, non_negative, "highest learning rate of AdamW"),
+    "schedule": RecipeFlag(
+        "cosine",
+        str,
+        "cosine: the learning rate rises over the first tenth of the run, then falls to zero; "
+        "constant: it is always the same",
+        ("cosine", "constant"),
+    ),
+    "weight_decay": RecipeFlag(
+        1e-4, non_negative, "weight decay of AdamW; BatchNorm, PReLU and biases have none"
+    ),
+    "validation_split": RecipeFlag(
+        0.15,
+        number_between(float, 0, 0.9),
+        "share of the training pairs that is kept for validation, in whole families",
+    ),
+    "split_seed": RecipeFlag(42, seed_number, "seed of the validation split"),
+    "monitor": RecipeFlag(
+        "val_auc",
+        str,
+        "figure of the validation pairs that decides which epoch is best; val_loss is the triplet "
+        "loss",
+        ("val_auc", "val_eer", "val_loss"),
+    ),
+    "precision": RecipeFlag(
+        "auto",
+        str,
+        "precision of training steps; auto is bf16 where the hardware has it, else fp16 on CUDA "
+        "and fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16"),
+    ),
+}
+DEFAULT_SEED = 42
+
+
+def build_parser():
+    parser = Parser(
+        prog="train_twins.py",
+        description="Fine-tune AdaFace on identical twins with triplet loss.",
+    )
+    group = parser.add_argument_group("data, and stage 1: alignment")
+    group.add_argument(
+        "--train_pairs",
+        default="train_twin_id_pairs.json",
+        metavar="FILE",
+        help='JSON file [["ID", "twin\'s ID"], ...]',
+    )
+    add_alignment_arguments(group, "train")
+    group.add_argument(
+        "--skip_alignment",
+        action="store_true",
+        help="use the crops that --aligned_json lists, instead of aligning photographs",
+    )
+
+    group = parser.add_argument_group("the network to start from")
+    group.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        metavar="NAME",
+        default="ir_50",
+        help=f"its architecture, one of {', '.join(ARCHITECTURES)}",
+    )
+    group.add_argument(
+        "--pretrained",
+        default="pretrained/adaface_ir50_ms1mv2.ckpt",
+        metavar="FILE",
+        help="file with its weights, or the word none for random weights",
+    )
+    group.add_argument(
+        "--channels",
+        choices=("RGB", "BGR"),
+        help="colour order that a network of CVLface (keys net.*) takes, "
+        "if no yaml beside its file says it",
+    )
+
+    group = parser.add_argument_group(
+        "the recipe", "Each of these flags takes several values; every combination is a run."
+    )
+    for name, flag in RECIPE.items():
+        text = flag.help
+        if flag.default is not None:
+            text += f" (default: {flag.default})"
+        nargs = "+"
+        metavar = None if flag.choices else "N"
+        if flag.type is boolean:
+            nargs = "*"
+            metavar = "BOOL"
+        group.add_argument(
+            f"--{name}",
+            type=flag.type,
+            choices=flag.choices,
+            nargs=nargs,
+            metavar=metavar,
+            help=text,
+        )
+    group.add_argument(
+        "--seed",
+        type=seed_number,
+        nargs="+",
+        metavar="N",
+        help="seed of the sampled triplets, of their order and of random weights "
+        f"(default: {DEFAULT_SEED})",
+    )
+
+    group = parser.add_argument_group("how long a run trains, and its files")
+    group.add_argument(
+        "--epochs",
+        type=positive_integer,
+        metavar="N",
+        help="number of epochs; without it, as many as make "
+        f"{DEFAULT_STEPS[False]} steps, or {DEFAULT_STEPS[True]} with a frozen backbone",
+    )
+    group.add_argument(
+        "--patience",
+        type=positive_integer,
+        default=10,
+        metavar="N",
+        help="stop after so many epochs without a new best one",
+    )
+    group.add_argument(
+        "--output_dir",
+        default="models",
+        metavar="DIR",
+        help="folder for the checkpoint of the best epoch",
+    )
+    group.add_argument(
+        "--log_dir",
+        default="training_logs",
+        metavar="DIR",
+        help="folder for <run name>/ with logs, curves and last.pth, the state to resume from",
+    )
+    group.add_argument(
+        "--run_name",
+        type=file_name,
+        metavar="NAME",
+        help="name of the run, instead of one made of its recipe",
+    )
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run of this name, or start it if there is none",
+    )
+    existing.add_argument(
+        "--overwrite", action="store_true", help="start anew and replace the run of this name"
+    )
+    return parser
+
+
+def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
+    """The settings of each run that a command line asks for.
+
+    Frozen runs come first, and then those with few triplets, since these are the quickest. Raises
+    InputError for wrong flags.
+    """
+    args = build_parser().parse_args(argv)
+    swept = {name: values_of(args, name, flag.default) for name, flag in RECIPE.items()}
+    swept["seed"] = values_of(args, "seed", DEFAULT_SEED)
+    runs = []
+    for values in itertools.product(*swept.values()):
+        run = argparse.Namespace(**vars(args))
+        for name, value in zip(swept, values, strict=True):
+            setattr(run, name, value)
+        run.run_name = args.run_name or default_name(run)
+        runs.append(run)
+    names = {run.run_name for run in runs}
+    if len(names) < len(runs) and args.run_name:
+        raise InputError(f"--run_name {args.run_name}: {len(runs)} runs need names of their own")
+    if len(names) < len(runs):
+        raise InputError(f"{runs[0].run_name}: two runs with this name; their values are too close")
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
 
-# What a resumed run must share with its beginning; the rest is how long, how fast, where, and the crops' origin.
-RECIPE = ("seed", *(key for key in SETTINGS if key not in ("epochs", "patience", "precision", "used_precision")))
+def values_of(args, name, default):
+    """The distinct values that a flag was given, in ascending order, or its default."""
+    values = getattr(args, name)
+    if values is None:
+        return [default]
+    if values == []:  # --freeze_backbone without a value
+        return [True]
+    return sorted(set(values))
 
 
-class Run:
-    """One run: its folder, its log, its best epoch, and when it is over. Knows no network.
+def default_name(args):
+    """The name of a run: mode, percentage, margin, and whatever else is not the default."""
+    mode = "frozen" if args.freeze_backbone else "full"
+    run_name = f"{mode}_{args.train_percentage}pct_margin{args.margin:g}"
+    for name, flag in RECIPE.items():
+        value = getattr(args, name)
+        is_named = name in ("freeze_backbone", "train_percentage", "margin")
+        if not is_named and value != flag.default:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            run_name += f"_{name}{text}"
+    if args.seed != DEFAULT_SEED:
+        run_name += f"_seed{args.seed}"
+    return run_name
 
-    `log`: the content of training_log.json; `state`: what last.pth holds for --resume, or None; `finished`: whether all
-    is done. Raises InputError for what would spoil an earlier run, before anything of it is touched.
+
+# ---- the files of a run --------------------------------------------------------------------------
+class RunFolder:
+    """The files of one run: its settings, its log, the state to resume from, its best checkpoint.
+
+    `log`: the content of training_log.json. `finished`: the run is complete. `can_continue`:
+    there is a state to resume from. `first_config`: the settings that a finished or continued run
+    began with. Raises InputError for flags that would spoil an earlier run, before anything of it
+    is touched.
     """
 
     def __init__(self, args):
-        self.args, self.name, self.epochs, self.state = args, args.run_name, args.epochs, None
-        self.folder, arch = Path(args.log_dir) / self.name, args.arch.replace("_", "")
-        self.prefix = f"twin_tuned_{arch}_{self.name}_epoch"
-        self.last, log_file = self.folder / "last.pth", self.folder / "training_log.json"
-        self.log = {"config": {}, "epochs": [], "best_epoch": None, "best_checkpoint": None, "stopped": None}
-        if args.resume and self.last.is_file():
-            self.state = net.read_checkpoint(self.last)
-            self.log = self.state.pop("log")
-        elif args.resume and log_file.is_file():
-            log = read_json(log_file, "a training log")
-            self.log = log if log["stopped"] else self.log  # else it was killed before its first state: begin again
-        elif not args.overwrite and (log_file.is_file() or self.checkpoints()):
-            ways = "--resume goes on, --overwrite replaces it, --run_name NAME starts another"
-            raise InputError(f"{self.folder}: this run is there; {ways}")
-        self.finished = self.log["stopped"] is not None and self.state is None
-        self.check_same(vars(args))
-        if args.pretrained != "none" and not Path(args.pretrained).is_file():
-            raise InputError(f"--pretrained {args.pretrained}: no such file; see README, 'Weights'; none: random ones")
+        self.args = args
+        self.name = args.run_name
+        self.folder = Path(args.log_dir, self.name)
+        self.state_file = self.folder / "last.pth"
+        self.log_file = self.folder / "training_log.json"
+        self.prefix = f"twin_tuned_{args.arch.replace('_', '')}_{self.name}_epoch"
+        self.log = {
+            "config": {},
+            "epochs": [],
+            "best_epoch": None,
+            "best_checkpoint": None,
+            "stopped": None,
+        }
+        self.first_config = {}
+        self.finished = False
+        self.can_continue = False
+        self.locks = []
+        self.refuse_if_locked()
+        if args.resume:
+            self.look_at_earlier_run()
+        if not self.finished and not self.can_continue:
+            self.refuse_to_replace()
+        # Early, before alignment. Precision, weights, crops and pairs follow in TwinTrainer.
+        flags = {name: getattr(args, name) for name in RECIPE if name != "precision"}
+        self.refuse_other_recipe(flags)
 
-    def check_same(self, settings):
-        """Refuse to go on with other settings or data than the run began with."""
-        before = self.log["config"]
-        keys = [key for key in RECIPE if key in before and before[key] != settings.get(key, before[key])]
-        if keys:
-            differing = "; ".join(f"{key} was {str(before[key])[:60]}, is {str(settings[key])[:60]}" for key in keys)
-            raise InputError(f"{self.folder}: cannot resume: {differing}; use the first ones, or another --run_name")
+    def look_at_earlier_run(self):
+        """Find out whether --resume finds a finished run, or one to continue.
 
-    def start(self, config):
-        """Take over the settings and write config.json."""
-        self.check_same(config)
-        self.log["config"] = config
-        if self.state is None:  # what a replaced run left must not pass for this one's on --resume
-            for path in (self.last, self.folder / "training_log.json", *self.checkpoints()):
+        A run that was killed before its first state is neither: it begins again.
+        """
+        if self.log_file.is_file():
+            log = read_json(self.log_file, "a training log")
+            if log["stopped"]:
+                self.log = log
+                self.first_config = log["config"]
+                self.finished = True
+                return
+        if self.state_file.is_file():
+            self.first_config = read_json(self.folder / "config.json", "the settings of the run")
+            self.can_continue = True
+
+    def refuse_to_replace(self):
+        """Raise InputError if there is a run of this name that no flag allows to replace."""
+        if self.args.overwrite:
+            return
+        replace = "--overwrite replaces it, --run_name NAME starts another"
+        if self.log_file.is_file() and not self.args.resume:
+            raise InputError(f"{self.folder}: this run exists; --resume continues it, {replace}")
+        checkpoints = self.checkpoints()
+        if checkpoints and not self.log_file.is_file():
+            message = "a run of this name has written it, but its log is gone"
+            raise InputError(f"{checkpoints[0]}: {message}; {replace}")
+
+    def refuse_other_recipe(self, recipe):
+        """Refuse to go on with another recipe, network, data or seed than at the beginning."""
+        if not self.first_config:
+            return
+        if "recipe" not in self.first_config:
+            message = "begun by an earlier version of this program; --overwrite replaces it"
+            raise InputError(f"{self.folder}: cannot resume: {message}")
+        first = {name: self.first_config[name] for name in ("seed", "arch")}
+        first |= self.first_config["recipe"]
+        changes = []
+        for name, value in {"seed": self.args.seed, "arch": self.args.arch, **recipe}.items():
+            if first.get(name) == value:
+                continue
+            if name.endswith("_sha256"):
+                changes.append(f"the {name.removesuffix('_sha256')} are others than at its start")
+            else:
+                changes.append(f"{name} was {first.get(name)}, is {value}")
+        if changes:
+            message = f"cannot resume: {'; '.join(changes)}"
+            way_out = "use the earlier values, or another --run_name"
+            raise InputError(f"{self.folder}: {message}; {way_out}")
+
+    def lock_files(self):
+        """Two: no two processes may share a log folder, or the names of checkpoints."""
+        return [self.folder / ".lock", Path(self.args.output_dir, f".{self.prefix}.lock")]
+
+    def refuse_if_locked(self):
+        """Raise InputError if another process is training this run."""
+        for path in self.lock_files():
+            if path.is_file():
+                lock_file(path, shared=True).close()
+
+    def claim(self, config):
+        """Lock the run and write config.json; a new run also removes what an earlier one left.
+
+        Raises InputError if another process has begun the run since it was looked at.
+        """
+        for path in self.lock_files():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.locks.append(lock_file(path))
+        if not self.can_continue:
+            self.refuse_to_replace()
+            for path in (self.state_file, self.log_file, *self.checkpoints()):
                 path.unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)
 
-    def append(self, entry):
-        """Log an epoch; returns whether it is the best: the first with the best figure, the last without figures."""
+    def release(self):
+        """Let other processes train this run."""
+        for lock in self.locks:
+            lock.close()
+        self.locks = []
+
+    def record(self, entry):
+        """Log an epoch; returns whether it is the best one so far.
+
+        Without validation each epoch is better than the one before. If patience has run out,
+        `log["stopped"]` says so.
+        """
         self.log["epochs"].append(entry)
-        epoch, key = entry["epoch"], self.args.monitor
-        if epoch == 0:
+        epoch = entry["epoch"]
+        if epoch == 0:  # the network before training is measured, not saved
             return False
-        values = [e[key] for e in self.log["epochs"][1:]]
-        best = epoch if entry[key] is None else 1 + values.index((max if key == "val_auc" else min)(values))
-        self.log["best_epoch"] = best
-        if best == epoch:  # an earlier one lies where it was written, perhaps in another --output_dir
-            self.log["best_checkpoint"] = str(Path(self.args.output_dir) / f"{self.prefix}{best}.pth")
-        impatient = "patience" if epoch - best >= self.args.patience else None
-        self.log["stopped"] = "epochs" if epoch >= self.epochs else impatient
-        return best == epoch
+        is_best = self.is_better_than_best(entry)
+        if is_best:
+            self.log["best_epoch"] = epoch
+            path = Path(self.args.output_dir, f"{self.prefix}{epoch}.pth")
+            self.log["best_checkpoint"] = str(path)
+        if epoch - self.log["best_epoch"] >= self.args.patience:
+            self.log["stopped"] = "patience"
+        return is_best
+
+    def is_better_than_best(self, entry):
+        """Whether the monitored figure of an epoch is better than that of the best one so far."""
+        best_epoch = self.log["best_epoch"]
+        value = entry[self.args.monitor]
+        if best_epoch is None or value is None:  # None: there is no validation
+            return True
+        best_value = self.log["epochs"][best_epoch][self.args.monitor]
+        if self.args.monitor == "val_auc":
+            return value > best_value
+        return value < best_value
+
+    def write_log(self):
+        """Write training_log.json of a run that goes on.
+
+        "stopped" is not said before all other files are there: --resume relies on that.
+        """
+        write_json(self.log_file, {**self.log, "stopped": None})
+
+    def find_best_checkpoint(self):
+        """Set the path of the best epoch's checkpoint, which may have moved to --output_dir.
+
+        Raises InputError if it is gone.
+        """
+        path = self.log["best_checkpoint"]
+        if path is None:
+            return
+        moved = Path(self.args.output_dir, Path(path).name)
+        if moved.is_file():
+            self.log["best_checkpoint"] = str(moved)
+        elif not Path(path).is_file():
+            way_out = "put it back, or start again with --overwrite"
+            raise InputError(f"{path}: the checkpoint of the best epoch so far is gone; {way_out}")
 
     def checkpoints(self):
-        """The checkpoints of best epochs that this run has written."""
-        paths = Path(self.args.output_dir).glob(f"{self.prefix}*.pth")
-        return [path for path in paths if path.stem.removeprefix(self.prefix).isdigit()]
+        """The checkpoints of best epochs that this run has written to --output_dir."""
+        paths = Path(self.args.output_dir).glob(f"{glob.escape(self.prefix)}*.pth")
+        return sorted(path for path in paths if path.stem.removeprefix(self.prefix).isdigit())
 
     def delete_superseded(self):
-        """Delete this run's checkpoints but the best; to be called when what replaces them is saved."""
+        """Delete this run's checkpoints but the best one.
+
+        Call it only after the log or the state that names the best one is on disk.
+        """
+        best = Path(self.log["best_checkpoint"] or "").name
         for path in self.checkpoints():
-            if path.name != Path(self.log["best_checkpoint"] or "").name:
+            if path.name != best:
                 path.unlink()
 
 
-def backbone_features(model, people, processes):
-    """Backbone.features (N, C, 7, 7) float32 of all crops of `people`, who keep them: each image passes once."""
-    key = net.backbone_sha256(model)
-    if key not in people.features:
-        own = people.crops.pixels[processes.share(len(people.crops.pixels))].split(net.CHUNK[processes.device.type])
-        with torch.no_grad():
-            bar = progress(own, "backbone, once per image", "batch", disable=processes.rank > 0)
-            parts = [model.features(to_input(few.to(processes.device))).contiguous().cpu() for few in bar]
-        people.features = {key: processes.gather(torch.cat(parts), len(people.crops.pixels))}
-    return people.features[key]
+def lock_file(path, shared=False):
+    """Open and lock a file; the lock ends when the file is closed or the process ends.
+
+    shared: only look. Any number of processes may look, but not while one has the lock. Raises
+    InputError if another process has it.
+    """
+    file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the lock is held)
+    if fcntl:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            way_out = "wait for it, or start another with --run_name"
+            raise InputError(f"{path}: another process is training this run; {way_out}") from None
+    return file
+
+
+# ---- parts of training ---------------------------------------------------------------------------
+def choose_precision(name, device, frozen, first_precision=None):
+    """fp32, bf16 or fp16 for the training steps on a device; InputError if it lacks what is needed.
+
+    name: the flag's value. first_precision: the one that a resumed run began with.
+    """
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = cpu_has_bf16()
+    precision = name
+    if name == "auto" and first_precision:
+        precision = first_precision
+    elif name == "auto" and has_bf16 and (is_cuda or not frozen):
+        precision = "bf16"  # on a CPU, frozen steps are too small to gain from it
+    elif name == "auto":
+        precision = "fp16" if is_cuda else "fp32"
+    lacks_fp16 = precision == "fp16" and not is_cuda
+    # A CPU without bf16 emulates it, slowly.
+    lacks_bf16 = precision == "bf16" and is_cuda and not has_bf16
+    if lacks_fp16 or lacks_bf16:
+        way_out = f"take --precision {'fp32 or fp16' if is_cuda else 'fp32 or bf16'}"
+        if first_precision:
+            way_out = "the run began with it: resume it elsewhere, or take another --run_name"
+        raise InputError(f"{device} has no {precision}; {way_out}")
+    return precision
+
+
+def cpu_has_bf16():
+    """Whether this CPU computes in bf16; False where PyTorch is older than 2.10 and cannot say."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def make_optimizer(model, learning_rate, weight_decay):
-    """AdamW over the parameters that require gradients; no decay on the one-dimensional: BatchNorm, PReLU, biases."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    flat, others = [p for p in trained if p.ndim <= 1], [p for p in trained if p.ndim > 1]
-    groups = [{"params": others, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
+    """AdamW over the parameters that require gradients.
+
+    One-dimensional ones, which are those of BatchNorm, PReLU and biases, have no weight decay.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 def rate_factor(done, schedule):
-    """What the learning rate is multiplied with when the share `done` (0 to 1) of all planned steps is made.
+    """The factor on the learning rate after a share `done` (0 to 1) of all steps.
 
     "constant": 1. "cosine": a linear rise over the first tenth, then half a cosine down to zero.
     """
     if schedule == "constant":
         return 1.0
-    return min(done / 0.1, (1 + math.cos(math.pi * max(0.0, (done - 0.1) / 0.9))) / 2)
+    if done < 0.1:
+        return done / 0.1
+    return (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
 
 
 def mean_statistics(criterion, dataset, embeddings):
-    """{name: mean over all sampled triplets} of TripletLoss.STATISTICS; embeddings (N, 512) of the set's images."""
-    total = 0
+    """{name in TripletLoss.STATISTICS: its mean over all sampled triplets of a data set}.
+
+    embeddings: (N, 512), of the data set's images.
+    """
+    total = torch.zeros(len(criterion.STATISTICS), device=embeddings.device, dtype=torch.float64)
     for rows, triplets in dataset.by_pair():
-        rows, triplets = (torch.from_numpy(x).to(embeddings.device) for x in (rows, triplets))
-        values = criterion.statistics(*criterion.distances(embeddings[rows], triplets))
-        total = total + values.double() * len(triplets)
-    return dict(zip(criterion.STATISTICS, (total / len(dataset)).tolist(), strict=True))
+        rows = torch.from_numpy(rows).to(embeddings.device)
+        triplets = torch.from_numpy(triplets).to(embeddings.device)
+        to_positive, to_negative = criterion.distances(embeddings[rows], triplets)
+        means = criterion.statistics(to_positive, to_negative)
+        total += means.double() * len(triplets)
+    means = (total / len(dataset)).tolist()
+    return dict(zip(criterion.STATISTICS, means, strict=True))
+
+
+def backbone_features(model, people, processes):
+    """Backbone.features (N, C, 7, 7) float32 of all crops of `people`; each image passes once.
+
+    They are stored in `people`, so that all runs of a sweep with the same backbone share them. Only
+    the latest backbone's are kept, since those of one are large.
+    """
+    key = weights_sha256(model, backbone_only=True)
+    if key not in people.features:
+        crops = people.crops.pixels
+        own_crops = crops[processes.share(len(crops))]
+        at_once = IMAGES_AT_ONCE[processes.device.type]
+        # As many rounds in every process: they ask each other in each. The last may have no images.
+        n_rounds = math.ceil(math.ceil(len(crops) / processes.world) / at_once)
+        hidden = not processes.is_main
+        parts = []
+        with torch.no_grad():
+            for i in progress(range(n_rounds), "backbone, once per image", "batch", disable=hidden):
+                processes.raise_if_interrupted()
+                batch = own_crops[i * at_once : (i + 1) * at_once]
+                images = to_input(batch.to(processes.device))
+                parts.append(model.features(images).contiguous().cpu())
+        people.features = {key: processes.gather(torch.cat(parts), len(crops))}
+    return people.features[key]
+
+
+def hash_of_pairs(pairs):
+    """A hash of the pairs, in their order: the split and the triplets depend on it."""
+    return hashlib.sha256(repr([tuple(pair) for pair in pairs]).encode()).hexdigest()
+
+
+def hash_of_crops(people):
+    """A hash of who has which images, by their pixels."""
+    content = {}
+    for name, paths in people.id_to_images.items():
+        content[name] = [people.crops.sha256[people.crops.row[path]] for path in paths]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 class TwinTrainer:
     """Runs the two stages with the settings of one run.
 
-        trainer = TwinTrainer(*parse_runs([...]))   # refuses what would spoil an earlier run
-        trainer.align()       # photographs -> crops and --aligned_json; skipped by --skip_alignment
-        trainer.train()       # crops -> checkpoint, logs, curves; returns the content of training_log.json
+        (args,) = parse_runs([...])
+        trainer = TwinTrainer(args)   # refuses what would spoil an earlier run
+        trainer.align()               # photographs -> crops and --aligned_json
+        trainer.train()               # crops -> checkpoint, logs, curves
 
-    `people`: of an earlier trainer with the same files. InputError is raised before an earlier run is touched.
+    people: what an earlier trainer has read from the same files, to save reading them again. Wrong
+    flags are refused before anything of an earlier run is touched.
     """
 
-    def __init__(self, args, people=None):
-        self.args, self.people, self.processes = args, people, Processes(args.device)
-        self.device, self.first = self.processes.device, self.processes.rank == 0
-        self.run = Run(args)
-        self.precision = self.choose_precision()
+    def __init__(self, args: argparse.Namespace, people: People | None = None):
+        self.args = args
+        self.people = people
+        self.processes = Processes(args.device)
+        self.device = self.processes.device
+        self.run = RunFolder(args)
         self.criterion = TripletLoss(args.margin, args.distance)
-        self.way_out = f"start again with a --learning_rate below {args.learning_rate:g}"
+        if self.run.finished:
+            self.refuse_other_start()
+            return
+        if self.needs_start_file() and not Path(args.pretrained).is_file():
+            way_out = "see 'Weights' in README; none: random weights"
+            raise InputError(f"--pretrained {args.pretrained}: no such file; {way_out}")
+        first_precision = self.run.first_config.get("recipe", {}).get("precision")
+        self.precision = choose_precision(
+            args.precision, self.device, args.freeze_backbone, first_precision
+        )
 
-    def choose_precision(self):
-        """fp32, bf16 or fp16 of the training steps; a resumed run keeps the one that it began with where it can."""
-        cuda, name = self.device.type == "cuda", self.args.precision
-        found = getattr(torch.cpu, "get_capabilities", dict)()  # of PyTorch 2.10 and later
-        bf16 = found.get("avx512_bf16") or found.get("amx_bf16")
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else bf16
-        if name == "auto" and self.run.state:
-            name = self.run.log["config"]["used_precision"]
-        if name == "auto":  # on a CPU, steps without the backbone gain nothing
-            worth = bf16 and (cuda or not self.args.freeze_backbone)
-            return "bf16" if worth else "fp16" if cuda else "fp32"
-        if (name == "fp16" and not cuda) or (name == "bf16" and cuda and not bf16):
-            raise InputError(f"{self.device} has no {name}: --precision {'fp32 or fp16' if cuda else 'fp32 or bf16'}")
-        return name
+    def needs_start_file(self):
+        """Whether the run begins with weights from a file."""
+        return self.args.pretrained != "none" and not self.run.can_continue
+
+    def refuse_other_start(self):
+        """Raise InputError if a finished run began with other weights than these."""
+        self.run.refuse_other_recipe({"weights_sha256": self.hash_of_start()})
 
     def say(self, text):
-        if self.first:
-            (tqdm.write if sys.stderr.isatty() else print)(text)  # print alone would run into a progress bar
+        """Print a line, once for all processes, without breaking the progress bar."""
+        if self.processes.is_main:
+            if sys.stderr.isatty():
+                tqdm.write(text)
+            else:
+                print(text)
             sys.stdout.flush()
 
-    def align(self):
+    def align(self) -> None:
         """Stage 1: align the photographs of all training pairs and write --aligned_json."""
-        align.align_files(self.args, "train_pairs", self.processes)
+        align_files(self.args, "train_pairs", self.processes)
 
-    def train(self):
-        """Stage 2: fine-tune and write everything; returns the content of training_log.json."""
-        run = self.run
-        if run.finished:
-            self.say(f"{run.name} is finished, {len(run.log['epochs']) - 1} epochs; best: {run.log['best_checkpoint']}")
-            return run.log
-        self.load_data()
-        self.build_model()
-        if len(run.log["epochs"]) > run.epochs:  # resumed with fewer than are done
-            run.log["stopped"] = "epochs"
-        while not run.log["stopped"]:
-            epoch = len(run.log["epochs"])
-            with align.postponed_interrupt() as self.interrupts:
-                self.finish_epoch(epoch, self.train_epoch(epoch) if epoch else self.measure_start())
-                if not run.log["stopped"] and self.processes.any(self.interrupts or time.monotonic() > self.save_at):
-                    self.save()
-        if self.first:
-            with align.postponed_interrupt():  # seconds from the end
-                self.conclude()
-        return run.log
+    def train(self) -> dict:
+        """Stage 2: fine-tune and write all files; returns the content of training_log.json."""
+        if self.run.finished:
+            log = self.run.log
+            n_epochs = len(log["epochs"]) - 1
+            best = log["best_checkpoint"]
+            self.say(f"{self.run.name} is finished after {n_epochs} epochs; best: {best}")
+            return log
+        try:
+            self.load_data()
+            state = self.make_network()
+            self.claim_folder()
+            if state:
+                self.restore(state)
+            self.announce()
+            self.place_images()
+            for epoch in range(len(self.run.log["epochs"]), self.n_epochs + 1):
+                self.processes.raise_if_interrupted()
+                self.run_epoch(epoch)
+                if self.run.log["stopped"]:
+                    break
+                self.save_if_due()
+            return self.conclude()
+        finally:
+            self.run.release()
 
-    def load_data(self):
-        """Crops (unless `people` were given, who have them), families, split and triplets."""
-        args = self.args
+    # -- before the first epoch
+    def load_people(self):
+        """Read the pairs and the crops, unless `people` were given; returns the People."""
         if not self.people:
-            self.people = People(*align.read_inputs(args, "aligned_json", "train_pairs"))
+            self.people = People(*read_people(self.args, "aligned_json", "train_pairs"))
             for warning in self.people.warnings:
                 self.say(f"warning: {warning}")
-        usable = TwinTripletDataset(self.people.id_to_images, self.people.pairs)  # of pairs that make a triplet
-        train, val = split_pairs(usable.pairs, args.validation_split, args.split_seed, related=self.people.pairs)
-        self.train_set = TwinTripletDataset(self.people.id_to_images, train, args.train_percentage, args.seed)
-        self.val_set = TwinTripletDataset(self.people.id_to_images, val) if val else None
-        self.evaluator = TwinEvaluator(self.val_set.images, args.seed) if val else None
-        self.train_rows, self.n_skipped = self.people.rows(self.train_set.images.paths), usable.n_skipped
-        steps = self.train_set.steps(1, args.images_per_batch, args.batch_size)
-        self.run.epochs = args.epochs or math.ceil(STEPS[args.freeze_backbone] / max(1, len(steps)))
-        # A network that has died must not be saved: without validation, a few training images are looked at.
-        self.val_rows = self.people.rows(self.val_set.images.paths) if val else self.train_rows[:64]
-        if self.n_skipped:
-            self.say(f"warning: {self.n_skipped} of {len(self.people.pairs)} pairs have too few crops; skipped")
-        if not val:
-            self.say("warning: no validation: one family only, or --validation_split 0; the last epoch is kept")
+        return self.people
 
-    def build_model(self):
-        """The network, its optimizer and its images, new or as the run to resume left them."""
-        args, run, state = self.args, self.run, self.run.state
+    def load_data(self):
+        """Read the crops, split the pairs, make the triplets, and count the epochs."""
+        args = self.args
+        people = self.load_people()
+        id_to_images, pairs = people.id_to_images, people.pairs
+        usable = TwinTripletDataset(id_to_images, pairs)  # without the pairs that make no triplet
+        self.n_skipped = usable.n_skipped
+        if self.n_skipped:
+            reason = "no triplet can be made of their crops"
+            self.say(f"warning: {self.n_skipped} of {len(pairs)} pairs are skipped: {reason}")
+        # Pairs that are skipped still join people to families.
+        train_pairs, val_pairs = split_pairs(
+            usable.pairs, args.validation_split, args.split_seed, related=pairs
+        )
+        self.train_set = TwinTripletDataset(
+            id_to_images, train_pairs, args.train_percentage, args.seed
+        )
+        self.train_rows = people.rows(self.train_set.images.paths)
+        self.val_set = None
+        self.evaluator = None
+        if val_pairs:
+            self.val_set = TwinTripletDataset(id_to_images, val_pairs)
+            self.evaluator = TwinEvaluator(self.val_set.images, args.seed)
+            self.watched_rows = people.rows(self.val_set.images.paths)
+        else:
+            # A network that has died must not be saved, so some training images are watched.
+            self.watched_rows = self.train_rows[:64]
+            reason = "one family only, or --validation_split 0"
+            self.say(f"warning: no validation ({reason}); the last epoch is kept")
+        self.n_epochs = args.epochs
+        if not self.n_epochs:
+            steps = self.train_set.steps(1, args.images_per_batch, args.batch_size)
+            self.n_epochs = math.ceil(DEFAULT_STEPS[args.freeze_backbone] / max(1, len(steps)))
+
+    def make_network(self):
+        """Make the network and its optimizer; returns the state to resume from, None for a new run.
+
+        Raises InputError if this is not the recipe that the run began with.
+        """
+        args = self.args
         torch.manual_seed(args.seed)
-        start = run.last if state else args.pretrained
-        model = net.build_model(args.arch) if start == "none" else net.load_checkpoint(start, args.arch, args.channels)
+        state = None
+        if self.run.can_continue:
+            state = read_checkpoint(self.run.state_file)
+            model = network_of(self.run.state_file, state)
+            model.facts = {}  # they hold the state, with Adam's two copies of all weights
+            weights_hash = self.hash_of_start()
+        else:
+            model = self.load_start()
+            weights_hash = self.hash_of_start(model)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.embeddings, self.resume_at = {}, {}
-        run.start(self.processes.collect(self.describe_run())[0])  # all have looked at what was there
-        if state:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # {} of steps not in fp16
-            self.embeddings = {key: value.to(self.device) for key, value in state["embeddings"].items()}
-            self.resume_at, run.state = state["progress"], None  # it holds weights and Adam's moments
-        images = self.people.crops.pixels
-        if args.freeze_backbone:
-            images = backbone_features(self.model, self.people, self.processes)
+        self.start_embeddings = None  # of the training images, before training
+        self.watched_embeddings = {}  # {"start", "best"}: of the watched images
+        self.recipe = self.make_recipe(weights_hash)
+        self.run.refuse_other_recipe(self.recipe)
+        return state
+
+    def claim_folder(self):
+        """Take over the run's folder; if the main process may not, no process goes on."""
+        # from_main waits for all processes, so none looks at the folder after this one changed it.
+        config = self.processes.from_main(self.make_config())
+        self.run.log["config"] = config
+        problem = None
+        if self.processes.is_main:
+            try:
+                self.run.claim(config)
+            except InputError as error:
+                problem = error
+        problem = self.processes.from_main(problem)
+        if problem:
+            raise problem
+        self.saved_at = time.monotonic()
+
+    def restore(self, state):
+        """Take over everything that last.pth holds besides the weights."""
+        config = self.run.log["config"]
+        self.run.log = {**state["log"], "config": config}
+        self.run.find_best_checkpoint()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.start_embeddings = state["start_embeddings"].to(self.device)
+        for name, embeddings in state["watched_embeddings"].items():
+            self.watched_embeddings[name] = embeddings.to(self.device)
+
+    def place_images(self):
+        """Set `inputs`, what each training step takes rows of: all crops, or their features.
+
+        They go to the GPU if they fit.
+        """
+        self.inputs = self.people.crops.pixels
+        if self.args.freeze_backbone:
+            self.inputs = backbone_features(self.model, self.people, self.processes)
+        if self.device.type == "cuda" and fits_into_gpu(self.inputs, self.device):
+            self.inputs = self.inputs.to(self.device)
+
+    def load_start(self):
+        """The network to start from."""
+        args = self.args
+        if args.pretrained == "none":
+            return build_model(args.arch)
+        return load_checkpoint(args.pretrained, args.arch, args.channels)
+
+    def hash_of_start(self, model=None):
+        """The hash of the weights that the run starts from, for the recipe.
+
+        model: the network, if it is loaded already. Of random weights it is their architecture,
+        since the seed decides the rest. A run that began earlier does not need the file: if it is
+        still there, it is compared, and if it is gone, the stored hash is trusted.
+        """
+        args = self.args
+        if args.pretrained == "none":
+            return f"random {args.arch}"
+        if model is None:
+            if not Path(args.pretrained).is_file():
+                return self.run.first_config["recipe"]["weights_sha256"]
+            model = self.load_start()
+        return weights_sha256(model)
+
+    def make_recipe(self, weights_hash):
+        """All that makes two runs the same setting: flags, weights, crops and pairs."""
+        recipe = {flag: getattr(self.args, flag) for flag in RECIPE}
+        recipe["precision"] = self.precision
+        recipe["weights_sha256"] = weights_hash
+        recipe["crops_sha256"] = hash_of_crops(self.people)
+        recipe["pairs_sha256"] = hash_of_pairs(self.people.pairs)
+        return recipe
+
+    def make_config(self):
+        """The content of config.json."""
+        train, val = self.train_set, self.val_set
         if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            images = images.to(self.device) if images.nbytes < free / 2 else images
-        self.images, self.save_at = images, time.monotonic() + 60 * SAVE_MINUTES
+            device_name = torch.cuda.get_device_name(self.device)
+        else:
+            device_name = torch.backends.cpu.get_cpu_capability()
+        modules = ("torch", "torchvision", "numpy", "cv2", "PIL")  # align has imported them
+        parameters = self.model.named_parameters()
+        return {
+            **vars(self.args),
+            "recipe": self.recipe,
+            "planned_epochs": self.n_epochs,
+            "n_train_pairs": len(train.pairs),
+            "n_val_pairs": len(val.pairs) if val is not None else 0,
+            "n_skipped_pairs": self.n_skipped,
+            "n_train_triplets": len(train),
+            "n_val_triplets": len(val) if val is not None else 0,
+            "n_train_images": len(train.images.paths),
+            "n_touched_images": train.count_touched_images(),
+            "train_ids": train.images.ids,
+            "val_ids": val.images.ids if val is not None else [],
+            "trainable_parameters": [name for name, p in parameters if p.requires_grad],
+            "used_device": str(self.device),
+            "device_name": device_name,
+            "processes": self.processes.world,
+            "versions": {name: str(sys.modules[name].__version__) for name in modules},
+        }
 
-    def describe_run(self):
-        """The content of config.json; its first figures are also told."""
-        train, val, device, cuda = self.train_set, self.val_set, self.device, self.device.type == "cuda"
-        n_train, n_val, images = len(train.pairs), len(val.pairs) if val else 0, train.count_touched_images()
-        text = f"{n_train} training and {n_val} validation pairs, {len(train)} of {train.n_possible} triplets"
-        self.say(f"{self.run.name}: {text} with {images} images; {self.model.arch} on {device}, {self.precision}")
-        config = {**vars(self.args), "planned_epochs": self.run.epochs, "used_precision": self.precision}
-        config |= {"n_train_pairs": n_train, "n_val_pairs": n_val, "n_skipped_pairs": self.n_skipped}
-        config |= {"n_train_triplets": len(train), "n_val_triplets": len(val) if val else 0}
-        config |= {"n_train_images": len(train.images.paths), "n_touched_images": images}
-        config |= {"train_ids": train.images.ids, "val_ids": val.images.ids if val else []}
-        config["trainable_parameters"] = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        config["crops_sha256"] = hashlib.sha256(repr(self.people.crops.sha256).encode()).hexdigest()
-        config |= {"used_device": str(device), "processes": self.processes.world}
-        config["device_name"] = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
-        modules = ("torch", "torchvision", "numpy", "cv2", "PIL")
-        config["versions"] = {name: str(sys.modules[name].__version__) for name in modules}
-        return config
+    def announce(self):
+        """Say what is about to be trained on what."""
+        config = self.run.log["config"]
+        train = self.train_set
+        n_images = config["n_touched_images"]
+        self.say(
+            f"{self.run.name}: {config['n_train_pairs']} training pairs and "
+            f"{config['n_val_pairs']} validation pairs; "
+            f"{len(train)} of {train.n_possible} triplets, with {n_images} images; "
+            f"{self.model.arch} on {self.device}, {self.precision}"
+        )
 
-    def embed(self, rows):
-        """Embeddings (K, 512) float32 of the images `rows` (K,) of the crops; the processes share the work."""
-        frozen, parts = self.args.freeze_backbone, []
-        size = 256 if frozen else net.CHUNK[self.device.type]
-        for few in rows[self.processes.share(len(rows))].split(size):  # at least one, which may be empty
-            images = self.images[few.to(self.images.device, non_blocking=True)].to(self.device, non_blocking=True)
-            parts.append(self.model.head(images)[0] if frozen else self.model(to_input(images))[0])
-        return self.processes.gather(torch.cat(parts), len(rows))
+    # -- an epoch
+    def run_epoch(self, epoch):
+        """Train one epoch (epoch 0: only measure the start), validate, log, keep the best."""
+        began = time.perf_counter()
+        statistics = self.train_epoch(epoch) if epoch else self.measure_start()
+        training_ended = time.perf_counter()
+        embeddings, figures = self.validate(epoch)
+        ended = time.perf_counter()
+        entry = {
+            "epoch": epoch,
+            "train_loss": statistics.pop("loss"),
+            **statistics,
+            **figures,
+            "timing": {"seconds": ended - began, "validation_seconds": ended - training_ended},
+        }
+        # All processes go on with the same figures, so that all stop at the same epoch.
+        entry = self.processes.from_main(entry)
+        is_best = self.run.record(entry)
+        if epoch == 0:
+            self.watched_embeddings["start"] = embeddings
+        if is_best:
+            self.watched_embeddings["best"] = embeddings
+        if self.processes.is_main:
+            if is_best:
+                self.save_best(entry)
+            self.run.write_log()
+        self.say(describe_epoch(entry, is_best))
 
     def measure_start(self):
-        """Epoch 0, the network before training: the mean statistics of the training triplets."""
-        self.began = time.perf_counter()
+        """Epoch 0: the mean statistics of the training triplets before training."""
         with torch.no_grad():
-            self.embeddings["start"] = self.embed(self.train_rows)
-        return mean_statistics(self.criterion, self.train_set, self.embeddings["start"])
+            self.start_embeddings = self.embed(self.train_rows)
+        return mean_statistics(self.criterion, self.train_set, self.start_embeddings)
 
     def train_epoch(self, epoch):
-        """One pass over the epoch's steps, in which the state is saved when due; returns the steps' mean statistics."""
-        args, self.began = self.args, time.perf_counter()
+        """Make the steps of one epoch; returns the means of their statistics.
+
+        These are means over the steps, while the weights change, in the precision of the steps.
+        """
+        args = self.args
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
-        start = self.resume_at.pop("step", 0)
-        sums = torch.tensor(self.resume_at.pop("sums", [0.0] * 5), dtype=torch.float64, device=self.device)
-        for i in progress(range(start, len(steps)), f"epoch {epoch}", "step", disable=not self.first):
-            factor = rate_factor((epoch - 1 + (i + 0.5) / len(steps)) / self.run.epochs, args.schedule)
+        names = self.criterion.STATISTICS
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        began = time.perf_counter()
+        hidden = not self.processes.is_main
+        for i in progress(range(len(steps)), f"epoch {epoch}", "step", disable=hidden):
+            self.processes.raise_if_interrupted()
+            share_done = (epoch - 1 + (i + 0.5) / len(steps)) / self.n_epochs
             for group in self.optimizer.param_groups:
-                group["lr"] = args.learning_rate * factor
-            sums += self.step(steps[i])  # no wait for the device here
-            last = i + 1 == len(steps)
-            if epoch == 1 and i + 1 == min(5, len(steps)):
-                seconds, n = (time.perf_counter() - self.began) / (i + 1 - start), len(steps) * self.run.epochs
-                hint = "; --freeze_backbone takes minutes" if seconds * n > 7200 and not args.freeze_backbone else ""
-                text = f"{seconds:.2f} s a step, {n} steps in {self.run.epochs} epochs: {seconds * n / 60:.0f} min"
-                self.say(f"{text}, and the validation{hint}")
-            due = not last and self.processes.any(self.interrupts or time.monotonic() > self.save_at)
-            if (i + 1) % CHECK_EVERY == 0 or last or due:
-                self.check_finite(sums, f"epoch {epoch}, step {i + 1}")
-            if due:
-                self.save(i + 1, sums.tolist())
-        means = zip(self.criterion.STATISTICS, (sums / max(1, len(steps))).tolist(), strict=True)
-        return {**dict(means), "steps": len(steps)}
+                group["lr"] = args.learning_rate * rate_factor(share_done, args.schedule)
+            sums += self.step(steps[i])  # stays on the GPU: reading it would make the CPU wait
+            n_done = i + 1
+            if epoch == 1 and n_done == min(5, len(steps)):
+                self.announce_time(began, n_done, len(steps))
+            if n_done % CHECK_EVERY == 0 or n_done == len(steps):
+                self.refuse_if_not_finite(sums, f"epoch {epoch}, step {n_done}")
+        # A small sample may have no triplet inside the groups of an epoch, which then has no step.
+        means = (sums / max(1, len(steps))).tolist()
+        return {**dict(zip(names, means, strict=True)), "steps": len(steps)}
 
     def step(self, triplets):
-        """One optimizer step on (T, 3) triplets, each distinct image embedded once; returns their statistics, (5,)."""
+        """One optimizer step on (T, 3) triplets; returns their statistics, float64.
+
+        Each distinct image is embedded once. The triplets' numbers are rows of the training images,
+        and the result has a value for each name in TripletLoss.STATISTICS.
+        """
         args, criterion = self.args, self.criterion
-        rows, index = np.unique(triplets, return_inverse=True)
-        rows = torch.from_numpy(rows)
-        index = torch.from_numpy(index.reshape(-1, 3)).to(self.device, non_blocking=True)
+        positions, triplets = np.unique(triplets, return_inverse=True)
+        positions = torch.from_numpy(positions)
+        triplets = torch.from_numpy(triplets.reshape(-1, 3))
+        triplets = triplets.to(self.device, non_blocking=True)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            embeddings = self.embed(self.train_rows[rows])
-        before = self.embeddings["start"][rows.to(self.device, non_blocking=True)]
-        positive, negative = criterion.distances(embeddings, index)
-        loss = (1 - args.quadruplet_weight) * criterion.loss(positive, negative)
-        loss = loss + args.quadruplet_weight * criterion.quadruplet_loss(positive, negative)
-        loss = loss + args.drift_weight * (1 - (embeddings * before).sum(1)).mean()
+            embeddings = self.embed(self.train_rows[positions])
+        at_start = self.start_embeddings[positions.to(self.device, non_blocking=True)]
+
+        to_positive, to_negative = criterion.distances(embeddings, triplets)
+        triplet_loss = criterion.loss(to_positive, to_negative)
+        quadruplet_loss = criterion.quadruplet_loss(to_positive, to_negative)
+        drift = (1 - (embeddings * at_start).sum(1)).mean()
+        loss = (1 - args.quadruplet_weight) * triplet_loss
+        loss = loss + args.quadruplet_weight * quadruplet_loss
+        loss = loss + args.drift_weight * drift
+
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.processes.sum_([p.grad for p in self.model.parameters() if p.requires_grad])
+        # Each process has the gradients of its own images only, so they are summed, not averaged.
+        self.processes.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return criterion.statistics(positive, negative).double()
+        return criterion.statistics(to_positive, to_negative).double()
 
-    def check_finite(self, sums, where):
-        """Stop the run when the loss or a weight is not finite any more: one wait for the GPU."""
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        if not torch.stack([x.detach().isfinite().all() for x in (sums, *weights)]).all():
-            raise InputError(f"{self.run.name}, {where}: the loss or the weights are not finite; {self.way_out}")
+    def embed(self, rows):
+        """Embeddings (K, 512) float32 of some crops, with gradients; the processes share the work.
 
-    def finish_epoch(self, epoch, statistics):
-        """Validate, log, and write the checkpoint of the best."""
-        run, trained = self.run, time.perf_counter()
+        rows: (K,) int64 rows of all crops.
+        """
+        frozen = self.args.freeze_backbone
+        at_once = FROZEN_BATCH if frozen else IMAGES_AT_ONCE[self.device.type]
+        own_rows = rows[self.processes.share(len(rows))]
+        parts = []
+        for some_rows in own_rows.split(at_once):  # one empty part if this process has no images
+            inputs = self.inputs[some_rows.to(self.inputs.device, non_blocking=True)]
+            inputs = inputs.to(self.device, non_blocking=True)
+            if frozen:
+                embeddings, _ = self.model.head(inputs)
+            else:
+                embeddings, _ = self.model(to_input(inputs))
+            parts.append(embeddings)
+        return self.processes.gather(torch.cat(parts), len(rows))
+
+    def announce_time(self, began, n_done, n_steps):
+        """Say, after the first steps, how long the run will take."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = (time.perf_counter() - began) / n_done
+        n_all = n_steps * self.n_epochs
+        minutes = seconds * n_all / 60
+        text = f"about {minutes:.0f} min for {n_all} steps in {self.n_epochs} epochs"
+        self.say(f"{text} ({seconds:.2f} s a step), plus validation")
+
+    def refuse_if_not_finite(self, sums, where):
+        """Stop the run if the loss or a weight is not finite any more; this waits for a GPU."""
+        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        are_finite = [values.isfinite().all() for values in (sums, *weights)]
+        if not torch.stack(are_finite).all():
+            problem = "the loss or the weights are not finite"
+            way_out = self.advice_on_divergence()
+            raise InputError(f"{self.run.name}, {where}: {problem}; {way_out}")
+
+    def advice_on_divergence(self):
+        return f"start again with a --learning_rate below {self.args.learning_rate:g}"
+
+    def validate(self, epoch):
+        """Embed and measure the watched images; returns (embeddings, {figure: value or None}).
+
+        All figures are None without validation. Raises InputError if the network is dead.
+        """
         with torch.no_grad():
-            embeddings = self.embed(self.val_rows)
-        way_out = self.way_out if epoch else "take another checkpoint to start from"
-        net.check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
-        entry = {"epoch": epoch, "train_loss": statistics.pop("loss"), **statistics}
-        validation = figures = {}
-        if self.val_set:
-            validation = mean_statistics(self.criterion, self.val_set, embeddings)
-            figures = self.evaluator.figures(self.evaluator.score(embeddings))
-        kept = ("eer", "auc", "general_auc", *(key for key, _ in OPERATING_POINTS.values()))
-        entry |= {f"val_{key}": figures.get(key) for key in kept}
-        entry |= {f"val_{key}": validation.get(key) for key in ("loss", "active_triplets", "violated_triplets")}
-        now = time.perf_counter()
-        entry["timing"] = {"seconds": now - self.began, "validation_seconds": now - trained}
-        entry = self.processes.collect(entry)[0]  # all go on with the same figures, so that all stop at the same epoch
-        best = run.append(entry)
-        if epoch == 0 or best:
-            self.embeddings["val_best" if best else "val_start"] = embeddings
-        if best and self.first:
-            facts = {"epoch": epoch, "config": run.log["config"]}
-            for name, of in (("metrics", entry), ("start_metrics", run.log["epochs"][0])):
-                facts[name] = {key: value for key, value in of.items() if key not in ("epoch", "timing")}
-            facts["crop_sha256"] = self.people.crops.sha256  # to find a leak under other IDs
-            net.save_checkpoint(run.log["best_checkpoint"], self.model, **facts)
-        if self.first:
-            write_json(run.folder / "training_log.json", {**run.log, "stopped": None})
-        text = "epoch {epoch}: train loss {train_loss:.4f}, {active_triplets:.0%} active"
-        if self.val_set:
-            text += ", val loss {val_loss:.4f}, EER {val_eer:.2%}, AUC {val_auc:.4f}"
-        self.say(f"{text.format(**entry)}, {entry['timing']['seconds']:.1f} s{'  best so far' if best else ''}")
+            embeddings = self.embed(self.watched_rows)
+        way_out = self.advice_on_divergence()
+        if epoch == 0:
+            way_out = "take another checkpoint to start from"
+        check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
+        figures = {}
+        statistics = {}
+        if self.val_set is not None:
+            scores = self.evaluator.score(embeddings)
+            figures = self.evaluator.figures(scores)
+            statistics = mean_statistics(self.criterion, self.val_set, embeddings)
+        entry = {}
+        for name in ("eer", "auc", "general_auc"):
+            entry[f"val_{name}"] = figures.get(name)
+        for threshold, _ in OPERATING_POINTS.values():  # the evaluation applies them unchanged
+            entry[f"val_{threshold}"] = figures.get(threshold)
+        for name in ("loss", "active_triplets", "violated_triplets"):
+            entry[f"val_{name}"] = statistics.get(name)
+        return embeddings, entry
 
-    def save(self, step=0, sums=(0.0,) * 5):
-        """Write last.pth, from which --resume goes on at a step of the epoch behind the logged ones; then interrupt."""
-        if self.first:
-            facts = {"config": self.run.log["config"], "log": self.run.log}
-            facts |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-            facts["progress"] = {"step": step, "sums": list(sums)}
-            facts["embeddings"] = {key: value.cpu() for key, value in self.embeddings.items()}
-            net.save_checkpoint(self.run.last, self.model, **facts)
-            self.run.delete_superseded()
-            plot_curves(self.run.folder, self.run.log)
-        self.save_at = time.monotonic() + 60 * SAVE_MINUTES
-        if self.processes.any(self.interrupts):
-            raise KeyboardInterrupt
+    # -- files
+    def save_best(self, entry):
+        """Write the checkpoint of the best epoch so far."""
+        log = self.run.log
+        save_checkpoint(
+            log["best_checkpoint"],
+            self.model,
+            epoch=entry["epoch"],
+            config=log["config"],
+            metrics=figures_of(entry),
+            start_metrics=figures_of(log["epochs"][0]),
+            crop_sha256=self.people.crops.sha256,  # to find a leak under other IDs
+        )
+
+    def save_if_due(self):
+        """Write last.pth, from which --resume goes on, unless that was done a short while ago."""
+        is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
+        if not self.processes.is_main or not is_due:
+            return
+        embeddings = {name: value.cpu() for name, value in self.watched_embeddings.items()}
+        save_checkpoint(
+            self.run.state_file,
+            self.model,
+            log=self.run.log,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            start_embeddings=self.start_embeddings.cpu(),
+            watched_embeddings=embeddings,
+        )
+        self.run.delete_superseded()
+        plot_curves(self.run.folder, self.run.log)
+        self.saved_at = time.monotonic()
 
     def conclude(self):
-        """Say how the best epoch compares with the start, write the last files, drop the state to resume from."""
-        run, log, path = self.run, self.run.log, self.run.log["best_checkpoint"]
+        """Compare the best epoch with the start and write the last files; returns the log."""
+        run, log = self.run, self.run.log
+        log["stopped"] = log["stopped"] or "epochs"
+        if not self.processes.is_main:
+            return log
+        path = log["best_checkpoint"]
         self.say(f"stopped by {log['stopped']}; best epoch {log['best_epoch']}: {path}")
-        if self.val_set:
-            start, best = (self.evaluator.score(self.embeddings[f"val_{key}"]) for key in ("start", "best"))
-            log["against_start"] = compare([self.evaluator.estimate(best)], self.evaluator.estimate(start))
-            self.say(f"On the validation people, against the start: {describe(log['against_start'])}.")
-            net.write_checkpoint(path, {**net.read_checkpoint(path), "against_start": log["against_start"]})
+        if self.val_set is not None:
+            start_scores = self.evaluator.score(self.watched_embeddings["start"])
+            best_scores = self.evaluator.score(self.watched_embeddings["best"])
+            start = self.evaluator.estimate(start_scores)
+            best = self.evaluator.estimate(best_scores)
+            log["against_start"] = compare([best], start)
+            verdict = describe(log["against_start"])
+            self.say(f"On the validation people, against the start: {verdict}.")
+            content = read_checkpoint(path)
+            write_checkpoint(path, {**content, "against_start": log["against_start"]})
         plot_curves(run.folder, log)
-        write_json(run.folder / "training_log.json", log)  # now that all is there, it says that the run is over
+        write_json(run.log_file, log)  # all files are there: now it says that the run has stopped
+        run.state_file.unlink(missing_ok=True)
         run.delete_superseded()
-        run.last.unlink(missing_ok=True)
+        return log
+
+
+def fits_into_gpu(images, device):
+    """Whether images take less than half of a GPU's free memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return images.nbytes < (free + reusable) / 2
+
+
+def figures_of(entry):
+    """The figures of a log entry, without its epoch and time."""
+    return {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
+
+
+def describe_epoch(entry, is_best):
+    """The line that is printed after an epoch."""
+    text = f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, "
+    text += f"{entry['active_triplets']:.0%} active"
+    if entry["val_loss"] is not None:
+        text += f", val loss {entry['val_loss']:.4f}"
+        text += f", EER {entry['val_eer']:.2%}, AUC {entry['val_auc']:.4f}"
+    text += f", {entry['timing']['seconds']:.1f} s"
+    return f"{text}  best so far" if is_best else text
 
 
 def plot_curves(folder, log):
-    """loss_curves.png and validation_curves.png of a run's log."""
-    config, weight, loss = log["config"], log["config"]["quadruplet_weight"], f"loss ({log['config']['distance']})"
-    minimised = f"minimised: {1 - weight:g} triplet + {weight:g} quadruplet loss + {config['drift_weight']:g} drift"
-    verdict = describe(log["against_start"]).replace("), ", "),\n") if "against_start" in log else "not compared"
-    figures = {"val_eer": "EER, twins", "val_auc": "AUC, twins", "val_general_auc": "AUC, everyone else"}
-    losses = {"train_loss": f"triplet {loss},\ntraining", "val_loss": f"triplet {loss},\nvalidation"}
-    panels = {"validation_curves.png": (f"{config['n_val_pairs']} validation pairs; best epoch: {verdict}", figures)}
-    panels["loss_curves.png"] = (minimised, losses)
-    legend = ("before training", f"best epoch, by {config['monitor']}")
-    for file, (title, curves) in panels.items():
-        with plot_figure(folder / file, 7.4, 1.2 + 1.8 * len(curves), len(curves)) as grid:
-            for axes, (key, ylabel) in zip(grid, curves.items(), strict=True):
-                values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
-                before, best = legend if axes is grid[0] else (None, None)
-                axes.plot(values, marker="o")
-                axes.axhline(values[0], color="grey", linewidth=0.8, linestyle=":", label=before)
-                axes.axvline(log["best_epoch"] or 0, color="grey", linewidth=0.8, linestyle="-.", label=best)
-                axes.xaxis.get_major_locator().set_params(integer=True)
-                axes.set_ylabel(ylabel)
-            grid[0].set_title(f"{config['run_name']}\n{title}", fontsize=9)
-            grid[-1].set_xlabel("epoch (0: before training)")
+    """Draw loss_curves.png and validation_curves.png of a run's log."""
+    config = log["config"]
+    w = config["quadruplet_weight"]
+    drift = config["drift_weight"]
+    minimised = f"minimised: {1 - w:g} triplet + {w:g} quadruplet loss + {drift:g} drift"
+    loss = f"triplet loss ({config['distance']})"
+    losses = {"train_loss": f"{loss},\ntraining", "val_loss": f"{loss},\nvalidation"}
+    plot_panels(folder / "loss_curves.png", log, minimised, losses)
+
+    title = f"{config['n_val_pairs']} validation pairs"
+    if "against_start" in log:
+        verdict = describe(log["against_start"])
+        title += "\n" + textwrap.fill(f"best epoch against the start: {verdict}", 80)
+    figures = {
+        "val_eer": "EER, twins",
+        "val_auc": "AUC, twins",
+        "val_general_auc": "AUC, everyone else",
+    }
+    plot_panels(folder / "validation_curves.png", log, title, figures)
 
 
+def plot_panels(path, log, title, curves):
+    """Draw a panel for each curve, against the epoch; curves: {key of a log entry: label}."""
+    config = log["config"]
+    with plot_figure(path, 7.4, 1.2 + 1.8 * len(curves), rows=len(curves)) as grid:
+        for axes, (key, label) in zip(grid, curves.items(), strict=True):
+            values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
+            axes.plot(values, marker="o")
+            lines = [axes.axhline(values[0], color="grey", linewidth=0.8, linestyle=":")]
+            labels = ["before training"]
+            if log["best_epoch"]:
+                at_best = axes.axvline(
+                    log["best_epoch"], color="grey", linewidth=0.8, linestyle="-."
+                )
+                lines.append(at_best)
+                labels.append(f"best epoch, by {config['monitor']}")
+            if axes is grid[0]:  # plot_figure makes a legend of labels; one is enough
+                for line, text in zip(lines, labels, strict=True):
+                    line.set_label(text)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylabel(label)
+        grid[0].set_title(f"{config['run_name']}\n{title}", fontsize=9)
+        grid[-1].set_xlabel("epoch (0: before training)")
+
+
+# ---- one run, or a sweep -------------------------------------------------------------------------
 def train_runs(runs):
-    """Train the runs of parse_runs on crops decoded once; returns the names of those of several that failed."""
-    logs = {run.name: run.log for run in map(Run, runs if len(runs) > 1 else ()) if run.finished}
-    left, failed = [args for args in runs if args.run_name not in logs], []
-    leader = TwinTrainer((left or runs)[0])
-    if not leader.run.finished and leader.args.pretrained != "none":  # before hours of alignment
-        net.load_checkpoint(leader.args.pretrained, leader.args.arch, leader.args.channels)
-    if not leader.run.finished and not leader.args.skip_alignment:
-        leader.align()
-    if len(runs) == 1:
-        leader.train()
-        return []
-    if left:
-        leader.load_data()
-    leader.run = leader.train_set = leader.val_set = leader.evaluator = None  # each run has its own
+    """Train the runs of `parse_runs`; returns the names of those of a sweep that failed."""
+    if len(runs) > 1:
+        return run_sweep(runs)
+    (args,) = runs
+    trainer = TwinTrainer(args)
+    if not trainer.run.finished:
+        align_if_asked(trainer)
+    trainer.train()
+    return []
+
+
+def align_if_asked(trainer):
+    """Run stage 1, unless --skip_alignment is given."""
+    args = trainer.args
+    if args.skip_alignment:
+        return
+    if trainer.needs_start_file():
+        trainer.load_start()  # a wrong file should fail now, not after an hour of alignment
+    trainer.align()
+
+
+def run_sweep(runs):
+    """Train several runs on crops that are decoded once; returns the names of those that failed.
+
+    One trainer, the leader, aligns and reads the crops for all; each run then has its own trainer.
+    """
+    folders = [RunFolder(args) for args in runs]  # refuse now what would spoil an earlier run
+    finished = [folder for folder in folders if folder.finished]
+    waiting = [folder.args for folder in folders if not folder.finished]
+    logs = {folder.name: folder.log for folder in finished}
+    leader = TwinTrainer((waiting or runs)[0])
+    for folder in finished:
+        folder.refuse_other_recipe({"weights_sha256": leader.hash_of_start()})
+    processes = leader.processes
+    people = None
+    if waiting:
+        align_if_asked(leader)
+        people = leader.load_people()
 
     def train(args):
-        logs[args.run_name] = TwinTrainer(args, leader.people).train()
+        logs[args.run_name] = TwinTrainer(args, people).train()
 
-    for args in progress(left, "all runs", "run", smoothing=1, disable=not leader.first):
-        try:
-            code = align.run_script(args.run_name, partial(train, args), "interrupted")
-        except Exception:  # a bug keeps its traceback, and the other runs go on
-            traceback.print_exc()
-            code = 1
-        if code == 130 or (code and leader.processes.world > 1):  # the other processes wait for this one
-            raise KeyboardInterrupt if code == 130 else SystemExit(code)
-        failed += [args.run_name] if code else []
-    leader.say(summarize_runs([logs[args.run_name] for args in runs if args.run_name in logs], leader.args.pretrained))
+    failed = []
+    # Runs differ much in length, so the bar's estimate is made of the last one alone.
+    bar = {"smoothing": 1, "disable": not processes.is_main}
+    for args in progress(waiting, "all runs", "run", **bar):
+        processes.raise_if_interrupted()
+        code = train_one_of_several(args.run_name, partial(train, args))
+        if code:
+            failed.append(args.run_name)
+            if processes.world > 1:  # the others may still wait inside the failed run
+                break
+    done = [logs[args.run_name] for args in runs if args.run_name in logs]
+    if done:
+        leader.say(summarize_runs(done, leader.args.pretrained))
     for name in failed:
-        leader.say(f"FAILED: {name}, for the reason above; --resume tries it again")
+        leader.say(f"FAILED: {name}, for the reason above; repeat the command with --resume")
     return failed
 
 
+def train_one_of_several(name, train):
+    """Call `train()` and return its exit code; a failure does not end the sweep."""
+    try:
+        code = report_errors(name, train, "interrupted", OUT_OF_MEMORY)
+    except Exception:  # a bug keeps its traceback
+        traceback.print_exc()
+        return 1
+    if code == 130:
+        raise KeyboardInterrupt
+    return code
+
+
 def summarize_runs(logs, pretrained):
-    """Text: the best epochs of runs on their validation people, and the command that tests them on others."""
-    width = max((len(log["config"]["run_name"]) for log in logs), default=0)
-    lines = [f"{'run':{width}}  epoch     EER     AUC  general AUC"]
+    """Text: the best epochs on the validation people, and the command that tests them on others."""
+    width = max(len(log["config"]["run_name"]) for log in logs)
+    lines = [f"{'run':{width}}  epoch   EER %     AUC  general AUC"]
     for log in logs:
-        lines.append(f"{log['config']['run_name']:{width}}  {log['best_epoch']:5}")
-        for key, size in (("val_eer", 6), ("val_auc", 6), ("val_general_auc", 11)):
-            value = log["epochs"][log["best_epoch"]][key]
-            lines[-1] += f"  {'-' if value is None else f'{value:.4f}':>{size}}"
-    checkpoints = [pretrained] * (pretrained != "none") + [log["best_checkpoint"] for log in logs]
-    lines.append("These are the validation people, who chose the epochs and flatter them. The figures of other people:")
-    return "\n".join([*lines, f"python evaluate_twins.py --checkpoints {shlex.join(checkpoints)}"])
+        best = log["epochs"][log["best_epoch"]]
+        cells = [
+            f"{log['best_epoch']:5}",
+            f"{METRICS['eer'].as_text(best['val_eer']):>6}",
+            f"{METRICS['auc'].as_text(best['val_auc']):>6}",
+            f"{METRICS['general_auc'].as_text(best['val_general_auc']):>11}",
+        ]
+        lines.append("  ".join([f"{log['config']['run_name']:{width}}", *cells]))
+    checkpoints = [log["best_checkpoint"] for log in logs]
+    if pretrained != "none":
+        checkpoints.insert(0, pretrained)
+    lines.append("The validation people chose the epochs, so these figures flatter them.")
+    lines.append("This command gives the figures of other people:")
+    lines.append(f"python evaluate_twins.py --checkpoints {shlex.join(checkpoints)}")
+    return "\n".join(lines)
 
 
-def main(argv=None):
-    """Run both stages; returns the exit code (see align.run_script), 1 if a run of several failed."""
-    failed, interrupted = [], "interrupted; what was done is saved, --resume goes on"
-    code = align.run_script("train_twins.py", lambda: failed.extend(train_runs(parse_runs(argv))), interrupted)
+def main(argv: list[str] | None = None) -> int:
+    """Run both stages; returns the exit code (see net.run_script), 1 if a run of a sweep failed."""
+    failed = []  # run_script returns an exit code alone
+
+    def work():
+        failed.extend(train_runs(parse_runs(argv)))
+
+    interrupted = "interrupted; --resume goes on from the last saved epoch"
+    code = run_script("train_twins.py", work, interrupted, OUT_OF_MEMORY)
     return code or int(bool(failed))
 
 
 if __name__ == "__main__":
-    net.run_main(main)
+    run_main(main)

@@ -1,12 +1,17 @@
-"""Triplet margin loss on face embeddings, cosine or euclidean, and what a batch of triplets tells.
+"""The triplet margin loss on face embeddings, with cosine or euclidean distances.
 
     criterion = TripletLoss(margin=0.3, distance="cosine")
     loss = criterion(anchor, positive, negative)                    # three (B, 512) tensors
-    positive, negative = criterion.distances(embeddings, triplets)  # one (N, 512) matrix, (T, 3) indices
-    loss = criterion.loss(positive, negative)
 
-The loss is `mean(max(0, d(a, p) - d(a, n) + margin))` (Schroff et al., FaceNet, arXiv 1503.03832). d is `1 - cos` or
-the euclidean distance of the L2-normalised embeddings, both in [0, 2]. Training embeds an image of many triplets once.
+Training embeds an image once, however many triplets use it, so it calls the two steps by
+themselves:
+
+    to_positive, to_negative = criterion.distances(embeddings, triplets)
+    loss = criterion.loss(to_positive, to_negative)
+
+The loss is `mean(max(0, d(a, p) - d(a, n) + margin))` (Schroff et al., FaceNet, arXiv 1503.03832).
+The distance d is `1 - cos`, or the euclidean distance of the L2-normalised embeddings; both lie in
+[0, 2].
 """
 
 import torch
@@ -17,61 +22,91 @@ DISTANCES = ("cosine", "euclidean")
 
 
 class TripletLoss(nn.Module):
-    """Triplet margin loss; `margin` is in units of the distance (> 0), `distance` one of DISTANCES.
+    """Triplet margin loss; `margin` is in units of the distance and above 0.
 
-    All computation is float32, whatever autocast says: near a loss of zero bf16 has two digits. Where two embeddings
-    coincide, the subgradient 0 of the euclidean distance is taken, so gradients stay finite.
+    Everything is computed in float32, whatever autocast says: near a loss of zero, bf16 has only
+    two digits left. Where two embeddings coincide, the euclidean distance has the gradient 0.
     """
 
-    STATISTICS = ("loss", "positive_distance", "negative_distance", "active_triplets", "violated_triplets")
+    STATISTICS = (
+        "loss",
+        "positive_distance",
+        "negative_distance",
+        "active_triplets",
+        "violated_triplets",
+    )
 
-    def __init__(self, margin=0.3, distance="cosine"):
+    def __init__(self, margin: float = 0.3, distance: str = "cosine"):
         super().__init__()
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {DISTANCES}, not {distance!r}")
         if not 0 < margin < float("inf"):
             raise ValueError(f"margin must be above 0, not {margin!r}")
-        self.margin, self.distance = float(margin), distance
+        self.margin = float(margin)
+        self.distance = distance
 
-    def forward(self, anchor, positive, negative):
-        """Three (B, D) float tensors, of any length per row -> scalar float32 loss."""
-        rows = torch.arange(3 * len(anchor), device=anchor.device).view(3, -1).T
-        return self.loss(*self.distances(torch.cat([anchor, positive, negative]), rows))
+    def forward(
+        self, anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor
+    ) -> torch.Tensor:
+        """Three (B, D) float tensors, whose rows may have any length -> scalar float32 loss."""
+        embeddings = torch.cat([anchor, positive, negative])
+        rows = torch.arange(len(embeddings), device=anchor.device)
+        triplets = rows.view(3, -1).T
+        to_positive, to_negative = self.distances(embeddings, triplets)
+        return self.loss(to_positive, to_negative)
 
     def distances(self, embeddings, triplets):
-        """(N, D) embeddings and (T, 3) int64 rows of them -> (d(a, p), d(a, n)), each (T,) float32."""
+        """(N, D) embeddings and (T, 3) int64 rows of them -> (d(a, p), d(a, n)), (T,) float32."""
         anchor, positive, negative = triplets.unbind(1)
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
             if self.distance == "cosine":
                 matrix = 1 - unit @ unit.T
-            else:  # sqrt(2 - 2 cos) would be shorter, but loses half of the digits of small distances
+            else:
+                # sqrt(2 - 2 cos) would be shorter, but loses half the digits of small distances.
                 matrix = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
         return matrix[anchor, positive], matrix[anchor, negative]
 
     def loss(self, to_positive, to_negative):
-        """Distances (T,) from the anchors to positives and negatives -> scalar triplet loss."""
+        """Distances (T,) of the anchors to positives and negatives -> scalar triplet loss."""
         return F.relu(to_positive - to_negative + self.margin).mean()
 
     def quadruplet_loss(self, to_positive, to_negative):
-        """The loss with each d(a, p) compared with every d(a, n), not only with its own anchor's -> scalar.
+        """The loss with every d(a, p) compared with every d(a, n) of the batch -> scalar.
 
-        A triplet never compares scores of different families, but one threshold has to serve them all. This is the
-        mean over all pairs of triplets i, j of `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, after the second term of
-        the quadruplet loss (Chen et al., CVPR 2017), in T log T by sorting the distances (T,).
+        A triplet never compares distances of two families, but one decision threshold has to serve
+        all families. So this is the mean over all pairs of triplets i, j of
+        `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, after the second term of the quadruplet loss
+        (Chen et al., CVPR 2017).
+
+        A pair counts where d(a_i, p_i) + margin exceeds d(a_j, n_j). The sum over these pairs needs
+        only how often each distance is part of one, which sorting tells in T log T steps.
         """
-        raised = to_positive + self.margin  # compared as one number on both sides, so that ties agree
-        below = torch.searchsorted(to_negative.detach().sort().values, raised.detach())
-        above = len(raised) - torch.searchsorted(raised.detach().sort().values, to_negative.detach(), right=True)
-        return ((below * raised).sum() - (above * to_negative).sum()) / len(raised) ** 2
+        with_margin = to_positive + self.margin
+        sorted_with_margin = with_margin.detach().sort().values
+        sorted_negative = to_negative.detach().sort().values
+        n = len(with_margin)
+        n_below = torch.searchsorted(sorted_negative, with_margin.detach())
+        n_at_most = torch.searchsorted(sorted_with_margin, to_negative.detach(), right=True)
+        n_above = n - n_at_most
+        total = (n_below * with_margin).sum() - (n_above * to_negative).sum()
+        return total / n**2
 
     def statistics(self, to_positive, to_negative):
-        """What the triplets of a batch say, from their distances (T,): the means of STATISTICS, (5,) detached.
+        """(5,) tensor without gradients: the means named in STATISTICS, of distances (T,).
 
-        The loss; both distances; "active_triplets", the share with a loss above zero, which alone have a gradient;
-        "violated_triplets", the share with d(a, p) > d(a, n), where the twin looks more like the person.
+        They are the triplet loss; both distances; "active_triplets", the share with a loss above
+        zero, which alone have a gradient; and "violated_triplets", the share with
+        d(a, p) > d(a, n), where the twin looks more like the person than the person does.
         """
-        to_positive, to_negative = to_positive.detach(), to_negative.detach()
+        to_positive = to_positive.detach()
+        to_negative = to_negative.detach()
         excess = to_positive - to_negative + self.margin
-        active, violated = (excess > 0).float(), (to_positive > to_negative).float()
-        return torch.stack([x.mean() for x in (F.relu(excess), to_positive, to_negative, active, violated)])
+        values = (
+            F.relu(excess),
+            to_positive,
+            to_negative,
+            (excess > 0).float(),
+            (to_positive > to_negative).float(),
+        )
+        return torch.stack([value.mean() for value in values])

@@ -10,16 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import align
+import evaluate_twins
 import net
+import train_twins
 from tests.synthetic import set_batchnorm_statistics, write_photos
 
-# A network of AdaFace's kind, small enough that a test trains it in a second. Not (8, 8, 16, 16): the backward pass of
-# Conv2d(8, 16, 1, stride=2) on channels_last corrupts the heap in PyTorch 2.14 on CPUs with AVX-512.
-net.ARCHITECTURES["ir_tiny"] = ((1, 1, 1, 1), (16, 16, 32, 32), False, False)
+# A network of AdaFace's kind, small enough that a test trains it in a second. Its channels are
+# not (8, 8, 16, 16): the backward pass of Conv2d(8, 16, 1, stride=2) on channels_last corrupts
+# the heap in PyTorch 2.14 on CPUs with AVX-512.
+net.ARCHITECTURES["ir_tiny"] = net.Architecture((1, 1, 1, 1), (16, 16, 32, 32), False, False)
 
 
 @pytest.fixture(autouse=True)
@@ -27,36 +29,43 @@ def _seeded():
     torch.manual_seed(0)
 
 
+# ---- crops and networks --------------------------------------------------------------------------
 @pytest.fixture
 def write_crops(tmp_path):
     return crop_writer(tmp_path)
 
 
 def crop_writer(folder):
-    """write_crops([[3, 2], [2, 2, 2]]) -> (aligned JSON, pairs JSON): one family per list, images per person.
+    """A function that writes crops: write([[3, 2], [2, 2, 2]]) -> (aligned JSON, pairs JSON).
 
-    Crops are coloured noise: a colour per family, a texture per person, noise per image.
+    Each list is a family, and its numbers are the images of each person. Crops are coloured
+    noise: a colour per family, a texture per person, noise per image.
     """
 
     def write(families, name="train", seed=0):
         rng = np.random.default_rng(seed)
-        images, pairs = {}, []
+        images = {}
+        pairs = []
         for f, sizes in enumerate(families):
             colour = rng.uniform(60, 190, 3)
             names = [f"{name}{f}{'abc'[i]}" for i in range(len(sizes))]
-            pairs += [[a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
+            for i, first in enumerate(names):
+                pairs += [[first, second] for second in names[i + 1 :]]
             for person, size in zip(names, sizes, strict=True):
                 texture = np.kron(rng.normal(0, 25, (7, 7, 3)), np.ones((16, 16, 1)))
                 images[person] = []
                 for i in range(size):
-                    crop = np.clip(colour + texture + rng.normal(0, 15, (112, 112, 3)), 0, 255).astype(np.uint8)
+                    noise = rng.normal(0, 15, (112, 112, 3))
+                    crop = np.clip(colour + texture + noise, 0, 255).astype(np.uint8)
                     path = folder / f"{name}_aligned" / person / f"{i}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(crop).save(path)
                     images[person].append(path.relative_to(folder).as_posix())
-        (folder / f"{name}.json").write_text(json.dumps(images))
-        (folder / f"{name}_pairs.json").write_text(json.dumps(pairs))
-        return folder / f"{name}.json", folder / f"{name}_pairs.json"
+        aligned_json = folder / f"{name}.json"
+        pairs_json = folder / f"{name}_pairs.json"
+        aligned_json.write_text(json.dumps(images))
+        pairs_json.write_text(json.dumps(pairs))
+        return aligned_json, pairs_json
 
     return write
 
@@ -72,47 +81,71 @@ def tiny_model():
     return model.eval()
 
 
-# ---- runs of train_twins.py -----------------------------------------------------------------------------------------
+def assert_equal_weights(weights, reference, tolerance=0.0):
+    """Two state dicts are equal: bit for bit, or up to a difference of `tolerance`."""
+    assert weights.keys() == reference.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, reference[key], atol=tolerance, rtol=tolerance, msg=key)
 
+
+# ---- runs of train_twins.py ----------------------------------------------------------------------
 FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [1, 1]]  # the last makes no triplet
-SHUFFLED, GROUPED = "--batch_size 8", "--images_per_batch 16 --train_percentage 60"  # of several steps an epoch
+SHUFFLED = "--batch_size 8"
+GROUPED = "--images_per_batch 16 --train_percentage 60"  # like SHUFFLED, several steps an epoch
 
 
 def quick_features(self, x):
-    """Backbone.features of a picture an eighth as wide: every layer takes part, in a hundredth of the time."""
-    small = self.body(self.input_layer(torch.nn.functional.avg_pool2d(x, 8)))
-    return small.expand(-1, -1, 7, 7)
+    """Backbone.features of a picture an eighth as wide.
+
+    Every layer takes part, in a hundredth of the time.
+    """
+    small = torch.nn.functional.avg_pool2d(x, 8)
+    return self.body(self.input_layer(small)).expand(-1, -1, 7, 7)
 
 
 def sgd(model, learning_rate, weight_decay):
-    """In place of train_twins.make_optimizer: unlike Adam it makes no whole steps of rounding noise."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    """In place of train_twins.make_optimizer: Adam would make whole steps of rounding noise."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=learning_rate)
 
 
 class Experiment:
-    """Crops of twins, a tiny network to start from, and what runs of train_twins.py on them leave in `folder`."""
+    """Crops of twins, a tiny network to start from, and what runs on them leave in `folder`."""
 
     def __init__(self, folder, families=FAMILIES):
-        self.folder, self.start = folder, folder / "start.pth"
+        self.folder = folder
+        self.start = folder / "start.pth"
         self.aligned, self.pairs = crop_writer(folder)(families)
-        self.images = {name: [folder / p for p in some] for name, some in json.loads(self.aligned.read_text()).items()}
-        rng, crops = np.random.default_rng(1), []
-        for path in [path for paths in self.images.values() for path in paths]:
-            light = np.kron(rng.normal(0, 45, (7, 7, 3)), np.ones((16, 16, 1)))  # so that people are easily confused
-            crops.append(np.clip(np.array(Image.open(path)) + light, 0, 255).astype(np.uint8))
-            Image.fromarray(crops[-1]).save(path)
+        listed = json.loads(self.aligned.read_text())
+        self.images = {name: [folder / path for path in paths] for name, paths in listed.items()}
+        crops = self._change_the_light()
         torch.manual_seed(0)
         model = net.build_model("ir_tiny")
         set_batchnorm_statistics(model, torch.from_numpy(np.stack(crops)), torch.device("cpu"))
         net.save_checkpoint(self.start, model)
 
+    def _change_the_light(self):
+        """Make people easily confused; returns all crops."""
+        rng = np.random.default_rng(1)
+        crops = []
+        for path in (path for paths in self.images.values() for path in paths):
+            light = np.kron(rng.normal(0, 45, (7, 7, 3)), np.ones((16, 16, 1)))
+            crop = np.clip(np.array(Image.open(path)) + light, 0, 255).astype(np.uint8)
+            Image.fromarray(crop).save(path)
+            crops.append(crop)
+        return crops
+
     def flags(self, more="", name="run"):
-        """The flags of a short run of this name ("": of its default one), as a list; `more` comes last and decides."""
-        named = f"--run_name {name}" if name else ""
+        """The flags of a short run, as a list; `more` comes last and decides.
+
+        name: the run's name; "" for the one that the program makes.
+        """
+        run_name = f"--run_name {name}" if name else ""
         return (
-            f"--train_pairs {self.pairs} --skip_alignment --aligned_json {self.aligned} --arch ir_tiny --device cpu "
-            f"--pretrained {self.start} --output_dir {self.folder}/models --log_dir {self.folder}/logs "
-            f"{named} --epochs 2 --validation_split 0.3 --learning_rate 3e-4 --precision fp32 "
+            f"--train_pairs {self.pairs} --skip_alignment --aligned_json {self.aligned} "
+            f"--arch ir_tiny --device cpu --pretrained {self.start} "
+            f"--output_dir {self.folder}/models --log_dir {self.folder}/logs {run_name} "
+            "--epochs 2 --validation_split 0.3 --learning_rate 3e-4 --precision fp32 "
             f"--schedule constant --quadruplet_weight 0 --drift_weight 0 {more}"
         ).split()
 
@@ -128,68 +161,81 @@ class Experiment:
         """The content of a run's last.pth, from which --resume would go on."""
         return torch.load(self.folder / "logs" / name / "last.pth", weights_only=True)
 
-    def weights(self, name="run"):
-        """The state dict of the one checkpoint that a run has left."""
+    def checkpoint(self, name="run"):
+        """The content of the one checkpoint that a run has left."""
         (path,) = (self.folder / "models").glob(f"twin_tuned_irtiny_{name}_epoch*.pth")
-        return {key[6:]: value for key, value in torch.load(path, weights_only=True)["state_dict"].items()}
+        return torch.load(path, weights_only=True)
+
+    def weights(self, name="run"):
+        """The state dict of the one checkpoint that a run has left, with the network's own keys."""
+        state = self.checkpoint(name)["state_dict"]
+        return {key.removeprefix("model."): value for key, value in state.items()}
 
     def files(self):
-        """{path: (bytes, time of change)} of all that runs have written."""
-        folders = (self.folder / "logs", self.folder / "models")
-        paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+        """{path: (bytes, time of change)} of all that runs have written, but for their locks."""
+        files = {}
+        for folder in (self.folder / "logs", self.folder / "models"):
+            for path in folder.rglob("*"):
+                if path.is_file() and not path.name.endswith(".lock"):
+                    files[path] = (path.read_bytes(), path.stat().st_mtime_ns)
+        return files
 
 
 def without_timing(log):
-    """What of a training log is up to settings and data alone: not the clock, names, places, number of processes."""
-    other = ("run_name", "output_dir", "log_dir", "resume", "overwrite", "processes")
-    config = {key: value for key, value in log["config"].items() if key not in other}
-    epochs = [{k: v for k, v in entry.items() if k != "timing"} for entry in log["epochs"]]
-    rest = {key: log.get(key) for key in ("best_epoch", "stopped", "against_start")}
-    return {"config": config, "epochs": epochs, **rest}
+    """What of a training log follows from settings and data alone.
 
-
-def assert_equal_weights(weights, reference, tolerance=0.0):
-    """Two state dicts are equal: bit for bit, or but for a difference of `tolerance`."""
-    assert weights.keys() == reference.keys()
-    for key, value in weights.items():
-        torch.testing.assert_close(value, reference[key], atol=tolerance, rtol=tolerance, msg=key)
+    Left out are the clock, names, places and the number of processes.
+    """
+    left_out = ("run_name", "output_dir", "log_dir", "resume", "overwrite", "processes")
+    config = {key: value for key, value in log["config"].items() if key not in left_out}
+    epochs = []
+    for entry in log["epochs"]:
+        epochs.append({key: value for key, value in entry.items() if key != "timing"})
+    result = {"config": config, "epochs": epochs}
+    for key in ("best_epoch", "stopped", "against_start"):
+        result[key] = log.get(key)
+    return result
 
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.setattr("net.Backbone.features", quick_features)
-    monkeypatch.setattr("train_twins.plot_curves", lambda *args: None)  # pictures take longer than the tiny network
+    # Pictures take longer than the tiny network.
+    monkeypatch.setattr("train_twins.plot_curves", lambda folder, log: None)
     return Experiment(tmp_path)
 
 
 @pytest.fixture
 def run(experiment):
     """run("--epochs 2", ...) -> (exit code, content of training_log.json)."""
-    import train_twins
 
     def start(flags="", name="run"):
-        return train_twins.main(experiment.flags(flags, name)), experiment.log(name)
+        code = train_twins.main(experiment.flags(flags, name))
+        return code, experiment.log(name)
 
     return start
 
 
 @pytest.fixture
 def interrupt(run, monkeypatch):
-    """interrupt("--epochs 2", 3): a run that SIGINT meets in its third step, which ends with `code`."""
-    import train_twins
+    """interrupt("--epochs 2", 3): a run that gets SIGINT in its third step and ends with `code`.
+
+    The state is saved at the end of every epoch.
+    """
 
     def start(flags, after, name="run", code=130):
-        factor, steps = train_twins.rate_factor, []
+        step = train_twins.TwinTrainer.step
+        steps = []
 
-        def counted(*args):
-            steps.append(args)
+        def counted_step(self, triplets):
+            steps.append(triplets)
             if len(steps) == after:
                 os.kill(os.getpid(), signal.SIGINT)
-            return factor(*args)
+            return step(self, triplets)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_twins, "rate_factor", counted)
+            patch.setattr(train_twins.TwinTrainer, "step", counted_step)
+            patch.setattr(train_twins, "SAVE_SECONDS", 0)
             assert run(flags, name)[0] == code
         assert len(steps) == after
 
@@ -207,9 +253,7 @@ def refusal(capsys):
     return read
 
 
-# ---- the three scripts
-
-
+# ---- the three scripts ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """A folder with three photographs of each of four people, as write_photos leaves it."""
@@ -222,7 +266,8 @@ def photos(tmp_path_factory):
 def script_flags(tmp_path, write_crops, tiny_model, photos):
     """{script: {flag: value}} that works; all that the scripts write goes to tmp_path/out."""
     aligned, pairs = write_crops([[3, 2], [2, 2]])
-    net.save_checkpoint(tmp_path / "start.pth", tiny_model)
+    start = tmp_path / "start.pth"
+    net.save_checkpoint(start, tiny_model)
     out = tmp_path / "out"
     crops = {"--skip_alignment": None, "--aligned_json": aligned, "--device": "cpu"}
     return {
@@ -233,126 +278,216 @@ def script_flags(tmp_path, write_crops, tiny_model, photos):
             "--aligned_folder": out / "crops",
             "--aligned_json": out / "aligned.json",
         },
-        "train_twins.py": crops
-        | {
+        "train_twins.py": {
+            **crops,
             "--train_pairs": pairs,
             "--arch": "ir_tiny",
-            "--pretrained": tmp_path / "start.pth",
+            "--pretrained": start,
             "--output_dir": out / "models",
             "--log_dir": out / "logs",
             "--epochs": 1,
         },
-        "evaluate_twins.py": crops
-        | {"--test_pairs": pairs, "--checkpoints": tmp_path / "start.pth", "--output_dir": out / "results"},
+        "evaluate_twins.py": {
+            **crops,
+            "--test_pairs": pairs,
+            "--checkpoints": start,
+            "--output_dir": out / "results",
+        },
     }
 
 
 @pytest.fixture
 def run_script(script_flags):
-    """run("align.py", {"--pairs": path}) -> exit code of the script with its flags and these changes."""
+    """run("align.py", {"--pairs": path}) -> exit code with the script's flags and these changes."""
 
     def start(script, changes=()):
-        values = script_flags[script] | dict(changes)
-        return importlib.import_module(script.removesuffix(".py")).main(
-            [str(x) for item in values.items() for x in item if x is not None]
-        )
+        flags = script_flags[script] | dict(changes)
+        arguments = []
+        for flag, value in flags.items():
+            arguments.append(flag)
+            if value is not None:
+                arguments.append(str(value))
+        module = importlib.import_module(script.removesuffix(".py"))
+        return module.main(arguments)
 
     return start
 
 
 @pytest.fixture
 def refuses(tmp_path, run_script, capfd, recwarn):
-    """refuses("align.py", {"--pairs": path}, *words): the script refuses that in one line holding the words."""
+    """refuses("align.py", {"--pairs": path}, *words): the script refuses that, and writes nothing.
+
+    It does so in one line on stderr, which holds the words.
+    """
 
     def check(script, changes, *words):
         assert run_script(script, changes) == 2
-        error = "".join([*(f"{warning.message}\n" for warning in recwarn), capfd.readouterr().err])
-        assert error.count("\n") == len(error.splitlines()) == 1, error
+        warnings = "".join(f"{warning.message}\n" for warning in recwarn)
+        error = warnings + capfd.readouterr().err
+        assert error.endswith("\n")
+        assert len(error.splitlines()) == 1, error
         assert error.startswith(f"{script}: ")
-        assert [word for word in words if word not in error] == [], error
-        assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+        missing = [word for word in words if word not in error]
+        assert missing == [], error
+        written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        assert written == []
 
     return check
 
 
-# ---- evaluation and the detector
+# ---- evaluation ----------------------------------------------------------------------------------
+EVALUATED = ("start.ckpt", "models/a.pth", "models/b.pth", "models/leak.pth", "other/a.pth")
+# Thresholds that training found with b.pth, and those of its epoch 0, the network it started from.
+THRESHOLDS = {"val_eer_threshold": 0.93, "val_general_threshold_0.001": 0.97}
+START_THRESHOLDS = {"val_eer_threshold": 0.9, "val_general_threshold_0.001": 0.98}
+SEEN = ["test0a", "test1c"]  # test people that leak.pth was trained on
 
 
 def variant(model, seed):
     """A copy of a network with another embedding layer."""
     other = net.build_model("ir_tiny").eval()
     other.load_state_dict(model.state_dict())
-    other.output_layer[3].weight.data += 0.02 * torch.randn(512, 32 * 49, generator=torch.manual_seed(seed))
+    noise = torch.randn(512, 32 * 49, generator=torch.manual_seed(seed))
+    other.output_layer[3].weight.data += 0.02 * noise
     return other
 
 
-def tuned(**config):
-    """What training writes beside the weights, as far as evaluation reads it."""
-    ids = {"train_ids": ["x"], "val_ids": ["y", "z"], "pretrained": "elsewhere/start.ckpt", "seed": 1}
-    return {**ids, "train_percentage": 10, "freeze_backbone": True, "margin": 0.3, "n_touched_images": 90, **config}
-
-
-EVALUATED = ("start.ckpt", "models/a.pth", "models/b.pth", "models/leak.pth", "other/a.pth")
-
-
-THRESHOLDS = {"val_eer_threshold": 0.93, "val_general_threshold_0.001": 0.97}  # that training found with b.pth
-START_THRESHOLDS = {"val_eer_threshold": 0.9, "val_general_threshold_0.001": 0.98}  # and in its epoch 0
-SEEN = ["test0a", "test1c"]  # test people that leak.pth was trained on
+def tuned(seed=1, train_ids=("x",), **recipe):
+    """The config that training writes beside the weights, as far as evaluation reads it."""
+    return {
+        "train_ids": list(train_ids),
+        "val_ids": ["y", "z"],
+        "seed": seed,
+        "n_touched_images": 90,
+        "recipe": {
+            "freeze_backbone": True,
+            "train_percentage": 10,
+            "margin": 0.3,
+            "weights_sha256": "elsewhere",
+            **recipe,
+        },
+    }
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """One evaluation of upstream's start and four tuned networks: b.pth and other/a.pth differ in the seed alone, two
-    share a stem, one has seen test people."""
-    import evaluate_twins
+    """One evaluation of upstream's start and four tuned networks.
 
+    models/b.pth and other/a.pth differ in the seed alone, two files share a stem, and
+    models/leak.pth has seen test people.
+    """
     folder = tmp_path_factory.mktemp("evaluation")
-    aligned, _ = crop_writer(folder)([[4, 4], [3, 3, 2], [4, 3], [4, 4], [4, 3], [3, 4], [5, 4], [3, 0]], "test")
-    images, again = json.loads(aligned.read_text()), "test_aligned/again.png"
-    (folder / again).write_bytes((folder / images["test0a"][0]).read_bytes())
-    aligned.write_text(json.dumps(images | {"test0a": [*images["test0a"], again]}))
+    aligned = write_test_people(folder)
+    start = write_tuned_networks(folder)
+    out = folder / "out"
+    flags = (
+        f"--test_pairs {folder}/test_pairs.json --skip_alignment --aligned_json {aligned} "
+        f"--output_dir {out} --device cpu --allow_overlap --baseline {folder}/start.ckpt "
+        f"--checkpoints {folder}/models {folder}/other/a.pth"
+    )
+    figures = {}
+    plot_figure = evaluate_twins.plot_figure
+
+    @contextlib.contextmanager
+    def keep_figure(path, *arguments, **options):
+        with plot_figure(path, *arguments, **options) as grid:
+            yield grid
+        figures[path.parent.name, path.name] = np.atleast_1d(grid).flat[0].figure
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(evaluate_twins, "plot_figure", keep_figure)
+        assert evaluate_twins.main(flags.split()) == 0
+
+    content = json.loads((out / "comparison.json").read_text())
+    checkpoints = content.pop("checkpoints")
+    metrics = {}
+    for entry in checkpoints:
+        metrics[entry["name"]] = json.loads((out / entry["name"] / "metrics.json").read_text())
+    return SimpleNamespace(
+        folder=folder,
+        aligned=aligned,
+        start=start,
+        out=out,
+        flags=flags,
+        figures=figures,
+        said=said,
+        settings=content.pop("settings"),
+        content=content,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        pairs=read_csv(out / "b" / "pair_scores.csv"),
+        table=read_csv(out / "comparison.csv"),
+    )
+
+
+def write_test_people(folder):
+    """Crops of eight families, one of them listed twice; returns the path of their list."""
+    families = [[4, 4], [3, 3, 2], [4, 3], [4, 4], [4, 3], [3, 4], [5, 4], [3, 0]]
+    aligned, _ = crop_writer(folder)(families, "test")
+    images = json.loads(aligned.read_text())
+    copy = "test_aligned/again.png"
+    (folder / copy).write_bytes((folder / images["test0a"][0]).read_bytes())
+    images["test0a"].append(copy)
+    aligned.write_text(json.dumps(images))
+    return aligned
+
+
+def write_tuned_networks(folder):
+    """Write the files of EVALUATED; returns the network that the others started from."""
     torch.manual_seed(0)
     start = net.build_model("ir_tiny").eval()
-    torch.save({"state_dict": {f"model.{key}": x for key, x in start.state_dict().items()}}, folder / "start.ckpt")
+    state = {f"model.{key}": value for key, value in start.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "start.ckpt")
+    percentages = (10, 20, 30, 20)
+    validation_aucs = (0.7, 0.9, 0.8, 0.85)
     for number, name in enumerate(EVALUATED[1:]):
-        config = tuned(train_percentage=(10, 20, 30, 20)[number], train_ids=SEEN if "leak" in name else ["x"])
-        config["pretrained"] = str(folder / "start.ckpt")
-        facts = {"config": {**config, "seed": number}, "metrics": {"val_auc": (0.7, 0.9, 0.8, 0.85)[number]}}
-        facts["metrics"] |= THRESHOLDS if name == "models/b.pth" else {}
-        net.save_checkpoint(folder / name, variant(start, number), **facts, start_metrics=START_THRESHOLDS)
+        config = tuned(
+            seed=number,
+            train_ids=SEEN if "leak" in name else ["x"],
+            train_percentage=percentages[number],
+            weights_sha256=net.weights_sha256(start),
+        )
+        metrics = {"val_auc": validation_aucs[number]}
+        if name == "models/b.pth":
+            metrics |= THRESHOLDS
+        net.save_checkpoint(
+            folder / name,
+            variant(start, number),
+            config=config,
+            metrics=metrics,
+            start_metrics=START_THRESHOLDS,
+        )
     (folder / "models" / "notes.txt").write_text("no checkpoint")
-    figures, savefig = {}, Figure.savefig
-
-    def keep(figure, path, **options):
-        figures[path.parent.name, path.name.split(".", 2)[2]] = figure  # the temporary name is .<process>.<name>
-        savefig(figure, path, **options)
-
-    flags = f"--test_pairs {folder}/test_pairs.json --skip_alignment --aligned_json {aligned} --output_dir {folder}/out"
-    flags += f" --device cpu --allow_overlap --baseline {folder}/start.ckpt --checkpoints {folder}/models"
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setattr(Figure, "savefig", keep)
-        assert evaluate_twins.main([*flags.split(), f"{folder}/other/a.pth"]) == 0
-    out, content = folder / "out", json.loads((folder / "out" / "comparison.json").read_text())
-    checkpoints, settings = content.pop("checkpoints"), content.pop("settings")
-    metrics = {entry["name"]: json.loads((out / entry["name"] / "metrics.json").read_text()) for entry in checkpoints}
-    files = (out / "b" / "pair_scores.csv", out / "comparison.csv")
-    pairs, table = ([*csv.DictReader(file.read_text().splitlines())] for file in files)
-    return SimpleNamespace(**locals())
+    return start
 
 
+def read_csv(path):
+    """The rows of a table, as dicts."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+# ---- the detector --------------------------------------------------------------------------------
 @pytest.fixture
 def stand_in(monkeypatch):
-    """align.FaceDetector without a network: a face in the middle, none in dark photographs, several in odd heights."""
+    """align.FaceDetector without a network; the list of its calls.
+
+    It finds a face in the middle, none in dark photographs, several in photographs of odd height.
+    """
     calls = []
 
     class StandIn:
-        def __init__(self, device):
+        def __init__(self, device="cpu"):
             calls.append(str(device))
 
         def __call__(self, image):
             calls.append(image.shape)
-            face = align.TEMPLATE + np.array(image.shape[1::-1]) / 2 - 56
-            return (None, False) if image.mean() < 20 else (face, image.shape[0] % 2 == 1)
+            if image.mean() < 20:
+                return None, False
+            height, width, _ = image.shape
+            middle = np.array([width, height]) / 2
+            face = align.TEMPLATE - 56 + middle
+            return face, height % 2 == 1
 
     monkeypatch.setattr(align, "FaceDetector", StandIn)
     return calls

@@ -1,4 +1,4 @@
-"""References that tests compare with: brute force, supersampling, dlib."""
+"""References that tests compare with: brute force, supersampling, the landmarks of dlib."""
 
 import importlib.util
 from fractions import Fraction
@@ -12,76 +12,146 @@ import align
 import evaluate_twins
 from triplet_dataset import TwinImages
 
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def share_accepted(scores, threshold):
+    """The share of scores that a threshold accepts, as an exact fraction."""
+    return Fraction(int((scores >= threshold).sum()), len(scores))
+
 
 def brute_force(genuine, twin, general, scores=(), applied=None):
-    """The metrics by the words of DESIGN.md: every threshold tried (also at `scores`), rates as fractions."""
-    genuine, twin, general = map(np.asarray, (genuine, twin, general))
-    found = dict.fromkeys(evaluate_twins.METRICS, np.nan)
+    """{name: float} of all metrics, by the words of the design.
 
-    def accepted(values, t):
-        return Fraction(int((values >= t).sum()), len(values))
-
-    for name, impostor in (("auc", twin), ("general_auc", general)):
-        if len(genuine) and len(impostor):
-            found[name] = ((genuine[:, None] > impostor).mean() + (genuine[:, None] >= impostor).mean()) / 2
+    Every threshold is tried, also those at the further `scores`. Rates are fractions, so ties are
+    exact. applied: {name: threshold that other people gave}.
+    """
+    genuine = np.asarray(genuine)
+    twin = np.asarray(twin)
+    general = np.asarray(general)
+    figures = dict.fromkeys(evaluate_twins.METRICS, np.nan)
     if len(genuine) and len(twin):
-        rows = []
-        for t in [*sorted({*genuine, *twin, *scores}), np.inf]:
-            fmr, tar = accepted(twin, t), accepted(genuine, t)
-            right = (tar * len(genuine) + (1 - fmr) * len(twin)) / (len(genuine) + len(twin))
-            rows.append((abs(fmr - (1 - tar)), t, fmr, tar, right))
-        _, t, fmr, tar, right = min(rows)
-        found |= {"eer": (fmr + 1 - tar) / 2, "eer_threshold": t, "accuracy_at_eer": right}
-        found["best_accuracy"] = max(right for *_, right in rows)
-        for far in ("0.01", "0.001", "0.0001"):
-            found[f"tar_at_far_{far}"] = max(tar for _, _, fmr, tar, _ in rows if fmr <= Fraction(far))
+        figures["auc"] = brute_force_auc(genuine, twin)
+        figures |= brute_force_against_twins(genuine, twin, scores)
+    if len(genuine) and len(general):
+        figures["general_auc"] = brute_force_auc(genuine, general)
     if len(genuine) and len(twin) and len(general):
-        points = dict(applied or {})
-        for far in ("0.001", "0.0001"):
-            above = np.nextafter(np.unique(general), np.inf)  # the general FMR falls there and nowhere else
-            points[far] = next(t for t in above if accepted(general, t) <= Fraction(far))
-            found[f"general_threshold_{far}"] = points[far]
-        for name, t in points.items():
-            found |= {f"twin_fmr_{name}": accepted(twin, t), f"general_fmr_{name}": accepted(general, t)}
-            found[f"fnmr_{name}"] = 1 - accepted(genuine, t)
-    return {name: float(value) for name, value in found.items()}
+        figures |= brute_force_operating_points(genuine, twin, general, applied or {})
+    return {name: float(value) for name, value in figures.items()}
+
+
+def brute_force_auc(genuine, impostor):
+    """The probability that a genuine score exceeds an impostor score; a tie counts one half."""
+    above = (genuine[:, None] > impostor).mean()
+    above_or_tied = (genuine[:, None] >= impostor).mean()
+    return (above + above_or_tied) / 2
+
+
+def brute_force_against_twins(genuine, twin, scores):
+    """The figures of twin verification, from all thresholds one after another."""
+    n = len(genuine) + len(twin)
+    rows = []
+    for threshold in [*sorted({*genuine, *twin, *scores}), np.inf]:
+        fmr = share_accepted(twin, threshold)
+        tar = share_accepted(genuine, threshold)
+        accuracy = (tar * len(genuine) + (1 - fmr) * len(twin)) / n
+        difference = abs(fmr - (1 - tar))
+        rows.append((difference, threshold, fmr, tar, accuracy))
+
+    _, threshold, fmr, tar, accuracy = min(rows)  # of equal differences, the lowest threshold
+    figures = {
+        "eer": (fmr + 1 - tar) / 2,
+        "eer_threshold": threshold,
+        "accuracy_at_eer": accuracy,
+        "best_accuracy": max(accuracy for *_, accuracy in rows),
+    }
+    for far in ("0.01", "0.001", "0.0001"):
+        allowed = [tar for _, _, fmr, tar, _ in rows if fmr <= Fraction(far)]
+        figures[f"tar_at_far_{far}"] = max(allowed)
+    return figures
+
+
+def brute_force_operating_points(genuine, twin, general, applied):
+    """The rates at thresholds from the general FMR, and at the applied ones."""
+    figures = {}
+    points = dict(applied)
+    for far in ("0.001", "0.0001"):
+        # The general FMR falls just above each general score and nowhere else.
+        candidates = np.nextafter(np.unique(general), np.inf)
+        allowed = [t for t in candidates if share_accepted(general, t) <= Fraction(far)]
+        points[far] = allowed[0]
+        figures[f"general_threshold_{far}"] = points[far]
+    for name, threshold in points.items():
+        figures[f"twin_fmr_{name}"] = share_accepted(twin, threshold)
+        figures[f"general_fmr_{name}"] = share_accepted(general, threshold)
+        figures[f"fnmr_{name}"] = 1 - share_accepted(genuine, threshold)
+    return figures
+
+
+# ---- image pairs ---------------------------------------------------------------------------------
 
 
 def people(*families):
     """TwinImages of families given as images per person: people((3, 2), (2, 2, 2))."""
-    named = [{f"{f}{'abc'[i]}": n for i, n in enumerate(sizes)} for f, sizes in enumerate(families)]
-    images = {name: [f"/{name}/{i}" for i in range(n)] for family in named for name, n in family.items()}
-    return TwinImages(images, [pair for family in named for pair in combinations(family, 2)])
+    images = {}
+    pairs = []
+    for number, sizes in enumerate(families):
+        names = [f"{number}{letter}" for letter in "abc"[: len(sizes)]]
+        for name, size in zip(names, sizes, strict=True):
+            images[name] = [f"/{name}/{i}" for i in range(size)]
+        pairs += combinations(names, 2)
+    return TwinImages(images, pairs)
 
 
 def kind_of(images, i, j):
-    """What the pair of images i and j is, by the people's names; None for siblings that are no pair."""
-    a, b = (images.ids[images.person[k]] for k in (i, j))
-    twins = [{images.ids[x], images.ids[y]} for x, y in images.pairs]
-    apart = images.family[i] != images.family[j]
-    return "genuine" if a == b else "twin" if {a, b} in twins else "general" if apart else None
+    """What the pair of images i and j is, by the people's names; None for siblings in no pair."""
+    first = images.ids[images.person[i]]
+    second = images.ids[images.person[j]]
+    twins = [{images.ids[a], images.ids[b]} for a, b in images.pairs]
+    if first == second:
+        return "genuine"
+    if {first, second} in twins:
+        return "twin"
+    if images.family[i] != images.family[j]:
+        return "general"
+    return None
+
+
+# ---- alignment -----------------------------------------------------------------------------------
 
 
 def crop_of_pattern(size, pattern):
-    """(align_face's crop, plain bilinear warp, supersampled reference) of pattern(x, y) at `size` times the crop."""
+    """(crop of align_face, plain bilinear warp, supersampled reference) of a pattern, (112, 112).
+
+    The photograph shows `pattern(x, y)`, a function of crop coordinates, at `size` times the crop.
+    """
     side = int(112 * size)
     y, x = (np.mgrid[:side, :side] + 0.5) / size - 0.5
-    image = np.repeat(pattern(x, y)[:, :, None], 3, 2).round().astype(np.uint8)
-    points = (align.TEMPLATE + 0.5) * size - 0.5
-    crop = align.align_face(image, points)
-    naive = cv2.warpAffine(image, align.similarity_transform(points, align.TEMPLATE), (112, 112))
-    grid = (np.arange(112 * 16) + 0.5) / 16 - 0.5
-    reference = pattern(*np.meshgrid(grid, grid)).reshape(112, 16, 112, 16).mean((1, 3))
-    return crop[:, :, 0].astype(float), naive[:, :, 0].astype(float), reference
+    grey = pattern(x, y).round().astype(np.uint8)
+    photo = np.repeat(grey[:, :, None], 3, 2)
+    points = (align.TEMPLATE + 0.5) * size - 0.5  # (0, 0) is the centre of a pixel
+    crop = align.align_face(photo, points)
+
+    matrix = align.similarity_transform(points, align.TEMPLATE)
+    plain = cv2.warpAffine(photo, matrix, (112, 112))
+
+    samples = 16  # per crop pixel, in each direction
+    grid = (np.arange(112 * samples) + 0.5) / samples - 0.5
+    fine = pattern(*np.meshgrid(grid, grid))
+    reference = fine.reshape(112, samples, 112, samples).mean((1, 3))
+    return crop[:, :, 0].astype(float), plain[:, :, 0].astype(float), reference
 
 
 def dlib_landmarks(image):
-    """68 landmarks of the uppermost face of an RGB image, by dlib's networks (a test-only oracle)."""
+    """68 landmarks of the uppermost face of an RGB image, by dlib's networks."""
     import dlib
 
-    # face_recognition_models cannot be imported without pkg_resources; only its data files are needed.
-    folder = Path(importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]) / "models"
+    # face_recognition_models cannot be imported without pkg_resources. Only its data are needed.
+    package = importlib.util.find_spec("face_recognition_models")
+    models = Path(package.submodule_search_locations[0]) / "models"
+    predict_shape = dlib.shape_predictor(str(models / "shape_predictor_68_face_landmarks.dat"))
     faces = dlib.get_frontal_face_detector()(image, 1)
-    face = min(faces, key=lambda face: face.top())  # lower down, dlib takes a badge on her suit for a face
-    shape = dlib.shape_predictor(str(folder / "shape_predictor_68_face_landmarks.dat"))(image, face)
-    return np.array([[p.x, p.y] for p in shape.parts()], float)
+    # Lower down, dlib takes a badge on her suit for a face.
+    uppermost = min(faces, key=lambda face: face.top())
+    shape = predict_shape(image, uppermost)
+    return np.array([[point.x, point.y] for point in shape.parts()], float)

@@ -1,5 +1,6 @@
+"""Stage 1: geometry, photographs, names, the whole stage, landmark files, messages, detection."""
+
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -7,7 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import Mock
 from urllib.error import URLError
 
@@ -22,127 +27,185 @@ from skimage import data
 from skimage.transform import SimilarityTransform
 
 import align
+import net
 from net import InputError
 from tests.files import write_detector_weights
 from tests.reference import crop_of_pattern, dlib_landmarks
 
 ROOT = Path(align.__file__).parent
+FACE = (align.TEMPLATE * 2 + [40, 60]).round(1)  # landmarks of a face in a photograph
 
 
-def arguments(photos, out, *more):
+def detection_flags(inputs, out, *more):
+    """The flags that align the data set in the folder `inputs` and write everything to `out`."""
     return [
-        *("--id_to_images", f"{photos}/id_to_images.json", "--landmarks", f"{photos}/landmarks.json"),
-        *("--aligned_folder", f"{out}/crops", "--aligned_json", f"{out}/aligned.json", *map(str, more)),
+        f"--id_to_images={inputs}/id_to_images.json",
+        f"--aligned_folder={out}/crops",
+        f"--aligned_json={out}/aligned.json",
+        *more,
     ]
 
 
-def write_input(folder, images, landmarks):
-    """images: {ID: [file name]}; landmarks: {file name: points}."""
+def landmark_flags(inputs, out, *more):
+    """The flags of `detection_flags`, and --landmarks, so that no detector is loaded."""
+    return detection_flags(inputs, out, f"--landmarks={inputs}/landmarks.json", *more)
+
+
+def write_data_set(folder, images, landmarks):
+    """Write the two JSON files. images: {ID: [file name]}; landmarks: {file name: points}."""
     (folder / "id_to_images.json").write_text(json.dumps(images))
     (folder / "landmarks.json").write_text(json.dumps(landmarks))
 
 
-def run(photos, out, *more):
-    """Aligns with success; returns (totals, entries) of the report."""
-    assert align.main(arguments(photos, out, *more)) == 0
-    report = json.loads((out / "crops" / "alignment_report.json").read_text())
+def run_stage(inputs, out, *more):
+    """Align with the landmarks in `inputs`; returns (totals, entries) of the report."""
+    assert align.main(landmark_flags(inputs, out, *more)) == 0
+    report = read_report(out)
     return report["totals"], report["photographs"]
+
+
+def read_report(out):
+    return json.loads((out / "crops" / "alignment_report.json").read_text())
+
+
+def read_mapping(out):
+    return json.loads((out / "aligned.json").read_text())
 
 
 def one_photo(photos):
     """(content, landmarks) of one of the photographs."""
-    points = json.loads((photos / "landmarks.json").read_text())["photos/family00A_0.jpg"]
-    return (photos / "photos" / "family00A_0.jpg").read_bytes(), points
+    landmarks = json.loads((photos / "landmarks.json").read_text())
+    content = (photos / "photos" / "family00A_0.jpg").read_bytes()
+    return content, landmarks["photos/family00A_0.jpg"]
 
 
 def error_of(capsys):
-    """The one line that a script said on stderr."""
+    """The one line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
-# ---- geometry
+# ---- geometry ------------------------------------------------------------------------------------
+FIVE_OF_68 = [[77, 78], [89, 90], [60, 61], [96, 97], [108, 109]]  # if point i is [2 i, 2 i + 1]
 
 
-def test_five_points_of_68():
+def test_68_points_give_the_centres_of_the_eyes_the_nose_and_the_corners_of_the_mouth():
     points = np.arange(136, dtype=float).reshape(68, 2)
-    five = [[77, 78], [89, 90], [60, 61], [96, 97], [108, 109]]
-    assert align.five_points(points).tolist() == align.five_points(five).tolist() == five
+    assert align.five_points(points).tolist() == FIVE_OF_68
 
 
-@pytest.mark.parametrize("points", [[[1, 2]] * 4, [[1, 2, 3]] * 5, [[1, math.nan]] * 5, "abc", [["1", "2"]] * 5])
+def test_five_points_stay_as_they_are():
+    assert align.five_points(FIVE_OF_68).tolist() == FIVE_OF_68
+
+
+@pytest.mark.parametrize(
+    "points", [[[1, 2]] * 4, [[1, 2, 3]] * 5, [[1, math.nan]] * 5, "abc", [["1", "2"]] * 5]
+)
 def test_wrong_landmarks_are_refused(points):
-    with pytest.raises(ValueError, match=r"points|range"):
+    with pytest.raises(ValueError, match="not 5 or 68 points"):
         align.five_points(points)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_similarity_equals_scikit_images(seed):
-    rng = np.random.default_rng(seed)
-    source = rng.normal(0, 100, (5, 2))
-    if seed % 2:  # a mirrored face: a reflection would fit, but must not be used
-        source = align.TEMPLATE * [-3, 3] + rng.normal(0, 5, (5, 2))
+def assert_similarity_equals_scikit_images(source):
     reference = SimilarityTransform.from_estimate(source, align.TEMPLATE).params[:2]
     matrix = align.similarity_transform(source, align.TEMPLATE)
     np.testing.assert_allclose(matrix, reference, atol=1e-6)
     assert np.linalg.det(matrix[:, :2]) > 0
 
 
-def test_a_face_in_template_position_is_copied_exactly():
+@pytest.mark.parametrize("seed", range(5))
+def test_similarity_of_any_points_equals_scikit_images(seed):
+    source = np.random.default_rng(seed).normal(0, 100, (5, 2))
+    assert_similarity_equals_scikit_images(source)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mirrored_face_is_not_reflected_though_that_would_fit(seed):
+    noise = np.random.default_rng(seed).normal(0, 5, (5, 2))
+    assert_similarity_equals_scikit_images(align.TEMPLATE * [-3, 3] + noise)
+
+
+@pytest.mark.parametrize(("left", "top"), [(0, 0), (10, 20)])
+def test_a_face_of_the_templates_size_is_copied_exactly(left, top):
     image = np.random.default_rng(0).integers(0, 256, (150, 140, 3), np.uint8)
-    np.testing.assert_array_equal(align.align_face(image, align.TEMPLATE), image[:112, :112])
-    shifted = align.align_face(image, align.TEMPLATE + np.array([10, 20]))
-    np.testing.assert_array_equal(shifted, image[20:132, 10:122])
+    crop = align.align_face(image, align.TEMPLATE + np.array([left, top]))
+    np.testing.assert_array_equal(crop, image[top : top + 112, left : left + 112])
 
 
 @pytest.mark.parametrize("size", [3.3, 6.5, 10.7])
 def test_error_against_a_supersampled_reference_falls_threefold(size):
-    """Rings whose frequency rises to 0.9 of what the photograph can hold, far beyond the crop's resolution."""
-    highest = 0.9 * np.pi * size / 160  # radians per crop pixel, per pixel of distance from the middle
-    crop, naive, reference = crop_of_pattern(
-        size, lambda x, y: 128 + 100 * np.cos(highest * ((x - 55.5) ** 2 + (y - 55.5) ** 2))
-    )
-    assert np.sqrt(((naive - reference) ** 2).mean()) > 3 * np.sqrt(((crop - reference) ** 2).mean())
+    """On rings whose frequency rises far beyond the crop's resolution.
+
+    It reaches 0.9 of what the photograph can hold.
+    """
+    # Radians per crop pixel, for each pixel of distance from the middle.
+    highest = 0.9 * np.pi * size / 160
+
+    def rings(x, y):
+        squared_distance = (x - 55.5) ** 2 + (y - 55.5) ** 2
+        return 128 + 100 * np.cos(highest * squared_distance)
+
+    crop, naive, reference = crop_of_pattern(size, rings)
+    error = np.sqrt(((crop - reference) ** 2).mean())
+    naive_error = np.sqrt(((naive - reference) ** 2).mean())
+    assert naive_error > 3 * error
 
 
 @pytest.mark.parametrize("size", [0.4, 0.8, 1.0, 1.3])
 def test_small_faces_are_sampled_once_and_not_blurred(size):
-    crop, naive, _ = crop_of_pattern(size, lambda x, y: 128 + 100 * np.cos(x * size) * np.cos(y * size))
+    def waves(x, y):
+        return 128 + 100 * np.cos(x * size) * np.cos(y * size)
+
+    crop, naive, _ = crop_of_pattern(size, waves)
     np.testing.assert_array_equal(crop, naive)
 
 
-# ---- photographs
+# ---- photographs ---------------------------------------------------------------------------------
+def with_white(grey, white, dtype):
+    """A grey image (H, W) uint8 in a file's wider range of values, where `white` stands for 255."""
+    return Image.fromarray((grey * (white / 255)).astype(dtype))
 
 
-KINDS = {  # how a grey photograph may be stored, from values 0..255
-    "grey.png": lambda g: g,
-    "cmyk.jpg": lambda g: g,
-    "rgb.jpg": lambda g: np.stack([g] * 3, -1),
-    "alpha.png": lambda g: np.stack([g] * 3 + [np.full_like(g, 255)], -1),
-    "palette.gif": lambda g: g,
-    "10 bits in 16.png": lambda g: (g * (1023 / 255)).astype(np.uint16),
-    "14 bits in 16.tif": lambda g: (g * (16383 / 255)).astype(np.uint16),
-    "16 bits.png": lambda g: g.astype(np.uint16) * 257,
-    "16 bits in 32.tif": lambda g: g.astype(np.int32) * 257,
-    "8 bits in 32.tif": lambda g: g.astype(np.int32),
-    "Ü 0 to 1.tif": lambda g: (g / 255).astype(np.float32),
-    "0 to 255.tif": lambda g: g.astype(np.float32),
+def with_channels(grey, *more):
+    """A grey image as an RGB one, with `more` channels behind."""
+    return Image.fromarray(np.stack([grey, grey, grey, *more], axis=-1))
+
+
+# How a grey photograph (H, W) uint8 may be stored.
+KINDS = {
+    "grey.png": lambda grey: Image.fromarray(grey),
+    "cmyk.jpg": lambda grey: Image.fromarray(grey).convert("CMYK"),
+    "rgb.jpg": lambda grey: with_channels(grey),
+    "alpha.png": lambda grey: with_channels(grey, np.full_like(grey, 255)),
+    "palette.gif": lambda grey: Image.fromarray(grey),
+    "10 bits in 16.png": lambda grey: with_white(grey, 1023, np.uint16),
+    "14 bits in 16.tif": lambda grey: with_white(grey, 16383, np.uint16),
+    "16 bits.png": lambda grey: with_white(grey, 65535, np.uint16),
+    "16 bits in 32.tif": lambda grey: with_white(grey, 65535, np.int32),
+    "8 bits in 32.tif": lambda grey: with_white(grey, 255, np.int32),
+    "Ü 0 to 1.tif": lambda grey: with_white(grey, 1, np.float32),
+    "0 to 255.tif": lambda grey: with_white(grey, 255, np.float32),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_all_kinds_of_images_become_8_bit_rgb(tmp_path, name):
     grey = np.linspace(0, 254, 64 * 48).reshape(64, 48).astype(np.uint8)
-    mode = "CMYK" if "cmyk" in name else None
-    picture = Image.fromarray(KINDS[name](grey)) if mode is None else Image.fromarray(grey).convert(mode)
-    picture.save(tmp_path / name, **({"quality": 98} if "jpg" in name else {}))
+    picture = KINDS[name](grey)
+    if name.endswith("jpg"):
+        tolerance = 12
+        picture.save(tmp_path / name, quality=98)
+    else:
+        tolerance = 1
+        picture.save(tmp_path / name)
     image = align.read_photo(tmp_path / name)
-    assert (image.shape, image.dtype) == ((64, 48, 3), np.uint8)
-    assert np.abs(image.astype(int) - grey[:, :, None]).max() <= (12 if "jpg" in name else 1)
+    assert image.shape == (64, 48, 3)
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - grey[:, :, None]).max() <= tolerance
 
 
 @pytest.mark.parametrize("odd", [-1.0, 1e6, math.nan, math.inf])
-def test_values_without_a_known_white_are_refused_by_name(tmp_path, odd):
+def test_values_without_a_known_white_are_refused(tmp_path, odd):
     values = np.linspace(0, 1, 64 * 48, dtype=np.float32).reshape(64, 48)
     values[5, 5] = odd
     Image.fromarray(values).save(tmp_path / "x.tif")
@@ -152,87 +215,182 @@ def test_values_without_a_known_white_are_refused_by_name(tmp_path, odd):
 
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"hevc"])
 def test_heic_under_any_name_is_named_with_both_ways_out(tmp_path, photos, brand):
-    for name in ("IMG_1.HEIC", "IMG_2.jpg"):
+    names = ["IMG_1.HEIC", "IMG_2.jpg", "good.jpg"]
+    for name in names[:2]:
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(3000))
     content, points = one_photo(photos)
     (tmp_path / "good.jpg").write_bytes(content)
-    names = ["IMG_1.HEIC", "IMG_2.jpg", "good.jpg"]
-    write_input(tmp_path, {"a": names}, dict.fromkeys(names, points))
-    _, entries = run(tmp_path, tmp_path)
+    write_data_set(tmp_path, {"a": names}, dict.fromkeys(names, points))
+    _, entries = run_stage(tmp_path, tmp_path)
     assert [entry["status"] for entry in entries] == ["unreadable", "unreadable", "aligned"]
     for entry in entries[:2]:
-        assert all(word in entry["reason"] for word in ("HEIC", "pip install pillow-heif", "JPEG"))
+        for words in ("HEIC", "pip install pillow-heif", "JPEG"):
+            assert words in entry["reason"]
 
 
 @pytest.fixture(scope="module")
-def eileen():
+def astronaut():
     """(image, 68 landmarks) of a real face."""
-    return data.astronaut(), dlib_landmarks(data.astronaut())
+    image = data.astronaut()
+    return image, dlib_landmarks(image)
 
 
-def test_a_real_face_lands_on_the_template(tmp_path, eileen):
-    image, landmarks = eileen
+def test_a_real_face_lands_on_the_template(tmp_path, astronaut):
+    image, landmarks = astronaut
     Image.fromarray(image).save(tmp_path / "astronaut.png")
-    write_input(tmp_path, {"eileen": ["astronaut.png"]}, {"astronaut.png": landmarks.tolist()})
-    run(tmp_path, tmp_path)
+    write_data_set(tmp_path, {"eileen": ["astronaut.png"]}, {"astronaut.png": landmarks.tolist()})
+    run_stage(tmp_path, tmp_path)
     crop = np.array(Image.open(tmp_path / "crops" / "eileen" / "astronaut.png"))
-    # Her eyes are found again in the crop, by dlib, where the template has them.
-    again = align.five_points(dlib_landmarks(cv2.resize(crop, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)) / 4)
-    assert np.linalg.norm(again - align.TEMPLATE, axis=1).mean() < 6
+    # dlib finds her landmarks again in the crop, where the template has them.
+    enlarged = cv2.resize(crop, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+    found = align.five_points(dlib_landmarks(enlarged) / 4)
+    assert np.linalg.norm(found - align.TEMPLATE, axis=1).mean() < 6
 
 
-def test_one_face_gives_one_crop_in_every_orientation_size_and_format(tmp_path, eileen):
-    image, points = eileen[0], align.five_points(eileen[1])
-    reference = align.align_face(image, points).astype(int)
-    photo, sources = Image.fromarray(image), {}
+# EXIF orientation: how the camera has turned the upright picture before storing it.
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
-    def add(name, picture, factor=1, **options):
-        picture.save(tmp_path / name, **options)
-        sources[name] = ((points + 0.5) * factor - 0.5).tolist()
 
+def save_turned(picture, orientation, path, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = TURNS[orientation]
+    stored = picture.transpose(turn) if turn is not None else picture
+    stored.save(path, exif=exif, **options)
+
+
+def enlarge(picture, points, factor):
+    """(picture, points) of the same photograph, `factor` times as large."""
+    size = (picture.width * factor, picture.height * factor)
+    larger = picture.resize(size, Image.Resampling.BICUBIC)
+    return larger, (points + 0.5) * factor - 0.5
+
+
+def assert_all_give_one_crop(folder, landmarks, reference, tolerance):
+    """Align {file name: points}; each crop is `reference`, with a mean error below `tolerance`."""
+    as_lists = {name: points.tolist() for name, points in landmarks.items()}
+    write_data_set(folder, {"a": list(landmarks)}, as_lists)
+    assert align.main(landmark_flags(folder, folder)) == 0
+    for name in landmarks:
+        crop = np.array(Image.open(folder / "crops" / "a" / f"{Path(name).stem}.png"))
+        assert np.abs(crop.astype(int) - reference).mean() < tolerance, name
+
+
+@pytest.fixture(scope="module")
+def upright(astronaut):
+    """(picture, five points, crop as int) of the real face."""
+    image, landmarks = astronaut
+    points = align.five_points(landmarks)
+    crop = align.align_face(image, points).astype(int)
+    return Image.fromarray(image), points, crop
+
+
+def test_one_face_gives_one_crop_in_every_size_and_format(tmp_path, upright):
+    picture, points, reference = upright
+    landmarks = {}
     for factor in (1, 2, 4):
-        sized = photo.resize((512 * factor, 512 * factor), Image.Resampling.BICUBIC)
-        add(f"{factor}.webp", sized, factor, quality=98)
-        add(f"Ü{factor}.JPG", sized, factor, quality=98, subsampling=0)
-    large = photo.resize((512 * 8, 512 * 8), Image.Resampling.BICUBIC)  # as JPEGs they are decoded at half their size
-    for orientation, turn in enumerate((None, *(Image.Transpose(i) for i in (0, 3, 1, 5, 2, 6, 4))), 1):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        add(f"turned{orientation}.tif", photo if turn is None else photo.transpose(turn), exif=exif)
-        add(f"large{orientation}.jpg", large if turn is None else large.transpose(turn), 8, quality=95, exif=exif)
-    write_input(tmp_path, {"a": list(sources)}, sources)
-    assert align.main(arguments(tmp_path, tmp_path)) == 0
-    for name in sources:
-        crop = np.array(Image.open(tmp_path / "crops" / "a" / f"{Path(name).stem}.png")).astype(int)
-        assert np.abs(crop - reference).mean() < (0.01 if "turned" in name else 3), name
+        larger, larger_points = enlarge(picture, points, factor)
+        larger.save(tmp_path / f"{factor}.webp", quality=98)
+        larger.save(tmp_path / f"Ü{factor}.JPG", quality=98, subsampling=0)
+        landmarks[f"{factor}.webp"] = larger_points
+        landmarks[f"Ü{factor}.JPG"] = larger_points
+    assert_all_give_one_crop(tmp_path, landmarks, reference, tolerance=3)
 
 
-# ---- names
+def test_one_face_gives_one_crop_in_every_orientation(tmp_path, upright):
+    picture, points, reference = upright
+    landmarks = {}
+    for orientation in TURNS:
+        name = f"turned{orientation}.tif"
+        save_turned(picture, orientation, tmp_path / name)
+        landmarks[name] = points
+    assert_all_give_one_crop(tmp_path, landmarks, reference, tolerance=0.01)
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=()), max_size=40), unique=True))
-def test_any_ids_get_distinct_names_that_are_no_paths(names):
-    found = [align.file_name(name) for name in [*names, "%", "%2F", "/", "\0", ".", "..", "", "\ud800", "C:\\x"]]
-    assert [align.file_name(name) for name in ("A b-1", "Müller", "日本")] == ["A b-1", "Müller", "日本"]
-    assert len(set(found[-9:])) == 9
-    assert len(set(found[: len(names)])) == len(names)
-    for name in found:
+def test_large_jpegs_give_the_same_crop_though_decoded_at_half_their_size(tmp_path, upright):
+    picture, points, reference = upright
+    large, large_points = enlarge(picture, points, 8)
+    landmarks = {}
+    for orientation in TURNS:
+        name = f"large{orientation}.jpg"
+        save_turned(large, orientation, tmp_path / name, quality=95)
+        landmarks[name] = large_points
+    assert_all_give_one_crop(tmp_path, landmarks, reference, tolerance=3)
+
+
+def test_the_report_has_the_distance_of_the_eyes_in_the_full_photograph(tmp_path, upright):
+    picture, points, _ = upright
+    large, large_points = enlarge(picture, points, 8)
+    large.save(tmp_path / "large.jpg")
+    write_data_set(tmp_path, {"a": ["large.jpg"]}, {"large.jpg": large_points.tolist()})
+    _, (entry,) = run_stage(tmp_path, tmp_path)
+    assert entry["eyes"] == pytest.approx(8 * math.dist(points[0], points[1]), abs=0.06)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+TRICKY = ["%", "%2F", "/", "\0", ".", "..", "", "\ud800", "C:\\x"]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=()), max_size=40)))
+def test_any_ids_get_distinct_names_that_are_no_paths(ids):
+    distinct_ids = {*ids, *TRICKY}
+    names = {net.file_name(identity) for identity in distinct_ids}
+    assert len(names) == len(distinct_ids)
+    for name in names:
         assert name not in ("", ".", "..")
         assert not set(name) & set('/\\\0:*?"<>|+')
         name.encode()
 
 
-def test_sources_with_one_stem_get_names_that_do_not_depend_on_order_or_place():
-    paths = ["x/1.jpg", "y/1.png", "y/2.png", "y/IMG.jpg", "y/img.jpg"]
-    names = align.file_names(paths)
+@pytest.mark.parametrize("identity", ["A b-1", "Müller", "日本"])
+def test_ordinary_ids_are_their_own_names(identity):
+    assert net.file_name(identity) == identity
+
+
+SAME_STEMS = ["x/1.jpg", "y/1.png", "y/2.png", "y/IMG.jpg", "y/img.jpg"]
+
+
+def test_sources_with_one_stem_get_distinct_names():
+    names = net.file_names(SAME_STEMS)
     assert len({name.casefold() for name in names.values()}) == 5
-    assert names["y/2.png"] == "2"
-    assert align.file_names(paths[::-1]) == names
-    moved = align.file_names([f"/other/place/{path}" for path in paths], home="/other/place")
-    assert list(moved.values()) == list(names.values())
 
 
-HOSTILE = ["../../x", "/etc/passwd", "..", ".", "", "a\0b", "-rf", "C:\\x", "\ud800", "日本", "alignment_report"]
+def test_a_stem_of_its_own_is_the_name():
+    assert net.file_names(SAME_STEMS)["y/2.png"] == "2"
+
+
+def test_names_do_not_depend_on_the_order():
+    assert net.file_names(SAME_STEMS[::-1]) == net.file_names(SAME_STEMS)
+
+
+def test_names_do_not_depend_on_where_the_data_set_lies():
+    moved = [f"/other/place/{path}" for path in SAME_STEMS]
+    names = net.file_names(moved, home="/other/place")
+    assert list(names.values()) == list(net.file_names(SAME_STEMS).values())
+
+
+HOSTILE = [
+    "../../x",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a\0b",
+    "-rf",
+    "C:\\x",
+    "\ud800",
+    "日本",
+    "alignment_report",
+]
 
 
 def test_nothing_is_written_outside_the_folder(tmp_path, photos):
@@ -240,218 +398,408 @@ def test_nothing_is_written_outside_the_folder(tmp_path, photos):
     out.mkdir(parents=True)
     content, points = one_photo(photos)
     (out / "...jpg").write_bytes(content)
-    write_input(out, {name: ["...jpg"] for name in HOSTILE}, {"...jpg": points})
-    run(out, out)
-    assert [p.name for p in tmp_path.glob("*")] + [p.name for p in tmp_path.glob("*/*")] == ["deep", "er"]
+    write_data_set(out, {identity: ["...jpg"] for identity in HOSTILE}, {"...jpg": points})
+    run_stage(out, out)
+    assert [path.name for path in tmp_path.glob("*")] == ["deep"]
+    assert [path.name for path in tmp_path.glob("*/*")] == ["er"]
     assert len(list((out / "crops").glob("*/*.png"))) == len(HOSTILE)
-    assert len(list((out / "crops").iterdir())) == len(HOSTILE) + 2  # and the report with its sheet
-    mapping = json.loads((out / "aligned.json").read_text())
+    assert len(list((out / "crops").iterdir())) == len(HOSTILE) + 2  # the report and its sheet
+    mapping = read_mapping(out)
     assert list(mapping) == HOSTILE
-    assert all((out / crop).is_file() for (crop,) in mapping.values())
+    for (crop,) in mapping.values():
+        assert (out / crop).is_file()
 
 
-# ---- the stage
+# ---- the stage -----------------------------------------------------------------------------------
+class FirstRun(NamedTuple):
+    """A run of the stage on a copy of `photos`, which wrote its crops beside the photographs."""
+
+    folder: Path
+    totals: dict
+    entries: list
+    printed: str
 
 
-def test_the_stage_writes_crops_mapping_and_report(tmp_path, photos, capsys):
-    totals, entries = run(photos, tmp_path, "--max_workers", 3)
-    mapping = json.loads((tmp_path / "aligned.json").read_text())
-    source = json.loads((photos / "id_to_images.json").read_text())
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory, photos):
+    folder = tmp_path_factory.mktemp("aligned") / "data"
+    shutil.copytree(photos, folder)
+    with redirect_stdout(StringIO()) as printed:
+        totals, entries = run_stage(folder, folder, "--max_workers=3")
+    return FirstRun(folder, totals, entries, printed.getvalue())
+
+
+@pytest.fixture
+def aligned(tmp_path, first_run):
+    """A copy of the folder that `first_run` left, with its 12 crops, for a test to change."""
+    folder = tmp_path / "data"
+    shutil.copytree(first_run.folder, folder)
+    return folder
+
+
+def test_every_photograph_gives_a_crop_under_its_person_and_stem(first_run):
+    images = json.loads((first_run.folder / "id_to_images.json").read_text())
+    mapping = read_mapping(first_run.folder)
+    assert list(mapping) == list(images)
     for identity, crops in mapping.items():
-        assert crops == [f"crops/{identity}/{Path(p).stem}.png" for p in source[identity]]
-        for crop in crops:
-            image = Image.open(tmp_path / crop)
-            assert (image.mode, image.size) == ("RGB", (112, 112))
-    assert list(mapping) == list(source)
-    assert totals == {"aligned": 12}
-    assert all(0 < entry["residual"] < 8 and entry["eyes"] > 35 for entry in entries)
-    assert Image.open(tmp_path / "crops" / "alignment_sheet.png").size[0] == 10 * 114 + 2
-    assert "12 photographs of 4 people: 12 aligned" in capsys.readouterr().out
+        assert crops == [f"crops/{identity}/{Path(path).stem}.png" for path in images[identity]]
+
+
+def test_crops_are_rgb_and_112_by_112(first_run):
+    crops = [crop for crops in read_mapping(first_run.folder).values() for crop in crops]
+    assert len(crops) == 12
+    for crop in crops:
+        image = Image.open(first_run.folder / crop)
+        assert (image.mode, image.size) == ("RGB", (112, 112))
+
+
+def test_the_report_has_totals_and_facts_of_each_photograph(first_run):
+    assert first_run.totals == {"aligned": 12}
+    assert len(first_run.entries) == 12
+    for entry in first_run.entries:
+        assert 0 < entry["residual"] < 8
+        assert entry["eyes"] > 35
+
+
+def test_the_sheet_has_ten_crops_in_a_row(first_run):
+    with Image.open(first_run.folder / "crops" / "alignment_sheet.png") as sheet:
+        assert sheet.width == 10 * 114 + 2
+
+
+def test_the_totals_are_printed(first_run):
+    assert "12 photographs of 4 people: 12 aligned" in first_run.printed
 
 
 def test_crops_that_show_nothing_are_flagged_and_counted(tmp_path, capsys):
-    noise = np.random.default_rng(0).integers(0, 16, (200, 200, 3), np.uint8)  # 12 bits in 16, as Pillow reads RGB
-    pictures = {"black": noise, "white": 255 - noise, "constant": np.full_like(noise, 120), "good": noise * 10}
+    # Black is that of a 12-bit picture stored in 16 bits, of which Pillow reads the upper 8.
+    noise = np.random.default_rng(0).integers(0, 16, (200, 200, 3), np.uint8)
+    pictures = {
+        "black": noise,
+        "white": 255 - noise,
+        "constant": np.full_like(noise, 120),
+        "good": noise * 10,
+    }
     for name, picture in pictures.items():
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     names = [f"{name}.png" for name in pictures]
-    write_input(tmp_path, {"a": names}, dict.fromkeys(names, (align.TEMPLATE + 20).tolist()))
-    for _ in range(2):
-        totals, entries = run(tmp_path, tmp_path)
+    landmarks = dict.fromkeys(names, (align.TEMPLATE + 20).tolist())
+    write_data_set(tmp_path, {"a": names}, landmarks)
+    for status in ("aligned", "already done"):
+        totals, entries = run_stage(tmp_path, tmp_path)
         flags = ["nearly black", "nearly white", "nearly constant", ""]
         assert [entry["flag"] for entry in entries] == flags
-        assert [totals[flag] for flag in flags[:3]] == [1, 1, 1]
+        assert totals == {status: 4, "nearly black": 1, "nearly white": 1, "nearly constant": 1}
         assert "1 nearly white" in capsys.readouterr().out
 
 
-def test_done_work_is_not_repeated_and_changes_are_noticed(tmp_path, photos):
-    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+def times_of_change(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "crops").glob("*/*.png")}
 
-    def totals(*more):
-        found, entries = run(tmp_path, tmp_path, *more)
-        facts.append([[entry[k] for k in ("residual", "eyes", "flag")] for entry in entries])
-        return found
 
-    facts = []
-    assert totals() == {"aligned": 12}
-    crops = {p: p.stat().st_mtime_ns for p in (tmp_path / "crops").glob("*/*.png")}
-    assert totals() == {"already done": 12}
-    assert facts[0] == facts[1]
-    assert crops == {p: p.stat().st_mtime_ns for p in crops}
-    os.utime(tmp_path / "photos" / "family00A_0.jpg")  # as after an edit
-    assert totals() == {"aligned": 1, "already done": 11}
-    landmarks = json.loads((tmp_path / "landmarks.json").read_text())
+def test_done_work_is_not_repeated(aligned):
+    before = times_of_change(aligned)
+    totals, _ = run_stage(aligned, aligned)
+    assert totals == {"already done": 12}
+    assert times_of_change(aligned) == before
+
+
+def test_a_repeated_run_reports_what_the_first_one_found(aligned, first_run):
+    _, entries = run_stage(aligned, aligned)
+    for fact in ("residual", "eyes", "flag"):
+        assert [entry[fact] for entry in entries] == [entry[fact] for entry in first_run.entries]
+
+
+def assert_one_crop_is_made_anew(folder):
+    """The next run makes one crop, and the run after that none."""
+    totals, _ = run_stage(folder, folder)
+    assert totals == {"aligned": 1, "already done": 11}
+    totals, _ = run_stage(folder, folder)
+    assert totals == {"already done": 12}
+
+
+def test_an_edited_photograph_is_aligned_again(aligned):
+    os.utime(aligned / "photos" / "family00A_0.jpg")
+    assert_one_crop_is_made_anew(aligned)
+
+
+def test_a_photograph_with_corrected_landmarks_is_aligned_again(aligned):
+    landmarks = json.loads((aligned / "landmarks.json").read_text())
     landmarks["photos/family01B_2.jpg"][0][0] += 3
-    (tmp_path / "landmarks.json").write_text(json.dumps(landmarks))
-    assert totals() == {"aligned": 1, "already done": 11}
-    whole = (tmp_path / "crops" / "family00A" / "family00A_1.png").read_bytes()
-    for damaged in (b"\x89PNG broken", b"", whole[:-1000]):
-        (tmp_path / "crops" / "family00A" / "family00A_1.png").write_bytes(damaged)
-        assert totals() == {"aligned": 1, "already done": 11}
-    assert totals("--realign") == {"aligned": 12}
-    moved = tmp_path.rename(tmp_path.with_name("moved"))
-    assert run(moved, moved)[0] == {"already done": 12}
+    (aligned / "landmarks.json").write_text(json.dumps(landmarks))
+    assert_one_crop_is_made_anew(aligned)
 
 
-def test_only_the_people_of_the_pairs(tmp_path, photos):
-    (tmp_path / "pairs.json").write_text('[["family01B", "family01A"], ["family01A", "family01B"]]')
-    run(photos, tmp_path, "--pairs", tmp_path / "pairs.json")
-    assert list(json.loads((tmp_path / "aligned.json").read_text())) == ["family01B", "family01A"]
+@pytest.mark.parametrize("damage", ["no PNG", "empty", "truncated"])
+def test_a_damaged_crop_is_made_anew(aligned, damage):
+    crop = aligned / "crops" / "family00A" / "family00A_1.png"
+    damaged = {"no PNG": b"\x89PNG broken", "empty": b"", "truncated": crop.read_bytes()[:-1000]}
+    crop.write_bytes(damaged[damage])
+    assert_one_crop_is_made_anew(aligned)
 
 
-def test_the_plans_names_are_the_defaults(tmp_path, photos, monkeypatch, capsys):
+def test_realign_makes_every_crop_anew(aligned):
+    totals, _ = run_stage(aligned, aligned, "--realign")
+    assert totals == {"aligned": 12}
+
+
+def test_a_moved_data_set_is_not_aligned_again(aligned):
+    moved = aligned.rename(aligned.with_name("moved"))
+    totals, _ = run_stage(moved, moved)
+    assert totals == {"already done": 12}
+
+
+def test_only_the_people_of_the_pairs_are_aligned(tmp_path, photos):
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text('[["family01B", "family01A"], ["family01A", "family01B"]]')
+    run_stage(photos, tmp_path, f"--pairs={pairs}")
+    assert list(read_mapping(tmp_path)) == ["family01B", "family01A"]
+
+
+def test_a_default_file_that_is_missing_is_named_with_its_flag_and_format(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert align.main([]) == 2
     line = error_of(capsys)
     assert line.startswith("align.py: --id_to_images id_to_images.json: ")
     assert '{"ID": ["path", ...], ...}' in line
-    monkeypatch.chdir(photos)
-    assert align.main(["--landmarks", "landmarks.json"]) == 0
-    assert json.loads(Path("id_to_train_aligned_images.json").read_text())["family00A"][0].startswith("train_aligned")
 
 
-def test_bad_photographs_are_reported_and_left_out(tmp_path, photos, capsys):
+def test_the_plans_names_are_the_defaults(tmp_path, photos, monkeypatch):
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert align.main(["--landmarks=landmarks.json"]) == 0
+    mapping = json.loads(Path("id_to_train_aligned_images.json").read_text())
+    assert mapping["family00A"][0].startswith("train_aligned_images/")
+
+
+UNREADABLE = [
+    "empty.jpg",
+    "truncated.jpg",
+    "text.jpg",
+    "folder.jpg",
+    "fifo.jpg",
+    "zero.jpg",
+    "gone.jpg",
+    "a\0b.jpg",
+]
+# Landmarks with which a good photograph gives no crop, and what the report then says.
+POOR_LANDMARKS = {
+    "flat.jpg": ([[150, 150]] * 5, "too small"),
+    "tiny.jpg": ((align.TEMPLATE / 4 + 100).tolist(), "too small"),
+    "profile.jpg": ((align.TEMPLATE * [0.4, 1] + 100).tolist(), "poor fit"),
+    "outside.jpg": ((align.TEMPLATE * 10 + 400).tolist(), "poor fit"),
+    "huge.jpg": ((align.TEMPLATE * 5000 - 330000).tolist(), "poor fit"),
+    "around.jpg": (((align.TEMPLATE - align.TEMPLATE.mean(0)) * 20 + 150).tolist(), "poor fit"),
+    "noface.jpg": (None, "no face"),
+}
+
+
+@pytest.fixture
+def bad_photographs(tmp_path, photos):
+    """A data set of one good photograph and many bad ones."""
     content, points = one_photo(photos)
-    damaged = {"empty.jpg": b"", "truncated.jpg": content[: len(content) // 2], "text.jpg": b"no image"}
-    for name, what in damaged.items():
-        (tmp_path / name).write_bytes(what)
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "truncated.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.jpg").write_bytes(b"no image")
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
-    unreadable = [*damaged, "folder.jpg", "fifo.jpg", "zero.jpg", "gone.jpg", "a\0b.jpg"]
-    landmarks = {
-        **dict.fromkeys(unreadable, points),
-        "flat.jpg": [[150, 150]] * 5,
-        "tiny.jpg": (align.TEMPLATE / 4 + 100).tolist(),
-        "profile.jpg": (align.TEMPLATE * [0.4, 1] + 100).tolist(),
-        "outside.jpg": (align.TEMPLATE * 10 + 400).tolist(),
-        "huge.jpg": (align.TEMPLATE * 5000 - 330000).tolist(),
-        "noface.jpg": None,
-        "good.jpg": points,
-    }
-    names = [*landmarks, "unlisted.jpg"]
-    for name in names[len(unreadable) :]:
+    landmarks = dict.fromkeys([*UNREADABLE, "good.jpg"], points)
+    for name, (poor_points, _) in POOR_LANDMARKS.items():
+        landmarks[name] = poor_points
+    for name in (*POOR_LANDMARKS, "good.jpg", "unlisted.jpg"):
         (tmp_path / name).write_bytes(content)
-    write_input(tmp_path, {"a": names, "b": [unreadable[0]], "c": []}, landmarks)
-    for _ in range(2):
-        _, report = run(tmp_path, tmp_path)
-        found = {Path(entry["source"]).name: entry["status"] for entry in report}
-        assert found.pop("good.jpg") in ("aligned", "already done")
-        assert found == {
-            **dict.fromkeys(unreadable, "unreadable"),
-            **{"flat.jpg": "too small", "tiny.jpg": "too small", "unlisted.jpg": "no landmarks"},
-            **{"profile.jpg": "poor fit", "outside.jpg": "poor fit", "huge.jpg": "poor fit", "noface.jpg": "no face"},
-        }
-        assert json.loads((tmp_path / "aligned.json").read_text()) == {"a": ["crops/a/good.png"], "b": [], "c": []}
-        assert all(entry["reason"] for entry in report if not entry["crop"])
+    images = {"a": [*landmarks, "unlisted.jpg"], "b": ["empty.jpg"], "c": []}
+    write_data_set(tmp_path, images, landmarks)
+    return tmp_path
+
+
+def assert_all_but_the_good_one_are_left_out(folder, good_status):
+    _, entries = run_stage(folder, folder)
+    statuses = {Path(entry["source"]).name: entry["status"] for entry in entries}
+    expected = dict.fromkeys(UNREADABLE, "unreadable")
+    for name, (_, status) in POOR_LANDMARKS.items():
+        expected[name] = status
+    assert statuses == expected | {"unlisted.jpg": "no landmarks", "good.jpg": good_status}
+    assert read_mapping(folder) == {"a": ["crops/a/good.png"], "b": [], "c": []}
+    for entry in entries:
+        assert entry["crop"] or entry["reason"]
+
+
+def test_bad_photographs_are_reported_and_left_out(bad_photographs):
+    assert_all_but_the_good_one_are_left_out(bad_photographs, "aligned")
+
+
+def test_a_repeated_run_reports_bad_photographs_again(bad_photographs):
+    run_stage(bad_photographs, bad_photographs)
+    assert_all_but_the_good_one_are_left_out(bad_photographs, "already done")
 
 
 def test_the_sheet_shows_the_worst_crops_first_as_the_report_lists_them(tmp_path):
+    blue = {"0.png": 50, "1.png": 60, "2.png": 70}
+    residuals = {"0.png": 1.0, "1.png": 7.0, "2.png": 3.0}
     report = []
-    for number, residual in enumerate((1.0, 7.0, 3.0)):
-        Image.new("RGB", (112, 112), (0, 0, 10 * number + 50)).save(tmp_path / f"{number}.png")
-        entry = {"crop": str(tmp_path / f"{number}.png"), "residual": residual, "status": "aligned", "flag": ""}
-        report += [entry, {"crop": None, "status": "no face", "flag": "", "source": "x", "reason": "none"}]
+    for name, residual in residuals.items():
+        crop = tmp_path / name
+        Image.new("RGB", (112, 112), (0, 0, blue[name])).save(crop)
+        facts = {"crop": str(crop), "residual": residual, "status": "aligned", "flag": ""}
+        left_out = {"crop": None, "status": "no face", "flag": "", "source": "x", "reason": "none"}
+        report += [facts, left_out]
     align.write_report({"a": []}, report, tmp_path)
     listed = json.loads((tmp_path / "alignment_report.json").read_text())["sheet"]
     assert [Path(crop).name for crop in listed] == ["1.png", "2.png", "0.png"]
     with Image.open(tmp_path / "alignment_sheet.png") as sheet:
-        assert [sheet.getpixel((2 + 114 * i + 50, 50)) for i in range(3)] == [(0, 0, 60), (0, 0, 70), (0, 0, 50)]
+        colours = [sheet.getpixel((2 + 114 * column + 50, 50)) for column in range(3)]
+    assert colours == [(0, 0, 60), (0, 0, 70), (0, 0, 50)]
+
+
+# The stage, whose process ends without warning when it renames its finished file number argv[1].
+KILLED_STAGE = """
+import itertools
+import os
+import signal
+import sys
+
+import align
+
+replace = os.replace
+numbers = itertools.count()
+
+
+def replace_or_die(*names):
+    if next(numbers) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+
+
+os.replace = replace_or_die
+align.main(sys.argv[2:])
+"""
 
 
 @pytest.mark.parametrize("crops_before", [0, 1, 5, 11])
-def test_killed_at_any_moment_the_next_run_completes(tmp_path, photos, crops_before):
-    """SIGKILL in the middle of writing a crop; the first run's mapping stays whole, leftovers do no harm."""
-    run(photos, tmp_path)
-    whole = (tmp_path / "aligned.json").read_bytes()
-    code = f"""if True:
-        import itertools, os, signal, sys, align
-        replace, calls = os.replace, itertools.count()
-        os.replace = lambda *names: os.kill(os.getpid(), 9) if next(calls) == {crops_before} else replace(*names)
-        align.main(sys.argv[1:])"""
-    command = [sys.executable, "-c", code, *arguments(photos, tmp_path, "--realign", "--max_workers", 1)]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
-    assert len(list((tmp_path / "crops").glob("*/.*.png"))) == 1
-    assert (tmp_path / "aligned.json").read_bytes() == whole
-    run(photos, tmp_path)
-    assert (tmp_path / "aligned.json").read_bytes() == whole
-    assert all(Image.open(tmp_path / path).size == (112, 112) for ps in json.loads(whole).values() for path in ps)
+def test_killed_at_any_moment_the_next_run_completes(aligned, crops_before):
+    """The first run's mapping stays whole, and the half-written crop does no harm."""
+    mapping = (aligned / "aligned.json").read_bytes()
+    files_before = set((aligned / "crops").rglob("*"))
+    flags = landmark_flags(aligned, aligned, "--realign", "--max_workers=1")
+    command = [sys.executable, "-c", KILLED_STAGE, str(crops_before), *flags]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(set((aligned / "crops").rglob("*")) - files_before) == 1
+    assert (aligned / "aligned.json").read_bytes() == mapping
+    run_stage(aligned, aligned)
+    assert (aligned / "aligned.json").read_bytes() == mapping
+    for crops in json.loads(mapping).values():
+        for crop in crops:
+            assert Image.open(aligned / crop).size == (112, 112)
 
 
-# ---- landmark files
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_the_crops_made_so_far(tmp_path, photos, monkeypatch, capsys, number):
+    align_photo = align.align_photo
+
+    def align_until_interrupted(job, detector):
+        if net.interrupt.asked:
+            time.sleep(0.1)  # so the main thread has time to stop before all crops are made
+        facts = align_photo(job, detector)
+        if job.target.name == "family00A_2.png":
+            os.kill(os.getpid(), number)
+        return facts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align, "align_photo", align_until_interrupted)
+        assert align.main(landmark_flags(photos, tmp_path, "--max_workers=1")) == 130
+    assert "the crops so far are kept" in error_of(capsys)
+    assert not (tmp_path / "aligned.json").exists()
+    totals, _ = run_stage(photos, tmp_path)
+    assert 3 <= totals["already done"] < 12
+    assert totals["aligned"] == 12 - totals["already done"]
 
 
-FACE = (align.TEMPLATE * 2 + [40, 60]).round(1)
+# ---- landmark files ------------------------------------------------------------------------------
 ALTERED = {
-    "left and right are exchanged": lambda p: p[[1, 0, 2, 4, 3]],
-    "x and y are exchanged": lambda p: p[:, ::-1],
-    "y counts from the bottom": lambda p: [0, 400] + p * [1, -1],
-    "from 0 to 1": lambda p: p / [300, 400],
+    "left and right are exchanged": lambda points: points[[1, 0, 2, 4, 3]],
+    "x and y are exchanged": lambda points: points[:, ::-1],
+    "y counts from the bottom": lambda points: [0, 400] + points * [1, -1],
+    "from 0 to 1": lambda points: points / [300, 400],
 }
+POSITIONS_IN_68 = [0] * 30 + [2] * 6 + [0] * 6 + [1] * 6 + [3] * 6 + [4] * 14
+
+
+def write_landmarks(path, slip, n_altered):
+    """Write the landmarks of 20 faces, of which the first `n_altered` share a slip of ALTERED.
+
+    Every other entry has 68 points, in which the five ones stand.
+    """
+    rng = np.random.default_rng(0)
+    entries = {}
+    for number in range(20):
+        angle = rng.normal(0, 0.2)
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        points = (FACE - 100) @ rotation.T + 110 + rng.normal(0, 2, (5, 2))
+        if number < n_altered:
+            points = ALTERED[slip](points)
+        if number % 2 == 1:
+            points = points[POSITIONS_IN_68]
+        entries[f"{number}.jpg"] = points.tolist()
+    path.write_text(json.dumps(entries))
 
 
 @pytest.mark.parametrize("slip", ALTERED)
-@pytest.mark.parametrize("share", [0.4, 0.7])
-def test_a_slip_that_most_entries_share_is_named(tmp_path, slip, share):
-    """Also in 68 points, and among correct ones; a few odd entries are not taken for a slip."""
-    rng, entries = np.random.default_rng(0), {}
-    for i in range(20):
-        angle = rng.normal(0, 0.2)
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        points = (FACE - 100) @ turn.T + 110 + rng.normal(0, 2, (5, 2))
-        points = ALTERED[slip](points) if i < share * 20 else points
-        if i % 2:  # 68 points with these five in them
-            points = points[[0] * 30 + [2] * 6 + [0] * 6 + [1] * 6 + [3] * 6 + [4] * 14]
-        entries[f"{i}.jpg"] = points.tolist()
-    (tmp_path / "landmarks.json").write_text(json.dumps(entries))
-    if share < 0.5:
-        assert len(align.read_landmarks(tmp_path / "landmarks.json", tmp_path)) == 20
-    else:
-        with pytest.raises(InputError, match=f"landmarks.json: .*{slip}"):
-            align.read_landmarks(tmp_path / "landmarks.json", tmp_path)
+def test_a_slip_that_most_entries_share_is_named(tmp_path, slip):
+    file = tmp_path / "landmarks.json"
+    write_landmarks(file, slip, n_altered=14)
+    with pytest.raises(InputError, match=f"landmarks.json: .*{slip}"):
+        align.read_landmarks(file, tmp_path)
+
+
+@pytest.mark.parametrize("slip", ALTERED)
+def test_odd_entries_among_more_correct_ones_are_no_slip(tmp_path, slip):
+    file = tmp_path / "landmarks.json"
+    write_landmarks(file, slip, n_altered=8)
+    assert len(align.read_landmarks(file, tmp_path)) == 20
 
 
 def test_faces_on_their_side_and_profiles_are_no_slip(tmp_path):
-    side = (FACE - 100) @ np.array([[0, 1], [-1, 0]]) + 150
-    entries = {"side": side.tolist(), "other side": (300 - side).tolist(), "profile": (FACE * [0.3, 1]).tolist()}
-    (tmp_path / "landmarks.json").write_text(json.dumps(entries))
-    assert len(align.read_landmarks(tmp_path / "landmarks.json", "/elsewhere")) == 6  # seen from either folder
-
-
-@pytest.mark.parametrize("content", [None, [], [FACE.tolist()], FACE.tolist(), [FACE.tolist()] * 2, [[]], "x", True])
-def test_landmarks_as_detectors_write_them(tmp_path, content):
+    quarter_turn = np.array([[0, 1], [-1, 0]])
+    side = (FACE - 100) @ quarter_turn + 150
+    entries = {"side": side, "other side": 300 - side, "profile": FACE * [0.3, 1]}
+    as_lists = {name: points.tolist() for name, points in entries.items()}
     file = tmp_path / "landmarks.json"
+    file.write_text(json.dumps(as_lists))
+    # Each path may start at either folder.
+    assert len(align.read_landmarks(file, "/elsewhere")) == 6
+
+
+def write_entry(folder, content):
+    """Write a landmark file with one entry, of a.jpg; returns its path."""
+    file = folder / "landmarks.json"
     file.write_text(json.dumps({"a.jpg": content}))
-    if content in ([FACE.tolist()] * 2, [[]], "x", True):
-        with pytest.raises(InputError, match=r"landmarks of 'a\.jpg': "):
-            align.read_landmarks(file, tmp_path)
-    else:
-        assert align.read_landmarks(file, tmp_path) == {str(tmp_path / "a.jpg"): FACE.tolist() if content else []}
+    return file
 
 
-# ---- the command line; more in test_bad_input.py
+@pytest.mark.parametrize("content", [FACE.tolist(), [FACE.tolist()]])
+def test_points_may_stand_alone_or_in_a_list_of_one_face(tmp_path, content):
+    file = write_entry(tmp_path, content)
+    assert align.read_landmarks(file, tmp_path) == {str(tmp_path / "a.jpg"): FACE.tolist()}
 
 
+@pytest.mark.parametrize("content", [None, []])
+def test_null_and_an_empty_list_mean_no_face(tmp_path, content):
+    file = write_entry(tmp_path, content)
+    assert align.read_landmarks(file, tmp_path) == {str(tmp_path / "a.jpg"): []}
+
+
+@pytest.mark.parametrize("content", [[FACE.tolist()] * 2, [[]], "x", True])
+def test_other_landmarks_are_refused_by_name(tmp_path, content):
+    file = write_entry(tmp_path, content)
+    with pytest.raises(InputError, match=r"landmarks of 'a\.jpg': "):
+        align.read_landmarks(file, tmp_path)
+
+
+# ---- flags, messages and exit codes; more in test_bad_input.py -----------------------------------
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -463,157 +811,340 @@ def test_landmarks_as_detectors_write_them(tmp_path, content):
 def test_wrong_input_is_one_line_and_leaves_the_mapping(tmp_path, photos, capsys, images, message):
     content, points = one_photo(photos)
     (tmp_path / "a.jpg").write_bytes(content)
-    write_input(tmp_path, images, {"a.jpg": points, "nothing.jpg": points})
+    write_data_set(tmp_path, images, {"a.jpg": points, "nothing.jpg": points})
     (tmp_path / "aligned.json").write_text("as before")
-    assert align.main(arguments(tmp_path, tmp_path)) == 2
+    assert align.main(landmark_flags(tmp_path, tmp_path)) == 2
     assert message in error_of(capsys)
     assert (tmp_path / "aligned.json").read_text() == "as before"
 
 
-@pytest.mark.parametrize("flags", ["--device gpu", "--device mps", "--what"])
+@pytest.mark.parametrize("flags", [["--device", "gpu"], ["--device", "mps"], ["--what"]])
 def test_wrong_flags_are_one_line_and_exit_code_2(capsys, flags):
-    assert align.main(flags.split()) == 2
-    assert flags.split()[0] in error_of(capsys)
+    assert align.main(flags) == 2
+    assert flags[0] in error_of(capsys)
 
 
-def test_between_is_a_closed_interval():
-    parse = align.between(float, 0, 1)
-    assert [parse("0"), parse("1"), parse("5e-1"), align.between(int, 1, 3)("3")] == [0.0, 1.0, 0.5, 3]
+@pytest.mark.parametrize(("text", "number"), [("0", 0.0), ("1", 1.0), ("5e-1", 0.5)])
+def test_number_between_is_a_closed_interval(text, number):
+    assert net.number_between(float, 0, 1)(text) == number
+
+
+def test_number_between_of_whole_numbers_gives_an_int():
+    number = net.number_between(int, 1, 3)("3")
+    assert number == 3
+    assert type(number) is int
+
+
+def run_failing_script(error):
+    """The exit code of a script whose work raises `error`."""
+    advice = "lower --batch_size"
+    return net.run_script("x.py", Mock(side_effect=error), "stopped, go on", advice)
+
+
+# (error, exit code, line): what all processes of torchrun meet alike, and what may meet one alone.
+MET_BY_ALL = [
+    (InputError("a\n  b\tc"), 2, "x.py: a b c"),
+    (KeyboardInterrupt(), 130, "x.py: stopped, go on"),
+]
+MET_BY_ONE = [
+    (OSError(28, "No space left on device", "f.png"), 2, "x.py: f.png: No space left on device"),
+    (OSError(28, "No space left on device"), 2, "x.py: No space left on device"),
+    (OSError(18, "Cross-device link", "a", None, "b"), 2, "x.py: b: Cross-device link"),
+    (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 2, "x.py: out of memory: lower --batch_size"),
+    (torch.OutOfMemoryError("CUDA"), 2, "x.py: out of memory: lower --batch_size"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [*MET_BY_ALL, *MET_BY_ONE])
+def test_what_a_user_can_mend_is_one_line(capsys, error, code, line):
+    assert run_failing_script(error) == code
+    assert error_of(capsys) == line
+
+
+@pytest.mark.parametrize(("error", "code", "line"), [*MET_BY_ALL, *MET_BY_ONE])
+def test_each_process_speaks_before_it_knows_of_the_others(capsys, monkeypatch, error, code, line):
+    monkeypatch.setenv("RANK", "1")
+    assert run_failing_script(error) == code
+    assert error_of(capsys) == line
+
+
+@pytest.fixture
+def second_process(monkeypatch):
+    """This process is the second of several that torchrun started and that know of each other."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+
+@pytest.mark.parametrize(("error", "code", "line"), MET_BY_ALL)
+def test_the_second_process_is_silent_about_what_all_meet(
+    capsys, second_process, error, code, line
+):
+    assert run_failing_script(error) == code
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("error", "code", "line"), MET_BY_ONE)
+def test_the_second_process_says_what_it_may_have_met_alone(
+    capsys, second_process, error, code, line
+):
+    assert run_failing_script(error) == code
+    assert error_of(capsys) == line
+
+
+def test_the_advice_against_too_little_memory_is_another_device_unless_a_script_knows_more(capsys):
+    error = torch.OutOfMemoryError("CUDA")
+    assert net.run_script("x.py", Mock(side_effect=error), "stopped") == 2
+    assert error_of(capsys) == "x.py: out of memory: take another --device"
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
-        (InputError("a\n  b\tc"), 2, "x.py: a b c"),
-        (OSError(28, "No space left on device", "f.png"), 2, "x.py: f.png: No space left on device"),
-        (OSError(28, "No space left on device"), 2, "x.py: No space left on device"),
-        (OSError(18, "Cross-device link", "a", None, "b"), 2, "x.py: b: Cross-device link"),
-        (KeyboardInterrupt(), 130, "x.py: stopped, go on"),
-        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 2, "x.py: out of memory: "),
-        (torch.OutOfMemoryError("CUDA"), 2, "lower --batch_size (training: --images_per_batch), or take another"),
-    ],
+    "error", [OSError("no number"), RuntimeError("gloo, igloo"), ValueError("x"), MemoryError()]
 )
-def test_what_a_user_can_mend_is_one_line(capsys, monkeypatch, error, code, line):
-    assert align.run_script("x.py", Mock(side_effect=error), "stopped, go on") == code
-    assert line in error_of(capsys)
-    monkeypatch.setenv("RANK", "1")
-    assert align.run_script("x.py", Mock(side_effect=error), "stopped, go on") == code
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert line in error_of(capsys)  # before the processes know of each other
-    assert align.run_script("x.py", Mock(side_effect=error), "stopped, go on") == code
-    met_by_all = isinstance(error, (InputError, KeyboardInterrupt))  # a full memory or disk is one process's own
-    assert (capsys.readouterr().err == "") == met_by_all
-
-
-@pytest.mark.parametrize("error", [OSError("no number"), RuntimeError("gloo, igloo"), ValueError("x"), MemoryError()])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
-        align.run_script("x.py", Mock(side_effect=error), "stopped")
+        run_failing_script(error)
 
 
-# ---- the detector, with weights of the right shapes that find something
-
-
+# ---- the detector, with random weights that find something ---------------------------------------
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def detector(tmp_path_factory):
     home = tmp_path_factory.mktemp("torch_home")
     write_detector_weights(home)
-    return home
-
-
-def test_the_detector_gives_face_alignments_own_landmarks_of_the_main_face(weights, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(weights))
-    benchmark = torch.backends.cudnn.benchmark
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # PyTorch's threads wait busily, which is slow where others compute too
-    detector, package = align.FaceDetector("cpu"), sys.modules["face_alignment"]
-    other = package.FaceAlignment(package.LandmarksType.TWO_D, device="cpu", flip_input=False, compile=False)
-    image = cv2.resize(data.astronaut(), (160, 128))
-    points, several = detector(image)
-    assert (points.shape, points.dtype, several) == ((68, 2), np.float64, True)
-    every, _, boxes = other.get_landmarks_from_image(image, return_bboxes=True)  # which looks for the faces itself
-    main, _ = align.main_face(np.array(boxes)[:, :4], image.shape)
-    reference = every[[np.array_equal(box[:4], main) for box in boxes].index(True)]
-    np.testing.assert_allclose(points, reference, atol=1e-3)
-    large = cv2.resize(image, (2560, 2048), interpolation=cv2.INTER_NEAREST)
-    monkeypatch.setattr(align, "DETECTION_SIZE", 160)  # as a photograph of 20,000 pixels at the usual size
-    np.testing.assert_allclose((detector(large)[0] + 0.5) / 16 - 0.5, points, atol=1e-3)
-    assert detector(image[:20]) == (None, False)
-    assert torch.backends.cudnn.benchmark == benchmark
+    # PyTorch's threads wait busily for each other, which is slow where others compute too.
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(home))
+        # This is not the default, so that a detector that resets it would be noticed.
+        patch.setattr(torch.backends.cudnn, "benchmark", True)
+        yield align.FaceDetector("cpu")
     torch.set_num_threads(threads)
 
 
-def test_the_largest_most_central_face_is_taken_and_a_rival_noticed():
-    shape = (1000, 1000, 3)
-    central, larger_at_edge, small = [400, 400, 600, 600], [0, 0, 230, 230], [480, 480, 520, 520]
-    boxes = np.array([small, larger_at_edge, central], float)
-    box, several = align.main_face(boxes, shape)
-    assert (box.tolist(), several) == (central, True)
-    box, several = align.main_face(boxes[[0, 2]], shape)
-    assert (box.tolist(), several) == (central, False)
-    assert align.main_face(np.array([central, [0, 0, 900, 900]], float), shape)[0].tolist() == [0, 0, 900, 900]
-    assert align.main_face(np.zeros((0, 4)), shape) == (None, False)
+@pytest.fixture(scope="module")
+def small_photo():
+    return cv2.resize(data.astronaut(), (160, 128))
 
 
-def test_detection_is_done_once(tmp_path, stand_in):
+@pytest.fixture(scope="module")
+def detection(detector, small_photo):
+    """(68 landmarks, whether there are several faces) of the small photograph."""
+    return detector(small_photo)
+
+
+def test_the_detector_gives_68_points_and_notices_several_faces(detection):
+    points, several = detection
+    assert points.shape == (68, 2)
+    assert points.dtype == np.float64
+    assert several is True
+
+
+def test_the_landmarks_are_face_alignments_own_for_the_main_face(detection, small_photo):
+    points, _ = detection
+    package = sys.modules["face_alignment"]
+    reference = package.FaceAlignment(
+        package.LandmarksType.TWO_D, device="cpu", flip_input=False, compile=False
+    )
+    # The package looks for the faces itself, and gives the landmarks of all of them.
+    faces, _, boxes = reference.get_landmarks_from_image(small_photo, return_bboxes=True)
+    boxes = np.array(boxes)[:, :4]
+    main_box, _ = align.main_face(boxes, small_photo.shape)
+    (number,) = np.flatnonzero((boxes == main_box).all(1))
+    np.testing.assert_allclose(points, faces[number], atol=1e-3)
+
+
+def test_large_photographs_are_shrunk_for_the_detector(
+    detector, detection, small_photo, monkeypatch
+):
+    points, _ = detection
+    large = cv2.resize(small_photo, (2560, 2048), interpolation=cv2.INTER_NEAREST)
+    monkeypatch.setattr(align, "DETECTION_SIZE", 160)
+    large_points, _ = detector(large)
+    np.testing.assert_allclose((large_points + 0.5) / 16 - 0.5, points, atol=1e-3)
+
+
+def test_in_a_photograph_too_small_for_the_detector_there_is_no_face(detector, small_photo):
+    assert detector(small_photo[:20]) == (None, False)
+
+
+@pytest.mark.usefixtures("detection")
+def test_the_detector_leaves_the_settings_of_cudnn_as_they_were():
+    assert torch.backends.cudnn.benchmark is True
+
+
+SHAPE = (1000, 1000, 3)
+CENTRAL = [400, 400, 600, 600]  # left, top, right, bottom
+LARGER_AT_THE_EDGE = [0, 0, 230, 230]
+SMALL = [480, 480, 520, 520]
+LARGE = [0, 0, 900, 900]
+
+
+def main_face(*boxes):
+    box, several = align.main_face(np.array(boxes, float), SHAPE)
+    return box.tolist(), several
+
+
+def test_a_central_face_is_taken_before_a_larger_one_at_the_edge_which_is_noticed():
+    assert main_face(SMALL, LARGER_AT_THE_EDGE, CENTRAL) == (CENTRAL, True)
+
+
+def test_a_much_smaller_face_is_no_rival():
+    assert main_face(SMALL, CENTRAL) == (CENTRAL, False)
+
+
+@pytest.mark.parametrize(("height", "is_rival"), [(99, False), (100, True), (101, True)])
+def test_a_face_of_at_least_half_the_area_is_a_rival(height, is_rival):
+    other = [700, 0, 900, height]
+    assert main_face(other, CENTRAL) == (CENTRAL, is_rival)
+
+
+def test_a_much_larger_face_is_taken_though_it_is_not_central():
+    box, _ = main_face(CENTRAL, LARGE)
+    assert box == LARGE
+
+
+def test_without_a_box_there_is_no_face():
+    assert align.main_face(np.zeros((0, 4)), SHAPE) == (None, False)
+
+
+@pytest.fixture
+def align_noise(tmp_path, stand_in):
+    """align_noise(*flags) -> how often the stage asked for a detector or asked one for a face.
+
+    It aligns six pictures of noise with the detector `stand_in`, which finds several faces in
+    picture 1, since its height is odd, and none in picture 2, since it is dark.
+    """
     rng = np.random.default_rng(0)
-    for i in range(6):
-        picture = rng.integers(0, 10 if i == 2 else 256, (201 if i == 1 else 200, 200, 3), np.uint8)
-        Image.fromarray(picture).save(tmp_path / f"{i}.png")
-    write_input(tmp_path, {"a": [f"{i}.png" for i in range(6)]}, {})
-    flags = [flag for flag in arguments(tmp_path, tmp_path, "--device", "cpu") if "landmarks" not in flag]
-    for calls, more in ((7, []), (2, []), (7, ["--realign"])):  # those without a face are tried again
+    for number in range(6):
+        height = 201 if number == 1 else 200
+        brightest = 10 if number == 2 else 256
+        picture = rng.integers(0, brightest, (height, 200, 3), np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    write_data_set(tmp_path, {"a": [f"{number}.png" for number in range(6)]}, {})
+
+    def start(*more):
         stand_in.clear()
-        assert align.main([*flags, *more]) == 0
-        assert len(stand_in) == calls
-        entries = json.loads((tmp_path / "crops" / "alignment_report.json").read_text())["photographs"]
-        assert entries[2]["status"] == "no face"
-        assert [entry["flag"] for entry in entries] == ["", "several faces", "", "", "", ""]
-        mapping = json.loads((tmp_path / "aligned.json").read_text())
-        assert mapping == {"a": [f"crops/a/{i}.png" for i in (0, 1, 3, 4, 5)]}
-        assert all(entry["eyes"] == 35.2 for entry in entries if entry["crop"])
+        assert align.main(detection_flags(tmp_path, tmp_path, "--device=cpu", *more)) == 0
+        return len(stand_in)
+
+    return start
+
+
+def assert_five_crops_of_noise(out):
+    entries = read_report(out)["photographs"]
+    assert entries[2]["status"] == "no face"
+    assert [entry["flag"] for entry in entries] == ["", "several faces", "", "", "", ""]
+    assert {entry["eyes"] for entry in entries if entry["crop"]} == {35.2}
+    crops = [f"crops/a/{number}.png" for number in (0, 1, 3, 4, 5)]
+    assert read_mapping(out) == {"a": crops}
+
+
+def test_without_landmarks_one_detector_sees_every_photograph(tmp_path, align_noise):
+    assert align_noise() == 1 + 6
+    assert_five_crops_of_noise(tmp_path)
+
+
+def test_a_repeated_run_detects_only_where_no_face_was_found(tmp_path, align_noise):
+    align_noise()
+    assert align_noise() == 1 + 1
+    assert_five_crops_of_noise(tmp_path)
+
+
+def test_realign_detects_everywhere_again(tmp_path, align_noise):
+    align_noise()
+    assert align_noise("--realign") == 1 + 6
+    assert_five_crops_of_noise(tmp_path)
 
 
 def detection_error(tmp_path, photos, capsys):
-    flags = [f for f in arguments(photos, tmp_path, "--device", "cpu") if "landmarks" not in f]
-    assert align.main(flags) == 2
+    """The line with which the stage refuses to detect faces."""
+    assert align.main(detection_flags(photos, tmp_path, "--device=cpu")) == 2
     assert not (tmp_path / "aligned.json").exists()
     return error_of(capsys)
 
 
-def test_weights_that_cannot_be_had_are_explained_in_one_line(tmp_path, photos, monkeypatch, capsys, weights):
-    def offline(*args, **kwargs):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+@pytest.mark.parametrize("content", [None, b"<html>Not found</html>", b""])
+def test_weights_that_cannot_be_had_are_explained_in_one_line(
+    tmp_path, photos, monkeypatch, capsys, content
+):
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", Mock(side_effect=URLError("no route to host"))
+    )
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / "hub" / "checkpoints"
-    for content in (None, b"<html>Not found</html>", b""):
-        if content is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "s3fd-619a316812.pth").write_bytes(content)
-        error = detection_error(tmp_path, photos, capsys)
-        for part in ("s3fd-619a316812.pth", "2DFAN4-11f355bf06.pth.tar", "https://", str(folder), "--landmarks"):
-            assert part in error
+    if content is not None:
+        folder.mkdir(parents=True)
+        (folder / "s3fd-619a316812.pth").write_bytes(content)
+    error = detection_error(tmp_path, photos, capsys)
+    for words in (
+        "s3fd-619a316812.pth",
+        "2DFAN4-11f355bf06.pth.tar",
+        "https://",
+        str(folder),
+        "--landmarks",
+    ):
+        assert words in error
 
 
+@pytest.fixture
+def replace_face_alignment(tmp_path, monkeypatch):
+    """replace_face_alignment(text): a module with this text is imported in the package's place."""
+    package = sys.modules.pop("face_alignment", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield (tmp_path / "face_alignment.py").write_text
+    sys.modules.pop("face_alignment", None)
+    if package is not None:
+        sys.modules["face_alignment"] = package
+
+
+# The package before 1.5, and an older one, which has another name for the type of landmarks.
 OLD = """
 from enum import Enum
-class LandmarksType(Enum): {} = 1
+
+class LandmarksType(Enum):
+    TWO_D = 1
+
 class FaceAlignment:
-    def __init__(self, kind, device): 0
+    def __init__(self, kind, device):
+        pass
+"""
+OLDEST = OLD.replace("TWO_D", "_2D")
+
+
+@pytest.mark.parametrize("text", ["import not_there", "raise ImportError('libGL')", OLDEST, OLD])
+def test_another_face_alignment_is_explained_in_one_line(
+    tmp_path, photos, replace_face_alignment, capsys, text
+):
+    replace_face_alignment(text)
+    error = detection_error(tmp_path, photos, capsys)
+    for words in (
+        "face-alignment 1.5 or later",
+        importlib.metadata.version("face-alignment"),
+        'pip install "face-alignment>=1.5"',
+        "--landmarks",
+    ):
+        assert words in error
+
+
+OUT_OF_MEMORY = """
+import torch
+
+class LandmarksType:
+    TWO_D = 1
+
+class FaceAlignment:
+    def __init__(self, *args, **options):
+        self.face_detector = self
+
+    def detect_from_image(self, image):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 """
 
 
-@pytest.mark.parametrize(
-    "text", ["import not_there", "raise ImportError('libGL')", OLD.format("_2D"), OLD.format("TWO_D")]
-)
-def test_another_face_alignment_is_explained_in_one_line(tmp_path, photos, monkeypatch, capsys, text):
-    (tmp_path / "face_alignment.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "face_alignment", raising=False)
+def test_too_little_memory_for_the_detector_is_explained_in_one_line(
+    tmp_path, photos, replace_face_alignment, capsys
+):
+    replace_face_alignment(OUT_OF_MEMORY)
     error = detection_error(tmp_path, photos, capsys)
-    monkeypatch.delitem(sys.modules, "face_alignment", raising=False)
-    installed = importlib.metadata.version("face-alignment")
-    for part in ("face-alignment 1.5 or later", installed, 'pip install "face-alignment>=1.5"', "--landmarks"):
-        assert part in error
+    for words in ("out of memory", "--device cpu", "--landmarks"):
+        assert words in error

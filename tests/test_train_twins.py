@@ -1,10 +1,19 @@
-"""Fine-tuning: what a step computes, what a run writes, and how it starts, goes on and ends; on a tiny network."""
+"""Fine-tuning: what a step computes, what a run writes, and how it starts, goes on and ends.
+
+All of it on a tiny network.
+"""
 
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,79 +36,136 @@ from tests.conftest import (
     without_timing,
 )
 from tests.synthetic import write_photos
-from train_twins import Run, TwinTrainer, parse_runs, plot_curves
+from train_twins import RECIPE, RunFolder, TwinTrainer, choose_precision, parse_runs, plot_curves
 from triplet_dataset import load_crops
 from triplet_loss import TripletLoss
 
+N_IMAGES = sum(sum(sizes) for sizes in FAMILIES)
 
-# ---- what is trained ------------------------------------------------------------------------------------------------
+
+def make_trainer(experiment, flags="", name="run", people=None):
+    (args,) = parse_runs(experiment.flags(flags, name))
+    return TwinTrainer(args, people)
+
+
+def all_crops(experiment):
+    """All crops of an experiment as network inputs."""
+    paths = [path for paths in experiment.images.values() for path in paths]
+    return net.to_input(load_crops(paths).pixels)
+
+
+def files_in(folder):
+    """The files of a folder, but for the locks of runs."""
+    return {path for path in folder.iterdir() if not path.name.endswith(".lock")}
+
+
+# ---- what is trained -----------------------------------------------------------------------------
 def changed_keys(experiment):
-    before, after = net.load_checkpoint(experiment.start).state_dict(), experiment.weights()
+    before = net.load_checkpoint(experiment.start).state_dict()
+    after = experiment.weights()
     return {key for key, value in before.items() if not torch.equal(value, after[key])}
 
 
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
-def test_frozen_backbone_is_bitwise_unchanged_and_only_the_output_layer_trained(experiment, run, steps):
-    assert run(f"--freeze_backbone {steps} --validation_split 0")[0] == 0
-    assert changed_keys(experiment) == {f"output_layer.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")}
+def test_frozen_backbone_is_bitwise_unchanged_and_only_the_output_layer_trained(
+    experiment, run, steps
+):
+    code, _ = run(f"--freeze_backbone {steps} --validation_split 0")
+    assert code == 0
+    assert changed_keys(experiment) == {
+        "output_layer.0.weight",
+        "output_layer.0.bias",
+        "output_layer.3.weight",
+        "output_layer.3.bias",
+    }
 
 
 def test_full_mode_trains_every_parameter_and_no_batchnorm_statistic(experiment, run):
-    assert run(f"{SHUFFLED} --validation_split 0")[0] == 0
-    assert changed_keys(experiment) == {name for name, _ in net.build_model("ir_tiny").named_parameters()}
+    code, _ = run(f"{SHUFFLED} --validation_split 0")
+    assert code == 0
+    parameters = net.build_model("ir_tiny").named_parameters()
+    assert changed_keys(experiment) == {name for name, _ in parameters}
 
 
-def naive_loss(args, model, start, crops, triplets):
-    """(loss of a step, its plain triplet loss) by three forward passes, all pairs of triplets, a list of images."""
+def embed_one_by_one(model, crops):
+    """The embedding of each crop, from a forward pass of its own."""
+    return [model(crop[None])[0][0] for crop in crops]
+
+
+def naive_loss(args, model, at_start, crops, triplets):
+    """(loss of a step, its plain triplet loss) by the formulas.
+
+    There are three forward passes, all pairs of triplets, and a list of images. at_start: the
+    embeddings of the crops before training.
+    """
     anchor, positive, negative = (model(crops[triplets[:, i]])[0] for i in range(3))
-    if args.distance == "cosine":
-        near, far = 1 - (anchor * positive).sum(1), 1 - (anchor * negative).sum(1)
-    else:
-        near, far = (anchor - positive).norm(dim=1), (anchor - negative).norm(dim=1)
     plain = TripletLoss(args.margin, args.distance)(anchor, positive, negative)
-    pairs = (near[:, None] - far[None, :] + args.margin).clamp_min(0).mean()
+    if args.distance == "cosine":
+        to_positive = 1 - (anchor * positive).sum(1)
+        to_negative = 1 - (anchor * negative).sum(1)
+    else:
+        to_positive = (anchor - positive).norm(dim=1)
+        to_negative = (anchor - negative).norm(dim=1)
+    differences = to_positive[:, None] - to_negative[None, :]
+    quadruplets = (differences + args.margin).clamp_min(0).mean()
+
     images = sorted({int(row) for triplet in triplets for row in triplet})
-    drift = torch.stack([1 - model(crops[[i]])[0][0] @ start(crops[[i]])[0][0].detach() for i in images]).mean()
-    weight = args.quadruplet_weight
-    return (1 - weight) * plain + weight * pairs + args.drift_weight * drift, plain
+    embeddings = embed_one_by_one(model, crops[images])
+    drifts = [1 - e @ at_start[row] for row, e in zip(images, embeddings, strict=True)]
+    drift = torch.stack(drifts).mean()
+
+    w = args.quadruplet_weight
+    return (1 - w) * plain + w * quadruplets + args.drift_weight * drift, plain
 
 
 @pytest.mark.parametrize("mode", ["True", "False --distance euclidean", "False"])
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
 @pytest.mark.parametrize("terms", ["", "--quadruplet_weight 0.7 --drift_weight 2"])
-def test_a_step_equals_the_naive_three_forward_computation(experiment, monkeypatch, mode, steps, terms):
+def test_a_step_equals_the_naive_three_forward_computation(
+    experiment, monkeypatch, mode, steps, terms
+):
     flags = f"--freeze_backbone {mode} {steps} {terms} --learning_rate 0.1 --epochs 1"
-    trainer = TwinTrainer(*parse_runs(experiment.flags(flags)))
-    step, start, reference = trainer.step, net.load_checkpoint(experiment.start), net.load_checkpoint(experiment.start)
-    taken = []
+    trainer = make_trainer(experiment, flags)
+    trainer.load_data()
+    crops = net.to_input(load_crops(trainer.train_set.images.paths).pixels)
+    reference = net.load_checkpoint(experiment.start)
+    with torch.no_grad():
+        at_start = embed_one_by_one(reference, crops)
+    step = trainer.step
+    sizes = []
 
-    def compared(triplets):
-        # Each step from equal weights: one that rounding sends across a PReLU's kink has another slope from there on.
+    def compared_step(triplets):
+        # Each step is taken from equal weights: one that rounding sends across a PReLU's kink has
+        # another slope from there on.
         reference.load_state_dict(trainer.model.state_dict())
         reference.zero_grad()
         statistics = step(triplets)
-        crops = net.to_input(load_crops(trainer.train_set.images.paths).pixels)
-        loss, plain = naive_loss(trainer.args, reference, start, crops, triplets)
+        loss, plain = naive_loss(trainer.args, reference, at_start, crops, triplets)
         loss.backward()
         assert statistics[0].item() == pytest.approx(plain.item(), abs=1e-6)
-        for (name, p), q in zip(trainer.model.named_parameters(), reference.parameters(), strict=True):
+        parameters = trainer.model.named_parameters()
+        for (name, p), q in zip(parameters, reference.parameters(), strict=True):
             if p.requires_grad:
                 torch.testing.assert_close(p.grad, q.grad, atol=2e-5, rtol=1e-4, msg=name)
-                torch.testing.assert_close(p, q - 0.1 * q.grad, atol=2e-6, rtol=1e-5, msg=name)
-        taken.append(len(triplets))
+                stepped = q - 0.1 * q.grad
+                torch.testing.assert_close(p, stepped, atol=2e-6, rtol=1e-5, msg=name)
+        sizes.append(len(triplets))
         return statistics
 
     monkeypatch.setattr(train_twins, "make_optimizer", sgd)
-    trainer.step = compared
+    trainer.step = compared_step
     log = trainer.train()
-    assert len(taken) == log["epochs"][1]["steps"] >= 2
+    assert len(sizes) == log["epochs"][1]["steps"] >= 2
     if steps == SHUFFLED:
-        assert sum(taken) == log["config"]["n_train_triplets"]
+        assert sum(sizes) == log["config"]["n_train_triplets"]
 
 
 @pytest.fixture
 def passes():
-    """{"backbone", "head": [images of each pass through it]}, by hooks on a network's first and last weights."""
+    """{"backbone", "head": [images of each pass through it]}.
+
+    They are counted by hooks on a network's first and last weights.
+    """
     seen = {"backbone": [], "head": []}
 
     def note(module, inputs, output):
@@ -116,34 +182,51 @@ def passes():
 @pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
 def test_an_image_is_embedded_once_per_step(experiment, passes, mode, steps):
-    trainer = TwinTrainer(*parse_runs(experiment.flags(f"{mode} {steps} --epochs 1")))
-    step, images = trainer.step, []
+    trainer = make_trainer(experiment, f"{mode} {steps} --epochs 1")
+    step = trainer.step
+    n_images = []
 
-    def counted(triplets):
+    def counted_step(triplets):
         passes["head"].clear()
         statistics = step(triplets)
         assert sum(passes["head"]) == len(np.unique(triplets))
-        images.append(sum(passes["head"]))
+        n_images.append(sum(passes["head"]))
         return statistics
 
-    trainer.step = counted
+    trainer.step = counted_step
     trainer.train()
-    assert max(images) <= len(trainer.train_set.images.paths) < 3 * 8
+    assert max(n_images) <= len(trainer.train_set.images.paths) < 3 * 8
 
 
-def test_a_frozen_backbone_runs_once_per_image_for_all_runs_on_the_same_people(experiment, passes):
-    trainer = TwinTrainer(*parse_runs(experiment.flags("--freeze_backbone --epochs 3", "first")))
+@pytest.fixture
+def frozen_trainer(experiment, passes):
+    """A trainer whose run with a frozen backbone is finished."""
+    trainer = make_trainer(experiment, "--freeze_backbone --epochs 3", "first")
     trainer.train()
-    assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
+    return trainer
+
+
+@pytest.mark.usefixtures("frozen_trainer")
+def test_a_frozen_backbone_runs_once_per_image(passes):
+    assert sum(passes["backbone"]) == N_IMAGES
+
+
+def test_a_frozen_backbone_does_not_run_again_for_the_same_people(
+    experiment, frozen_trainer, passes
+):
     passes["backbone"].clear()
     flags = "--freeze_backbone --train_percentage 50 --margin 0.2 --seed 3 --split_seed 5"
-    TwinTrainer(*parse_runs(experiment.flags(flags, "second")), trainer.people).train()
+    make_trainer(experiment, flags, "second", frozen_trainer.people).train()
     assert passes["backbone"] == []
+
+
+def test_another_frozen_backbone_has_features_of_its_own(experiment, frozen_trainer, passes):
+    passes["backbone"].clear()
     model = net.load_checkpoint(experiment.start)
     model.input_layer[0].weight.data[0, 0, 0, 0] += 0.1
-    net.save_checkpoint(experiment.start, model)  # another backbone has features of its own
-    TwinTrainer(*parse_runs(experiment.flags("--freeze_backbone", "third")), trainer.people).train()
-    assert sum(passes["backbone"]) == sum(map(sum, FAMILIES))
+    net.save_checkpoint(experiment.start, model)
+    make_trainer(experiment, "--freeze_backbone", "third", frozen_trainer.people).train()
+    assert sum(passes["backbone"]) == N_IMAGES
 
 
 def test_weight_decay_spares_batchnorm_prelu_and_biases(tiny_model):
@@ -151,7 +234,8 @@ def test_weight_decay_spares_batchnorm_prelu_and_biases(tiny_model):
     names = {id(p): name for name, p in tiny_model.named_parameters()}
     modules = dict(tiny_model.named_modules())
     for p in decayed["params"]:
-        assert isinstance(modules[names[id(p)].rpartition(".")[0]], nn.Conv2d | nn.Linear)
+        module, _, _ = names[id(p)].rpartition(".")
+        assert isinstance(modules[module], nn.Conv2d | nn.Linear)
     for p in spared["params"]:
         module, _, kind = names[id(p)].rpartition(".")
         assert kind == "bias" or isinstance(modules[module], nn.BatchNorm2d | nn.PReLU)
@@ -159,304 +243,608 @@ def test_weight_decay_spares_batchnorm_prelu_and_biases(tiny_model):
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
-def test_the_rate_rises_over_a_tenth_and_falls_to_zero_or_stays():
-    rates = [train_twins.rate_factor(progress, "cosine") for progress in (0, 0.05, 0.1, 0.55, 1)]
+def test_the_cosine_rate_rises_over_a_tenth_and_falls_to_zero():
+    rates = [train_twins.rate_factor(done, "cosine") for done in (0, 0.05, 0.1, 0.55, 1)]
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert {train_twins.rate_factor(progress, "constant") for progress in (0, 0.5, 1)} == {1}
+
+
+def test_the_constant_rate_stays():
+    assert {train_twins.rate_factor(done, "constant") for done in (0, 0.5, 1)} == {1}
 
 
 @pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
 def test_training_reduces_the_training_loss(run, mode, steps):
-    _, log = run(f"{mode} {steps} --learning_rate 1e-3 --quadruplet_weight 1 --schedule cosine --epochs 4")
+    rate = "--learning_rate 1e-3 --schedule cosine"
+    _, log = run(f"{mode} {steps} {rate} --quadruplet_weight 1 --epochs 4")
     assert log["epochs"][-1]["train_loss"] < 0.5 * log["epochs"][0]["train_loss"]
 
 
 def test_drift_weight_holds_the_embeddings(experiment, run):
-    crops = net.to_input(load_crops([path for paths in experiment.images.values() for path in paths]).pixels)
-    moved = []
+    crops = all_crops(experiment)
+    before, _ = net.load_checkpoint(experiment.start)(crops)
+    drifts = {}
     for weight in (0, 100):
         run(f"--drift_weight {weight} --learning_rate 1e-3 --validation_split 0", f"drift{weight}")
         model = net.build_model("ir_tiny").eval()
         model.load_state_dict(experiment.weights(f"drift{weight}"))
-        moved.append((1 - (model(crops)[0] * net.load_checkpoint(experiment.start)(crops)[0]).sum(1)).mean().item())
-    assert moved[1] < 0.3 * moved[0]
+        after, _ = model(crops)
+        drifts[weight] = (1 - (after * before).sum(1)).mean().item()
+    assert drifts[100] < 0.3 * drifts[0]
 
 
-# ---- random start ---------------------------------------------------------------------------------------------------
-def test_a_random_start_is_up_to_the_seed(experiment, run):
-    logs = [run(f"--pretrained none --seed {name[1:]}", name)[1] for name in ("a1", "b1", "c2")]
-    a, b, c = (experiment.weights(name) for name in ("a1", "b1", "c2"))
-    assert_equal_weights(a, b)
-    assert without_timing(logs[0]) == without_timing(logs[1])  # so all that the clock decides is under "timing"
-    assert not torch.equal(a["input_layer.0.weight"], c["input_layer.0.weight"])
+# ---- random start --------------------------------------------------------------------------------
+def test_a_random_start_of_the_same_seed_gives_the_same_run(experiment, run):
+    _, log = run("--pretrained none --seed 1", "a")
+    _, again = run("--pretrained none --seed 1", "b")
+    assert_equal_weights(experiment.weights("a"), experiment.weights("b"))
+    assert without_timing(log) == without_timing(again)  # all that the clock decides is "timing"
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+def test_a_random_start_of_another_seed_is_another_network(experiment, run):
+    run("--pretrained none --seed 1", "a")
+    run("--pretrained none --seed 2", "b")
+    key = "input_layer.0.weight"
+    assert not torch.equal(experiment.weights("a")[key], experiment.weights("b")[key])
+
+
+# ---- figures -------------------------------------------------------------------------------------
 def measure(experiment, checkpoint, ids, distance):
-    """{figure: value} of a network on people, by brute force over the definitions and scikit-learn."""
+    """{figure: value} of a network on people, by brute force and scikit-learn."""
     images = [(name, path) for name in ids for path in experiment.images[name]]
-    owner, family = [name for name, _ in images], [name[:-1] for name, _ in images]
+    owner = [name for name, _ in images]
     crops = np.stack([np.array(Image.open(path)) for _, path in images])
     with torch.no_grad():
-        e = net.load_checkpoint(checkpoint)(net.to_input(crops))[0]
+        embeddings, _ = net.load_checkpoint(checkpoint)(net.to_input(crops))
     twins = {frozenset(pair) for pair in json.loads(experiment.pairs.read_text())}
-    numbers = range(len(images))
-    triplets = [
-        (a, p, n)
-        for a, p in itertools.permutations(numbers, 2)
-        for n in numbers
-        if owner[a] == owner[p] and {owner[a], owner[n]} in twins
-    ]
-    loss = TripletLoss(0.3, distance)(*(e[list(rows)] for rows in zip(*triplets, strict=True)))
-    scores = {"genuine": [], "twin": [], "general": []}
-    for a, b in itertools.combinations(numbers, 2):
-        kind = "genuine" if owner[a] == owner[b] else "twin" if {owner[a], owner[b]} in twins else "general"
-        if kind != "general" or family[a] != family[b]:
-            scores[kind].append(float(e[a] @ e[b]))
-    truth = [1] * len(scores["genuine"]) + [0] * len(scores["twin"])
-    fmr, tar, _ = roc_curve(truth, scores["genuine"] + scores["twin"], drop_intermediate=False)
+
+    triplets = []
+    for a, p in itertools.permutations(range(len(images)), 2):
+        for n in range(len(images)):
+            if owner[a] == owner[p] and {owner[a], owner[n]} in twins:
+                triplets.append((a, p, n))
+    anchor, positive, negative = embeddings[torch.tensor(triplets)].unbind(1)
+    loss = TripletLoss(0.3, distance)(anchor, positive, negative)
+
+    genuine, twin, general = [], [], []
+    for a, b in itertools.combinations(range(len(images)), 2):
+        score = float(embeddings[a] @ embeddings[b])
+        if owner[a] == owner[b]:
+            genuine.append(score)
+        elif {owner[a], owner[b]} in twins:
+            twin.append(score)
+        elif owner[a][:-1] != owner[b][:-1]:  # of two families
+            general.append(score)
+    against_twins = [1] * len(genuine) + [0] * len(twin)
+    against_general = [1] * len(genuine) + [0] * len(general)
+    fmr, tar, _ = roc_curve(against_twins, genuine + twin, drop_intermediate=False)
     gap = np.abs(fmr - (1 - tar)).round(12)
     at = len(gap) - 1 - np.argmin(gap[::-1])  # the lower threshold on a tie
-    general = [1] * len(scores["genuine"]) + [0] * len(scores["general"])
     return {
         "loss": loss.item(),
         "eer": (fmr[at] + 1 - tar[at]) / 2,
-        "auc": roc_auc_score(truth, scores["genuine"] + scores["twin"]),
-        "general_auc": roc_auc_score(general, scores["genuine"] + scores["general"]),
+        "auc": roc_auc_score(against_twins, genuine + twin),
+        "general_auc": roc_auc_score(against_general, genuine + general),
     }
 
 
 @pytest.mark.parametrize(
-    "flags", ["--distance euclidean", "--precision bf16", "--freeze_backbone", "--freeze_backbone --precision bf16"]
+    "flags",
+    [
+        "--distance euclidean",
+        "--precision bf16",
+        "--freeze_backbone",
+        "--freeze_backbone --precision bf16",
+    ],
 )
 def test_logged_figures_are_those_of_the_saved_network_in_fp32(experiment, run, flags):
     code, log = run(f"{flags} --validation_split 0.5 --split_seed 1 --epochs 1")
     assert code == 0
-    config, (start, end) = log["config"], log["epochs"]
+    config = log["config"]
+    start, end = log["epochs"]
     distance = config["distance"]
-    expected = measure(experiment, experiment.start, config["train_ids"], distance)["loss"]
-    assert start["train_loss"] == pytest.approx(expected, abs=1e-6)
+    expected = measure(experiment, experiment.start, config["train_ids"], distance)
+    assert start["train_loss"] == pytest.approx(expected["loss"], abs=1e-6)
     for entry, checkpoint in ((start, experiment.start), (end, log["best_checkpoint"])):
         figures = measure(experiment, checkpoint, config["val_ids"], distance)
-        assert {name: entry[f"val_{name}"] for name in figures} == pytest.approx(figures, abs=1e-6)
+        logged = {name: entry[f"val_{name}"] for name in figures}
+        assert logged == pytest.approx(figures, abs=1e-6)
     assert start["val_loss"] != end["val_loss"]
 
 
+# ---- precision -----------------------------------------------------------------------------------
 def test_precision_is_that_of_the_steps_alone(run):
-    losses = {}
+    differences = {}
     for precision in ("fp32", "bf16"):
         _, log = run(f"--precision {precision} --learning_rate 0 --epochs 1", precision)
-        assert log["config"]["used_precision"] == precision
+        assert log["config"]["recipe"]["precision"] == precision
         start, end = log["epochs"]
         assert start["val_loss"] == end["val_loss"]
-        losses[precision] = end["train_loss"] - start["train_loss"]
-    assert abs(losses["fp32"]) < 1e-6
-    assert 1e-6 < abs(losses["bf16"]) < 2e-2
+        differences[precision] = abs(end["train_loss"] - start["train_loss"])
+    assert differences["fp32"] < 1e-6
+    assert 1e-6 < differences["bf16"] < 2e-2
 
 
-def test_precision_follows_the_device(experiment, monkeypatch):
-    def chosen(device, has_bf16):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16}, raising=False)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-        return TwinTrainer(*parse_runs(experiment.flags(f"--precision auto --device {device}"))).precision
+@pytest.fixture
+def has_bf16(monkeypatch):
+    """has_bf16(True): from now on, CPU and GPU say that they have bf16."""
 
-    assert (chosen("cpu", True), chosen("cpu", False)) == ("bf16", "fp32")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **options: ones(*size, **options))
-    assert (chosen("cuda", True), chosen("cuda", False)) == ("bf16", "fp16")
+    def pretend(value):
+        capabilities = {"avx512_bf16": value}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: value)
+
+    return pretend
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
-def test_config_log_and_checkpoint_hold_what_the_readers_rely_on(experiment, run):
-    code, log = run("--train_percentage 50 --epochs 3")
-    assert code == 0
-    folder = experiment.folder / "logs" / "run"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "training_log.json"}  # and no last.pth
-    config = json.loads((folder / "config.json").read_text())
-    assert log["config"] == config
-    args = vars(*parse_runs(experiment.flags("--train_percentage 50 --epochs 3")))
-    assert {key: config[key] for key in args} == args
-    triplets = {}
-    for part in ("train", "val"):
-        ids = config[f"{part}_ids"]
-        pairs = [pair for pair in json.loads(experiment.pairs.read_text()) if set(pair) <= set(ids)]
-        counts = [[len(experiment.images[name]) for name in pair] for pair in pairs]
-        triplets[part] = [n * (n - 1) * m + m * (m - 1) * n for n, m in counts]
-        assert config[f"n_{part}_pairs"] == len(pairs)
-        assert len({name[:-1] for name in ids} & {name[:-1] for name in config["val_ids"]}) == (part == "val") * 2
+@pytest.mark.parametrize(("value", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_the_precision_of_a_run_follows_the_cpu(experiment, has_bf16, value, precision):
+    has_bf16(value)
+    assert make_trainer(experiment, "--precision auto --device cpu").precision == precision
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("value", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_the_precision_follows_the_gpu(has_bf16, frozen, value, precision):
+    has_bf16(value)
+    assert choose_precision("auto", torch.device("cuda:0"), frozen) == precision
+
+
+def test_steps_without_a_backbone_are_in_fp32_on_a_cpu(has_bf16):
+    has_bf16(True)
+    assert choose_precision("auto", torch.device("cpu"), frozen=True) == "fp32"
+
+
+def test_a_pytorch_that_cannot_say_whether_the_cpu_has_bf16_computes_in_fp32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert choose_precision("auto", torch.device("cpu"), frozen=False) == "fp32"
+
+
+# ---- what is written -----------------------------------------------------------------------------
+FINISHED = "--train_percentage 50 --epochs 3"
+
+
+def run_to_the_end(folder, flags):
+    """An experiment in `folder` in which a run with these flags has ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(net.Backbone, "features", quick_features)
+        patch.setattr(train_twins, "plot_curves", lambda folder, log: None)
+        experiment = Experiment(folder)
+        assert train_twins.main(experiment.flags(flags)) == 0
+    return experiment
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The experiment in which a run with the flags FINISHED has ended."""
+    return run_to_the_end(tmp_path_factory.mktemp("finished"), FINISHED)
+
+
+def read_config(experiment):
+    return json.loads((experiment.folder / "logs" / "run" / "config.json").read_text())
+
+
+def pairs_among(experiment, ids):
+    """The listed pairs of which both people are among `ids`."""
+    pairs = json.loads(experiment.pairs.read_text())
+    return [pair for pair in pairs if set(pair) <= set(ids)]
+
+
+def count_triplets(experiment, pairs):
+    """How many triplets each pair makes."""
+    counts = []
+    for pair in pairs:
+        n, m = (len(experiment.images[name]) for name in pair)
+        counts.append(n * (n - 1) * m + m * (m - 1) * n)
+    return counts
+
+
+def test_a_finished_run_leaves_its_settings_and_its_log_and_no_state(finished):
+    names = {path.name for path in files_in(finished.folder / "logs" / "run")}
+    assert names == {"config.json", "training_log.json"}
+
+
+def test_the_log_holds_the_settings(finished):
+    assert finished.log()["config"] == read_config(finished)
+
+
+def test_the_settings_hold_the_value_of_every_flag(finished):
+    (args,) = parse_runs(finished.flags(FINISHED))
+    assert vars(args).items() <= read_config(finished).items()
+
+
+def test_the_recipe_holds_the_flags_of_the_recipe_and_what_the_run_was_made_of(finished):
+    recipe = read_config(finished)["recipe"]
+    (args,) = parse_runs(finished.flags(FINISHED))
+    flags = {flag: getattr(args, flag) for flag in RECIPE}
+    hashes = {"weights_sha256", "crops_sha256", "pairs_sha256"}
+    assert flags.items() <= recipe.items()
+    assert recipe.keys() == flags.keys() | hashes
+    assert recipe["weights_sha256"] == net.weights_sha256(net.load_checkpoint(finished.start))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_the_settings_count_the_pairs(finished, part):
+    config = read_config(finished)
+    pairs = pairs_among(finished, config[f"{part}_ids"])
+    assert config[f"n_{part}_pairs"] == len(pairs)
+
+
+def test_pairs_are_for_training_or_validation_or_skipped(finished):
+    config = read_config(finished)
     assert config["n_train_pairs"] + config["n_val_pairs"] == 6
     assert config["n_skipped_pairs"] == 1
-    assert config["n_train_triplets"] == sum((50 * n + 99) // 100 for n in triplets["train"])
-    assert config["n_val_triplets"] == sum(triplets["val"])  # all of them
-    assert config["n_train_images"] == sum(len(experiment.images[name]) for name in config["train_ids"])
-    assert config["trainable_parameters"] == [name for name, _ in net.build_model("ir_tiny").named_parameters()]
+
+
+def test_no_family_is_on_both_sides_and_one_validates(finished):
+    config = read_config(finished)
+    train_families = {name[:-1] for name in config["train_ids"]}
+    val_families = {name[:-1] for name in config["val_ids"]}
+    assert not train_families & val_families
+    assert len(val_families) == 2
+
+
+def test_the_settings_count_the_sampled_training_triplets(finished):
+    config = read_config(finished)
+    counts = count_triplets(finished, pairs_among(finished, config["train_ids"]))
+    assert config["n_train_triplets"] == sum((50 * n + 99) // 100 for n in counts)
+
+
+def test_the_settings_count_all_validation_triplets(finished):
+    config = read_config(finished)
+    counts = count_triplets(finished, pairs_among(finished, config["val_ids"]))
+    assert config["n_val_triplets"] == sum(counts)
+
+
+def test_the_settings_count_the_training_images(finished):
+    config = read_config(finished)
+    n_images = sum(len(finished.images[name]) for name in config["train_ids"])
+    assert config["n_train_images"] == n_images
+
+
+def test_the_settings_name_the_trained_parameters_the_versions_and_the_device(finished):
+    config = read_config(finished)
+    parameters = net.build_model("ir_tiny").named_parameters()
+    assert config["trainable_parameters"] == [name for name, _ in parameters]
     assert config["versions"]["torch"] == torch.__version__
     assert config["used_device"] == "cpu"
-    assert [entry["epoch"] for entry in log["epochs"]] == [0, 1, 2, 3]
-    for entry in log["epochs"]:
+
+
+def test_the_log_has_an_entry_for_each_epoch_and_one_for_the_start(finished):
+    entries = finished.log()["epochs"]
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2, 3]
+    for entry in entries:
         assert {"train_loss", "val_loss", "val_eer", "val_auc", "active_triplets"} <= set(entry)
         assert entry["timing"]["seconds"] > 0
-    best = max(log["epochs"][1:], key=lambda entry: entry["val_auc"])
-    assert (log["best_epoch"], log["stopped"]) == (best["epoch"], "epochs")
+
+
+def best_entry(log):
+    return max(log["epochs"][1:], key=lambda entry: entry["val_auc"])
+
+
+def test_the_log_says_which_epoch_was_best_and_what_ended_the_run(finished):
+    log = finished.log()
+    assert (log["best_epoch"], log["stopped"]) == (best_entry(log)["epoch"], "epochs")
+
+
+def test_the_checkpoint_of_the_best_epoch_is_the_only_one(finished):
+    log = finished.log()
     path = Path(log["best_checkpoint"])
-    assert list((experiment.folder / "models").iterdir()) == [path]
-    assert path.name == f"twin_tuned_irtiny_run_epoch{best['epoch']}.pth"
-    checkpoint = torch.load(path, weights_only=True)
-    assert (checkpoint["arch"], checkpoint["epoch"], checkpoint["config"]) == ("ir_tiny", best["epoch"], config)
+    assert files_in(finished.folder / "models") == {path}
+    assert path.name == f"twin_tuned_irtiny_run_epoch{log['best_epoch']}.pth"
+
+
+def test_the_checkpoint_holds_the_settings_and_the_figures_of_its_epoch(finished):
+    best = best_entry(finished.log())
+    checkpoint = finished.checkpoint()
+    assert checkpoint["arch"] == "ir_tiny"
+    assert checkpoint["epoch"] == best["epoch"]
+    assert checkpoint["config"] == read_config(finished)
     assert checkpoint["metrics"].items() <= best.items()
     assert {"val_loss", "val_eer", "val_auc"} <= set(checkpoint["metrics"])
-    statedict = checkpoint["state_dict"]  # as upstream's own inference reads it
-    net.build_model("ir_tiny").load_state_dict({k[6:]: v for k, v in statedict.items() if k.startswith("model.")})
 
 
-def test_curves_are_drawn_with_and_without_validation(tmp_path, run):
-    for share in (0, 0.3):
-        _, log = run(f"--validation_split {share}", f"split{share}")
-        plot_curves(tmp_path / f"{share}", log)
-        for name in ("loss_curves.png", "validation_curves.png"):
-            assert Image.open(tmp_path / f"{share}" / name).size > (500, 300)
+def test_the_checkpoint_is_read_by_upstreams_own_lines(finished):
+    statedict = finished.checkpoint()["state_dict"]
+    model_statedict = {k[6:]: v for k, v in statedict.items() if k.startswith("model.")}
+    net.build_model("ir_tiny").load_state_dict(model_statedict)
+
+
+@pytest.mark.parametrize("share", [0, 0.3])
+def test_curves_are_drawn_with_and_without_validation(tmp_path, run, share):
+    _, log = run(f"--validation_split {share}")
+    folder = tmp_path / "curves"
+    plot_curves(folder, log)
+    for name in ("loss_curves.png", "validation_curves.png"):
+        width, height = Image.open(folder / name).size
+        assert width > 500
+        assert height > 300
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("val_loss", 3), ("val_eer", 2), ("val_auc", 4)])
-def test_the_best_epoch_is_the_first_best_by_the_monitor_and_never_the_start(experiment, monitor, best):
-    run = Run(*parse_runs(experiment.flags(f"--monitor {monitor} --epochs 9 --patience 3")))
+def test_the_best_epoch_is_the_first_best_by_the_monitor_and_never_the_start(
+    experiment, monitor, best
+):
+    (args,) = parse_runs(experiment.flags(f"--monitor {monitor} --epochs 9 --patience 3"))
+    folder = RunFolder(args)
     figures = {"val_loss": "13211111", "val_eer": "03122132", "val_auc": "98579698"}
     for epoch in range(best + 4):
-        entry = {"epoch": epoch, **{name: int(values[epoch]) for name, values in figures.items()}}
-        assert run.append(entry) == (epoch > 0 and run.log["best_epoch"] == epoch)
-        assert run.log["stopped"] == ("patience" if epoch == best + 3 else None)
-    assert run.log["best_checkpoint"].endswith(f"models/twin_tuned_irtiny_run_epoch{best}.pth")
+        entry = {name: int(values[epoch]) for name, values in figures.items()}
+        is_best = folder.record({"epoch": epoch, **entry})
+        assert is_best == (epoch > 0 and folder.log["best_epoch"] == epoch)
+        expected = "patience" if epoch == best + 3 else None
+        assert folder.log["stopped"] == expected
+    path = folder.log["best_checkpoint"]
+    assert path.endswith(f"models/twin_tuned_irtiny_run_epoch{best}.pth")
 
 
 def test_superseded_checkpoints_go_and_those_of_other_runs_with_like_names_stay(experiment, run):
     models = experiment.folder / "models"
-    assert run("--epochs 1", "pilot_frozen")[0] == 0
-    others = [*models.iterdir(), models / ".7.twin_tuned_irtiny_pilot_frozen_epoch2.pth"]  # one being written
-    others += [models / f"twin_tuned_{name}.pth" for name in ("irtiny_frozen_epoch1_epoch1", "ir50_frozen_epoch1")]
+    code, _ = run("--epochs 1", "pilot_frozen")
+    assert code == 0
+    others = {models / "twin_tuned_irtiny_frozen_epoch1_epoch1.pth"}
+    others.add(models / "twin_tuned_ir50_frozen_epoch1.pth")
     for path in others:
         path.touch()
-    _, log = run("--validation_split 0", "frozen")
-    assert log["best_epoch"] == 2  # so that there was one to supersede
-    assert set(models.iterdir()) == {*others, Path(log["best_checkpoint"])}
+    others |= files_in(models)
+    with net.replacing(models / "twin_tuned_irtiny_pilot_frozen_epoch2.pth") as half_written:
+        half_written.touch()
+        _, log = run("--validation_split 0", "frozen")
+        left = files_in(models)
+    assert log["best_epoch"] == 2  # so there was one to supersede
+    assert left == {*others, half_written, Path(log["best_checkpoint"])}
 
 
-def test_default_run_names(tmp_path, monkeypatch):
+# ---- names of runs -------------------------------------------------------------------------------
+def default_name(flags):
+    (args,) = parse_runs(flags.split())
+    return args.run_name
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "full_100pct_margin0.3"),
+        ("--freeze_backbone --train_percentage 75 --margin 0.50", "frozen_75pct_margin0.5"),
+    ],
+)
+def test_default_run_names(tmp_path, monkeypatch, flags, name):
     monkeypatch.chdir(tmp_path)
-    more = "--freeze_backbone --train_percentage 75 --margin 0.50"
-    for name, flags in {"full_100pct_margin0.3": "", "frozen_75pct_margin0.5": more}.items():
-        assert Run(*parse_runs(["--pretrained", "none", *flags.split()])).name == name
+    (args,) = parse_runs(["--pretrained", "none", *flags.split()])
+    assert RunFolder(args).name == name
 
 
-# ---- who is trained on ----------------------------------------------------------------------------------------------
-def test_split_seed_alone_decides_who_validates(experiment):
-    def validated(flags):
-        trainer = TwinTrainer(*parse_runs(experiment.flags(flags)))
-        trainer.load_data()
-        return trainer.val_set.images.ids
+OTHER_VALUES = {
+    "distance": "euclidean",
+    "images_per_batch": "48",
+    "batch_size": "16",
+    "quadruplet_weight": "0.25",
+    "drift_weight": "2",
+    "learning_rate": "0.001",
+    "schedule": "constant",
+    "weight_decay": "0.01",
+    "validation_split": "0.3",
+    "split_seed": "1",
+    "monitor": "val_eer",
+    "precision": "fp32",
+}
 
-    first = validated("")
-    assert validated("--seed 1 --train_percentage 5 --margin 0.2 --freeze_backbone") == first
-    assert any(validated(f"--split_seed {seed}") != first for seed in (1, 2, 3))
+
+def test_the_flags_whose_place_in_the_name_is_tested_are_all_of_the_recipe():
+    first_parts = {"freeze_backbone", "train_percentage", "margin"}
+    assert OTHER_VALUES.keys() | first_parts == RECIPE.keys()
+
+
+@pytest.mark.parametrize("flag", OTHER_VALUES)
+def test_a_runs_name_says_each_flag_of_the_recipe_that_is_not_the_default(flag):
+    value = OTHER_VALUES[flag]
+    assert default_name(f"--{flag} {value}") == f"full_100pct_margin0.3_{flag}{value}"
+
+
+def test_a_runs_name_says_the_seed_after_the_recipe():
+    name = default_name("--freeze_backbone --learning_rate 1e-3 --seed 2")
+    assert name == "frozen_100pct_margin0.3_learning_rate0.001_seed2"
+
+
+def test_a_runs_name_does_not_depend_on_whether_a_default_is_given():
+    assert default_name("--seed 42 --learning_rate 1e-4 --distance cosine") == default_name("")
+
+
+def test_a_runs_name_does_not_depend_on_what_else_is_swept():
+    runs = parse_runs(["--seed", "42", "3", "--learning_rate", "1e-4", "1e-3"])
+    assert {run.run_name for run in runs} == {
+        "full_100pct_margin0.3",
+        "full_100pct_margin0.3_seed3",
+        "full_100pct_margin0.3_learning_rate0.001",
+        "full_100pct_margin0.3_learning_rate0.001_seed3",
+    }
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate 1e-4", "--seed 7"])
+def test_two_runs_that_differ_in_one_flag_do_not_meet_in_one_folder(experiment, flag):
+    for flags in ("", flag):
+        assert train_twins.main(experiment.flags(f"--epochs 1 {flags}", "")) == 0
+    assert len(list((experiment.folder / "logs").iterdir())) == 2
+    assert len(files_in(experiment.folder / "models")) == 2
+
+
+# ---- who is trained on ---------------------------------------------------------------------------
+def validated(experiment, flags):
+    """The people that a run with these flags is validated on."""
+    trainer = make_trainer(experiment, flags)
+    trainer.load_data()
+    return trainer.val_set.images.ids
+
+
+def test_other_flags_do_not_decide_who_validates(experiment):
+    flags = "--seed 1 --train_percentage 5 --margin 0.2 --freeze_backbone"
+    assert validated(experiment, flags) == validated(experiment, "")
+
+
+def test_split_seed_decides_who_validates(experiment):
+    usual = validated(experiment, "")
+    others = [validated(experiment, f"--split_seed {seed}") for seed in (1, 2, 3)]
+    assert any(other != usual for other in others)
+
+
+def sampled(experiment, flags):
+    """The triplets that a run with these flags is trained on."""
+    trainer = make_trainer(experiment, flags)
+    trainer.load_data()
+    numbers = np.arange(len(trainer.train_set))
+    return {tuple(row) for row in trainer.train_set.triplets(numbers).tolist()}
 
 
 def test_a_percentage_contains_the_smaller_ones_of_its_seed(experiment):
-    def sampled(flags):
-        trainer = TwinTrainer(*parse_runs(experiment.flags(flags)))
-        trainer.load_data()
-        return {tuple(row) for row in trainer.train_set.triplets(np.arange(len(trainer.train_set))).tolist()}
-
-    small, large, everything = (sampled(f"--train_percentage {share}") for share in (20, 60, 100))
+    shares = (20, 60, 100)
+    small, large, everything = (sampled(experiment, f"--train_percentage {x}") for x in shares)
     assert small < large < everything
-    assert sampled("--train_percentage 20 --seed 1") != small
+
+
+def test_the_seed_decides_which_triplets_are_sampled(experiment):
+    flags = "--train_percentage 20"
+    assert sampled(experiment, f"{flags} --seed 1") != sampled(experiment, flags)
 
 
 def test_a_single_family_is_warned_of_and_its_last_epoch_kept(experiment, write_crops, run, capsys):
     aligned, pairs = write_crops([[3, 3, 2]], "single")
-    code, log = run(f"--train_pairs {pairs} --aligned_json {aligned} --patience 1 --epochs 3")
+    data = f"--train_pairs {pairs} --aligned_json {aligned}"
+    code, log = run(f"{data} --patience 1 --epochs 3")
     assert code == 0
     assert "warning: no validation" in capsys.readouterr().out
     assert (log["best_epoch"], log["stopped"]) == (3, "epochs")
     assert {entry["val_loss"] for entry in log["epochs"]} == {None}
-    assert len(list((experiment.folder / "models").iterdir())) == 1
+    assert len(files_in(experiment.folder / "models")) == 1
 
 
-def test_skipped_pairs_and_repeated_images_are_counted_in_a_warning(experiment, run, capsys):
+@pytest.fixture
+def run_with_copies(experiment, run, capsys):
+    """(log, lines printed) of a run in whose list one image stands three times."""
     images = json.loads(experiment.aligned.read_text())
     copy = experiment.folder / "copy.png"
     copy.write_bytes(experiment.images["train0a"][0].read_bytes())
     images["train0a"] += ["copy.png", "copy.png"]
     experiment.aligned.write_text(json.dumps(images))
     _, log = run("--validation_split 0")
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert any("1 of 7 pairs have too few crops" in line for line in warnings)
-    assert any(re.search(r"\b2 images are the same .*; each is used once", line) for line in warnings)
-    assert log["config"]["n_train_images"] == sum(map(sum, FAMILIES[:-1]))
+    return log, capsys.readouterr().out.splitlines()
 
 
-# ---- the end --------------------------------------------------------------------------------------------------------
+def test_skipped_pairs_and_repeated_images_are_counted_in_a_warning(run_with_copies):
+    _, lines = run_with_copies
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert any("1 of 7 pairs are skipped" in line for line in warnings)
+    repeated = re.compile(r"\b2 images are the same .*; each is used once")
+    assert any(repeated.search(line) for line in warnings)
+
+
+def test_repeated_images_are_used_once(run_with_copies):
+    log, _ = run_with_copies
+    n_images = sum(sum(sizes) for sizes in FAMILIES[:-1])
+    assert log["config"]["n_train_images"] == n_images
+
+
+# ---- the end -------------------------------------------------------------------------------------
 def test_patience_stops(run):
-    _, log = run("--learning_rate 0 --epochs 9 --patience 2")  # no epoch changes anything, so the first stays the best
+    # No epoch changes anything, so the first one stays the best.
+    _, log = run("--learning_rate 0 --epochs 9 --patience 2")
     assert (log["best_epoch"], log["stopped"], len(log["epochs"])) == (1, "patience", 4)
 
 
-def test_the_end_says_how_the_best_epoch_compares_with_the_start(tmp_path, experiment, run, capsys):
+def verdict_line(capsys):
+    """The line that says how the best epoch compares with the start."""
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("On the validation people")]
+    return line
+
+
+def test_the_end_says_that_few_families_cannot_tell_the_best_epoch_from_the_start(run, capsys):
     _, log = run()
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("On the validation people")]
-    assert line.count("too few families to say on") == 2
+    assert verdict_line(capsys).count("too few families to say on") == 2
     assert log["against_start"]["auc"]["verdict"] == "too few families to say"
-    (tmp_path / "many").mkdir()
-    many = Experiment(tmp_path / "many", [[3, 3]] * 10)
-    assert train_twins.main(many.flags("--validation_split 0.8 --learning_rate 1e-2")) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("On the validation people")]
-    verdict = r"(better|worse|not distinguishable) on {} \(AUC [+-]0\.\d{{4}} \[[+-].*, [+-].*\]\)"
-    verdicts = ", ".join(verdict.format(people) for people in ("twins", "everyone else"))
-    match = re.fullmatch(rf"On the validation people, against the start: {verdicts}\.", line)
-    log = many.log()
-    assert match.groups() == tuple(log["against_start"][name]["verdict"] for name in ("auc", "general_auc"))
+
+
+@pytest.fixture
+def many_families(tmp_path, experiment):
+    """Another experiment, whose validation has enough families for a verdict."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    return Experiment(folder, [[3, 3]] * 10)
+
+
+def test_the_end_says_how_the_best_epoch_compares_with_the_start(many_families, capsys):
+    flags = "--validation_split 0.8 --learning_rate 1e-2"
+    assert train_twins.main(many_families.flags(flags)) == 0
+    log = many_families.log()
+    number = r"[+-]0\.\d{4}"
+    verdict = r"(better|worse|not distinguishable)"
+    interval = rf"\(AUC {number} \[[+-].*, [+-].*\]\)"
+    on_twins = f"{verdict} on twins {interval}"
+    on_others = f"{verdict} on everyone else {interval}"
+    line = rf"On the validation people, against the start: {on_twins}, {on_others}\."
+    match = re.fullmatch(line, verdict_line(capsys))
+    verdicts = [log["against_start"][name]["verdict"] for name in ("auc", "general_auc")]
+    assert list(match.groups()) == verdicts
+    best = log["epochs"][log["best_epoch"]]
+    start = log["epochs"][0]
     for name in ("auc", "eer", "general_auc"):
-        change = log["epochs"][log["best_epoch"]][f"val_{name}"] - log["epochs"][0][f"val_{name}"]
+        change = best[f"val_{name}"] - start[f"val_{name}"]
         assert log["against_start"][name]["difference"] == pytest.approx(change)
 
 
-DAMAGE = {
-    "overflow": lambda head: head[3].weight.data.fill_(3e38),
-    "not a number": lambda head: head[3].weight.data[0].fill_(float("nan")),
-    "all alike": lambda head: (head[3].weight.data.zero_(), head[3].bias.data.fill_(1)),
-    "all zero": lambda head: (head[3].weight.data.zero_(), head[3].bias.data.copy_(head[4].running_mean)),
-}
+def overflow(head):
+    head[3].weight.data.fill_(3e38)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+def not_a_number(head):
+    head[3].weight.data[0].fill_(float("nan"))
+
+
+def all_alike(head):
+    head[3].weight.data.zero_()
+    head[3].bias.data.fill_(1)
+
+
+def all_zero(head):
+    head[3].weight.data.zero_()
+    head[3].bias.data.copy_(head[4].running_mean)
+
+
+@pytest.mark.parametrize("damage", [overflow, not_a_number, all_alike, all_zero])
 @pytest.mark.parametrize("split", [0, 0.3])
-def test_a_network_that_dies_ends_the_run_and_is_never_the_best(experiment, run, refusal, monkeypatch, damage, split):
-    step, steps = TwinTrainer.step, []
+def test_a_network_that_dies_ends_the_run_and_is_never_the_best(
+    experiment, run, refusal, monkeypatch, damage, split
+):
+    step = TwinTrainer.step
+    steps = []
 
-    def damaged(self, triplets):
+    def damaging_step(self, triplets):
         statistics = step(self, triplets)
         steps.append(triplets)
         if len(steps) == 2:  # the second epoch's
-            DAMAGE[damage](self.model.output_layer)
+            damage(self.model.output_layer)
         return statistics
 
-    monkeypatch.setattr(TwinTrainer, "step", damaged)
+    monkeypatch.setattr(TwinTrainer, "step", damaging_step)
     code, log = run(f"--epochs 5 --validation_split {split}")
     assert code == 2
     assert re.match(r"run, epoch 2\b.*--learning_rate below 0\.0003$", refusal())
     assert [entry["epoch"] for entry in log["epochs"]] == [0, 1]
-    assert [path.name for path in (experiment.folder / "models").iterdir()] == ["twin_tuned_irtiny_run_epoch1.pth"]
-    assert all(torch.isfinite(value).all() for value in experiment.weights().values())
+    (checkpoint,) = files_in(experiment.folder / "models")
+    assert checkpoint.name == "twin_tuned_irtiny_run_epoch1.pth"
+    for value in experiment.weights().values():
+        assert torch.isfinite(value).all()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(experiment, run, refusal, monkeypatch):
     step = TwinTrainer.step
-    monkeypatch.setattr(TwinTrainer, "step", lambda self, triplets: step(self, triplets) * float("nan"))
-    assert run()[0] == 2
-    assert re.match(r"run, epoch 1, step \d+: the loss .* not finite.*--learning_rate below 0\.0003$", refusal())
-    assert not (experiment.folder / "models").exists()
+    nan = float("nan")
+    monkeypatch.setattr(TwinTrainer, "step", lambda self, triplets: step(self, triplets) * nan)
+    code, _ = run()
+    assert code == 2
+    where = r"run, epoch 1, step \d+"
+    message = rf"{where}: the loss .* not finite.*--learning_rate below 0\.0003$"
+    assert re.match(message, refusal())
+    assert files_in(experiment.folder / "models") == set()
 
 
 @pytest.mark.parametrize("rate", ["0.5", "1e6"])
@@ -465,56 +853,210 @@ def test_a_rate_far_too_high_is_named_and_leaves_no_dead_checkpoint(run, refusal
     assert code == 2
     assert f"--learning_rate below {float(rate):g}" in refusal()
     if log["best_checkpoint"]:
-        net.check_alive(net.load_checkpoint(log["best_checkpoint"])(torch.zeros(1, 3, 112, 112))[0], "the best")
+        model = net.load_checkpoint(log["best_checkpoint"])
+        embeddings, _ = model(torch.zeros(1, 3, 112, 112))
+        net.check_alive(embeddings, "the best")
 
 
-# ---- start, go on, start over ---------------------------------------------------------------------------------------
-def test_resume_starts_what_is_not_there_and_says_what_is_finished(experiment, run, capsys):
-    assert run("--resume")[0] == 0
+# ---- start, go on, start over --------------------------------------------------------------------
+def test_resume_starts_what_is_not_there(run):
+    code, log = run("--resume")
+    assert code == 0
+    assert log["stopped"] == "epochs"
+
+
+def test_resume_says_what_is_finished_and_touches_nothing(experiment, run, capsys):
+    run("--resume")
     before = experiment.files()
     capsys.readouterr()
-    assert run("--resume")[0] == 0
-    assert re.search(r"run is finished, 2 epochs; best: .*epoch\d\.pth", capsys.readouterr().out)
+    code, _ = run("--resume")
+    assert code == 0
+    line = r"run is finished after 2 epochs; best: .*epoch\d\.pth"
+    assert re.search(line, capsys.readouterr().out)
     assert experiment.files() == before
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_resume_with_other_settings_is_refused_with_the_differences(experiment, run, interrupt, capsys, finished):
-    run(SHUFFLED) if finished else interrupt(SHUFFLED, 2)
+def test_resume_with_other_settings_is_refused_with_the_differences(
+    experiment, run, interrupt, capsys, finished
+):
+    if finished:
+        run(SHUFFLED)
+    else:
+        interrupt(SHUFFLED, 2)
     before = experiment.files()
     other = "--margin 0.2 --seed 1 --freeze_backbone --split_seed 3 --drift_weight 1 --epochs 9"
-    assert run(f"{SHUFFLED} --resume {other}")[0] == 2
+    code, _ = run(f"{SHUFFLED} --resume {other}")
+    assert code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    for text in ("margin was 0.3, is 0.2", "freeze_backbone was False, is True", "drift_weight was 0.0, is 1.0"):
+    for text in (
+        "margin was 0.3, is 0.2",
+        "seed was 42, is 1",
+        "freeze_backbone was False, is True",
+        "split_seed was 42, is 3",
+        "drift_weight was 0.0, is 1.0",
+    ):
         assert text in line
     assert "epochs" not in line
     assert experiment.files() == before
 
 
-def test_changed_crops_are_refused_on_resume(experiment, run, interrupt, capsys):
-    interrupt(SHUFFLED, 2)
+QUICK = f"--freeze_backbone {SHUFFLED}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The experiment in which a run with the flags QUICK has ended."""
+    return run_to_the_end(tmp_path_factory.mktemp("uninterrupted"), QUICK)
+
+
+def assert_resumed_as(experiment, uninterrupted):
+    """The run ended as the uninterrupted one did."""
+    log, reference = without_timing(experiment.log()), without_timing(uninterrupted.log())
+    assert log["epochs"] == reference["epochs"]
+    assert_equal_weights(experiment.weights(), uninterrupted.weights())
+
+
+def refused_resume(experiment, run, capsys, flags=QUICK):
+    """The line with which --resume is refused; no file of the run is touched."""
     before = experiment.files()
+    capsys.readouterr()
+    code, _ = run(f"{flags} --resume")
+    assert code == 2
+    assert experiment.files() == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_changed_crops_are_refused_on_resume(experiment, run, interrupt, capsys):
+    interrupt(QUICK, 2)
     experiment.change_a_crop()
-    assert run(f"{SHUFFLED} --resume")[0] == 2
-    assert "crops_sha256 was" in capsys.readouterr().err.splitlines()[-1]
+    assert "the crops are others" in refused_resume(experiment, run, capsys)
+
+
+def test_changed_pairs_of_the_same_people_are_refused_on_resume(experiment, run, interrupt, capsys):
+    interrupt(QUICK, 2)
+    pairs = json.loads(experiment.pairs.read_text())
+    pairs.remove(["train1a", "train1c"])  # each is still in a pair with train1b
+    experiment.pairs.write_text(json.dumps(pairs))
+    line = refused_resume(experiment, run, capsys)
+    assert "the pairs are others" in line
+    assert "crops" not in line
+
+
+def test_crops_that_moved_do_not_stop_resume(experiment, run, interrupt, uninterrupted):
+    interrupt(QUICK, 2)
+    folder = experiment.folder / "elsewhere"
+    folder.mkdir()
+    shutil.move(experiment.folder / "train_aligned", folder)
+    aligned = shutil.move(experiment.aligned, folder)
+    code, _ = run(f"{QUICK} --resume --aligned_json {aligned}")
+    assert code == 0
+    assert_resumed_as(experiment, uninterrupted)
+
+
+def move(start):
+    return start.rename(start.with_name("moved.pth"))
+
+
+def copy(start):
+    return Path(shutil.copy(start, start.with_name("copied.pth")))
+
+
+def spell_otherwise(start):
+    return f"{start.parent}/./{start.name}"
+
+
+def save_again(start):
+    model = net.load_checkpoint(start)
+    net.save_checkpoint(start, model, epoch=7)
+    return start
+
+
+def delete(start):
+    start.unlink()
+    return start
+
+
+@pytest.mark.parametrize("change", [move, copy, spell_otherwise, save_again, delete])
+def test_what_became_of_the_starts_file_does_not_stop_resume(
+    experiment, run, interrupt, uninterrupted, change
+):
+    interrupt(QUICK, 2)
+    start = change(experiment.start)
+    code, _ = run(f"{QUICK} --resume --pretrained {start}")
+    assert code == 0
+    assert_resumed_as(experiment, uninterrupted)
+
+
+def test_a_finished_run_does_not_need_the_starts_file(experiment, run, capsys):
+    run()
+    experiment.start.unlink()
+    code, _ = run("--resume")
+    assert code == 0
+    assert "run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_start_at_the_same_path_is_refused_on_resume(
+    experiment, run, interrupt, capsys, finished
+):
+    if finished:
+        run(QUICK)
+    else:
+        interrupt(QUICK, 2)
+    model = net.load_checkpoint(experiment.start)
+    model.output_layer[3].bias.data[0] += 0.1
+    net.save_checkpoint(experiment.start, model)
+    assert "the weights are others" in refused_resume(experiment, run, capsys)
+
+
+def test_a_random_start_is_refused_on_resume_of_a_run_that_had_weights(
+    experiment, run, interrupt, capsys
+):
+    interrupt(QUICK, 2)
+    line = refused_resume(experiment, run, capsys, f"{QUICK} --pretrained none")
+    assert "the weights are others" in line
+
+
+def test_resume_keeps_the_precision(run, interrupt):
+    interrupt(f"{QUICK} --precision bf16", 2)
+    code, log = run(f"{QUICK} --resume --precision auto")
+    assert code == 0
+    assert log["config"]["recipe"]["precision"] == "bf16"
+
+
+def test_another_precision_is_refused_on_resume(experiment, run, interrupt, capsys):
+    interrupt(f"{QUICK} --precision bf16", 2)
+    line = refused_resume(experiment, run, capsys, f"{QUICK} --precision fp32")
+    assert "precision was bf16, is fp32" in line
+
+
+@pytest.mark.parametrize("flags", ["", "--epochs 1"])
+def test_an_existing_run_is_refused_without_a_flag_and_nothing_touched(
+    experiment, run, refusal, flags
+):
+    run()
+    before = experiment.files()
+    code, _ = run(flags)
+    assert code == 2
+    line = refusal()
+    for flag in ("--resume", "--overwrite", "--run_name"):
+        assert flag in line
     assert experiment.files() == before
 
 
-def test_resume_keeps_the_precision_or_takes_another(experiment, run, interrupt):
-    for name, precision, used in (("kept", "auto", "bf16"), ("changed", "fp32", "fp32")):
-        interrupt(f"{SHUFFLED} --precision bf16", 2, name)
-        code, log = run(f"{SHUFFLED} --resume --precision {precision}", name)
-        assert (code, log["config"]["used_precision"]) == (0, used)
-
-
-def test_an_existing_run_is_refused_without_a_flag_and_nothing_touched(experiment, run, refusal):
+@pytest.mark.parametrize("flags", ["", "--resume"])
+def test_a_checkpoint_without_its_log_is_not_replaced(experiment, run, refusal, flags):
     run()
     before = experiment.files()
-    # Its checkpoint alone is enough: another folder of logs does not make it another run's.
-    for flags in ("", "--epochs 1", f"--log_dir {experiment.folder}/elsewhere"):
-        assert run(flags)[0] == 2
-        line = refusal()
-        assert all(flag in line for flag in ("--resume", "--overwrite", "--run_name"))
+    # Another folder of logs does not make the checkpoint another run's.
+    code, _ = run(f"{flags} --log_dir {experiment.folder}/elsewhere")
+    assert code == 2
+    line = refusal()
+    assert experiment.log()["best_checkpoint"] in line
+    for flag in ("--overwrite", "--run_name"):
+        assert flag in line
     assert experiment.files() == before
 
 
@@ -522,113 +1064,272 @@ def test_overwrite_replaces_a_run(experiment, run, interrupt):
     interrupt(f"{SHUFFLED} --seed 1", 2)
     code, log = run("--epochs 1 --overwrite")
     assert (code, log["config"]["seed"], len(log["epochs"])) == (0, 42, 2)
-    assert [str(path) for path in (experiment.folder / "models").iterdir()] == [log["best_checkpoint"]]
+    assert files_in(experiment.folder / "models") == {Path(log["best_checkpoint"])}
     assert not (experiment.folder / "logs" / "run" / "last.pth").exists()
 
 
-# ---- several runs in one command ------------------------------------------------------------------------------------
+# ---- in a worker thread --------------------------------------------------------------------------
+def in_a_thread(function, *arguments):
+    """What a function returns in a thread of its own, where Python has no signals."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_a_trainer_works_in_a_worker_thread(experiment, run):
+    _, whole = run("", "whole")
+    log = in_a_thread(make_trainer(experiment, "", "threaded").train)
+    assert without_timing(log) == without_timing(whole)
+    assert_equal_weights(experiment.weights("threaded"), experiment.weights("whole"))
+
+
+def test_the_script_works_in_a_worker_thread(experiment, run):
+    _, whole = run("", "whole")
+    assert in_a_thread(train_twins.main, experiment.flags("", "threaded")) == 0
+    assert without_timing(experiment.log("threaded")) == without_timing(whole)
+
+
+def test_a_sweep_works_in_a_worker_thread(experiment):
+    assert in_a_thread(train_twins.main, experiment.flags("--seed 1 2", "")) == 0
+    assert len(files_in(experiment.folder / "models")) == 2
+
+
+# ---- several runs in one command -----------------------------------------------------------------
 SWEEP = "--freeze_backbone False True --margin 0.3 0.2 --seed 2 1"
-SWEPT = [f"{mode}_100pct_margin{x}_seed{seed}" for mode in ("frozen", "full") for x in (0.2, 0.3) for seed in (1, 2)]
+SWEPT = list(itertools.product(("frozen", "full"), (0.2, 0.3), (1, 2)))
+# What names of runs say of the flags that all runs here are given.
+COMMON = (
+    "quadruplet_weight0_drift_weight0_learning_rate0.0003_scheduleconstant"
+    "_validation_split0.3_precisionfp32"
+)
+
+
+def swept_name(mode, margin=0.3, seed=None, percentage=100):
+    name = f"{mode}_{percentage}pct_margin{margin}_{COMMON}"
+    return f"{name}_seed{seed}" if seed else name
+
+
+SWEPT_NAMES = [swept_name(mode, margin, seed) for mode, margin, seed in SWEPT]
 
 
 def summary(out):
-    """(the rows of the table at the end, the command behind it) of what several runs have printed."""
+    """(the rows of the table at the end, the command behind it) of what a sweep has printed."""
     lines = out.splitlines()
-    rows = lines[next(i for i, line in enumerate(lines) if line.startswith("run ")) + 1 : -2]
-    return [row.split() for row in rows], shlex.split(lines[-1])
+    header = next(i for i, line in enumerate(lines) if line.startswith("run "))
+    *table, _, _, command = lines[header:]
+    rows = [line.split() for line in table[1:]]
+    return rows, shlex.split(command)
+
+
+@pytest.mark.parametrize("flag", OTHER_VALUES)
+def test_every_flag_of_the_recipe_takes_several_values(flag):
+    another = "32" if flag == "batch_size" else str(RECIPE[flag].default)
+    runs = parse_runs([f"--{flag}", OTHER_VALUES[flag], another])
+    assert len({getattr(run, flag) for run in runs}) == 2
+
+
+def test_every_combination_of_values_is_a_run():
+    flags = "--learning_rate 1e-3 1e-4 --distance cosine euclidean --batch_size 8 16 32"
+    runs = parse_runs(flags.split())
+    combinations = {(run.learning_rate, run.distance, run.batch_size) for run in runs}
+    assert len(runs) == len(combinations) == 2 * 2 * 3
 
 
 def test_every_combination_is_run_as_it_would_be_alone_the_cheapest_first(experiment, run, capsys):
     assert train_twins.main(experiment.flags(SWEEP, "")) == 0
-    rows, command = summary(capsys.readouterr().out)
-    assert [row[0] for row in rows] == SWEPT
-    checkpoints = [experiment.log(name)["best_checkpoint"] for name in SWEPT]
-    assert command == ["python", "evaluate_twins.py", "--checkpoints", str(experiment.start), *checkpoints]
-    for name, row in zip(SWEPT, rows, strict=True):
-        mode, _, margin, seed = name.split("_")
-        flags = f"--freeze_backbone {mode == 'frozen'} --margin {margin[6:]} --seed {seed[4:]}"
-        log = run(flags, f"alone_{name}")[1]
+    rows, _ = summary(capsys.readouterr().out)
+    assert [row[0] for row in rows] == SWEPT_NAMES
+    for name, (mode, margin, seed), row in zip(SWEPT_NAMES, SWEPT, rows, strict=True):
+        flags = f"--freeze_backbone {mode == 'frozen'} --margin {margin} --seed {seed}"
+        _, log = run(flags, f"alone_{name}")
         assert without_timing(experiment.log(name)) == without_timing(log)
         assert_equal_weights(experiment.weights(name), experiment.weights(f"alone_{name}"))
         best = log["epochs"][log["best_epoch"]]
-        assert row[1:] == [str(best["epoch"]), *(f"{best[f'val_{x}']:.4f}" for x in ("eer", "auc", "general_auc"))]
+        assert row[1:] == [
+            str(best["epoch"]),
+            f"{100 * best['val_eer']:.2f}",
+            f"{best['val_auc']:.4f}",
+            f"{best['val_general_auc']:.4f}",
+        ]
 
 
-def test_several_runs_need_their_crops_and_backbone_features_once(experiment, passes, monkeypatch, capsys):
-    read, opened = triplet_dataset.read_crop, []
-    monkeypatch.setattr(triplet_dataset, "read_crop", lambda path: opened.append(path) or read(path))
-    assert train_twins.main(experiment.flags("--freeze_backbone --train_percentage 50 100 --margin 0.2 0.3", "")) == 0
-    assert sum(passes["backbone"]) == len(opened) == sum(map(sum, FAMILIES))
-    assert [row[0] for row in summary(capsys.readouterr().out)[0]][::2] == [
-        f"frozen_{n}pct_margin0.2" for n in (50, 100)
-    ]
+def test_a_sweep_ends_with_the_command_that_tests_its_checkpoints(experiment, capsys):
+    assert train_twins.main(experiment.flags("--freeze_backbone --seed 1 2", "")) == 0
+    _, command = summary(capsys.readouterr().out)
+    names = [swept_name("frozen", seed=seed) for seed in (1, 2)]
+    checkpoints = [experiment.log(name)["best_checkpoint"] for name in names]
+    script = ["python", "evaluate_twins.py", "--checkpoints"]
+    assert command == [*script, str(experiment.start), *checkpoints]
 
 
-def test_a_failed_run_of_several_is_named_the_others_go_on_and_resume_makes_up_for_it(experiment, capsys):
-    in_the_way = experiment.folder / "logs" / SWEPT[1] / "config.json"
+def test_several_runs_need_their_crops_and_backbone_features_once(
+    experiment, passes, monkeypatch, capsys
+):
+    read_crop = triplet_dataset.read_crop
+    opened = []
+
+    def counted_read_crop(path):
+        opened.append(path)
+        return read_crop(path)
+
+    monkeypatch.setattr(triplet_dataset, "read_crop", counted_read_crop)
+    flags = "--freeze_backbone --train_percentage 50 100 --margin 0.2 0.3"
+    assert train_twins.main(experiment.flags(flags, "")) == 0
+    assert sum(passes["backbone"]) == len(opened) == N_IMAGES
+    rows, _ = summary(capsys.readouterr().out)
+    small, _, large, _ = (row[0] for row in rows)
+    assert small == swept_name("frozen", 0.2, percentage=50)
+    assert large == swept_name("frozen", 0.2, percentage=100)
+
+
+def test_a_failed_run_of_several_is_named_the_others_go_on_and_resume_makes_up_for_it(
+    experiment, capsys
+):
+    failed = SWEPT_NAMES[1]
+    others = [name for name in SWEPT_NAMES if name != failed]
+    in_the_way = experiment.folder / "logs" / failed / "config.json"
     in_the_way.mkdir(parents=True)
     assert train_twins.main(experiment.flags(SWEEP, "")) == 1
     out, error = capsys.readouterr()
-    assert [row[0] for row in summary(out.split("FAILED")[0])[0]] == [name for name in SWEPT if name != SWEPT[1]]
-    assert f"FAILED: {SWEPT[1]}, for the reason above; --resume tries it again" in out
-    assert f"{SWEPT[1]}: {in_the_way}: Is a directory\n" in error
-    before = {path: content for path, content in experiment.files().items() if SWEPT[1] not in str(path)}
+    rows, _ = summary(out.split("FAILED")[0])
+    assert [row[0] for row in rows] == others
+    assert f"FAILED: {failed}, for the reason above; repeat the command with --resume" in out
+    assert f"{failed}: {in_the_way}: Is a directory\n" in error
+
+    before = {path: file for path, file in experiment.files().items() if failed not in str(path)}
     in_the_way.rmdir()
     assert train_twins.main(experiment.flags(f"{SWEEP} --resume", "")) == 0
-    assert [row[0] for row in summary(capsys.readouterr().out)[0]] == SWEPT
+    rows, _ = summary(capsys.readouterr().out)
+    assert [row[0] for row in rows] == SWEPT_NAMES
     assert before.items() <= experiment.files().items()
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(experiment, interrupt, capsys):
     flags = "--freeze_backbone True False --epochs 3"
-    names = ["frozen_100pct_margin0.3", "full_100pct_margin0.3"]
+    names = [swept_name("frozen"), swept_name("full")]
     interrupt(flags, 5, name="")
-    assert "interrupted; what was done is saved, --resume goes on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "train_twins.py: interrupted; --resume goes on from the last saved epoch\n" in error
     assert train_twins.main(experiment.flags(f"{flags} --resume", "")) == 0
-    got = [(without_timing(experiment.log(name)), experiment.weights(name)) for name in names]
+    logs = [without_timing(experiment.log(name)) for name in names]
+    weights = [experiment.weights(name) for name in names]
     assert train_twins.main(experiment.flags(f"{flags} --overwrite", "")) == 0
-    for name, (log, weights) in zip(names, got, strict=True):
-        assert without_timing(experiment.log(name)) == log
-        assert_equal_weights(experiment.weights(name), weights)
+    for name, resumed_log, resumed_weights in zip(names, logs, weights, strict=True):
+        assert without_timing(experiment.log(name)) == resumed_log
+        assert_equal_weights(experiment.weights(name), resumed_weights)
 
 
-def test_several_runs_are_refused_as_a_whole_before_the_first_begins(experiment, run, refusal):
-    assert run(SWEEP, "one_name")[0] == 2
-    assert "--run_name one_name: 8 runs cannot share it; each gets one of its own" in refusal()
+def test_several_runs_cannot_share_a_name(run, refusal):
+    code, _ = run(SWEEP, "one_name")
+    assert code == 2
+    assert "--run_name one_name: 8 runs need names of their own" in refusal()
+
+
+def test_runs_whose_values_are_too_close_for_two_names_are_refused(run, refusal):
+    code, _ = run("--margin 0.3 0.30000001", "")
+    assert code == 2
+    assert "two runs with this name" in refusal()
+
+
+def test_a_sweep_is_refused_as_a_whole_if_one_run_is_there_already(experiment, refusal):
     assert train_twins.main(experiment.flags("--freeze_backbone False", "")) == 0
     before = experiment.files()
     assert train_twins.main(experiment.flags("--freeze_backbone True False", "")) == 2
-    assert "full_100pct_margin0.3: this run is there" in refusal()
-    assert train_twins.main(experiment.flags(f"{SWEEP} --aligned_json missing.json", "")) == 2
-    assert refusal().startswith("--aligned_json missing.json: ")
+    assert f"{swept_name('full')}: this run exists" in refusal()
     assert experiment.files() == before
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
-def test_the_short_command_works_in_a_folder_with_files_of_the_default_names(tmp_path, monkeypatch, capsys):
+def test_a_sweep_with_a_wrong_file_is_refused_before_its_first_run(experiment, refusal):
+    assert train_twins.main(experiment.flags(f"{SWEEP} --aligned_json missing.json", "")) == 2
+    assert refusal().startswith("--aligned_json missing.json: ")
+    assert experiment.files() == {}
+
+
+# ---- too little memory ---------------------------------------------------------------------------
+def run_out_of_memory(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_too_little_memory_in_a_step_is_one_line_that_advises_smaller_steps(
+    run, refusal, monkeypatch
+):
+    monkeypatch.setattr(TwinTrainer, "step", run_out_of_memory)
+    code, _ = run()
+    assert code == 2
+    advice = "lower --images_per_batch or --batch_size, or take another --device"
+    assert refusal() == f"out of memory: {advice}"
+
+
+def test_too_little_memory_in_alignment_does_not_advise_smaller_steps(
+    tmp_path, photos, experiment, refusal, monkeypatch
+):
+    package = ModuleType("face_alignment")
+    package.LandmarksType = Namespace(TWO_D=1)
+    detector = Namespace(detect_from_image=run_out_of_memory)
+    package.FaceAlignment = lambda *arguments, **options: Namespace(face_detector=detector)
+    monkeypatch.setitem(sys.modules, "face_alignment", package)
+    flags = experiment.flags(
+        f"--id_to_images {photos}/id_to_images.json --train_pairs {photos}/pairs.json "
+        f"--aligned_folder {tmp_path}/crops --aligned_json {tmp_path}/crops.json"
+    )
+    flags.remove("--skip_alignment")
+    assert train_twins.main(flags) == 2
+    line = refusal()
+    assert "batch" not in line
+    assert line.startswith("out of memory")
+    assert "--device cpu" in line
+
+
+# ---- command line --------------------------------------------------------------------------------
+SHORT_COMMAND = (
+    "--train_percentage 50 --freeze_backbone False --margin 0.3 --epochs 1 "
+    "--arch ir_tiny --pretrained none --landmarks landmarks.json --device cpu"
+)
+
+
+def test_the_short_command_works_in_a_folder_with_files_of_the_default_names(
+    tmp_path, monkeypatch, capsys
+):
     write_photos(tmp_path, 3, 2, seed=1)
     (tmp_path / "pairs.json").rename(tmp_path / "train_twin_id_pairs.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(net.Backbone, "features", quick_features)
-    command = "--train_percentage 50 --freeze_backbone False --margin 0.3 --epochs 1"
-    command += " --arch ir_tiny --pretrained none --landmarks landmarks.json --device cpu"
-    assert train_twins.main(command.split()) == 0
+    name = "full_50pct_margin0.3"
+    assert train_twins.main(SHORT_COMMAND.split()) == 0
     assert "12 photographs of 6 people: 12 aligned" in capsys.readouterr().out
-    assert len(list(Path("train_aligned_images").rglob("*.png"))) == 12 + 1  # and the contact sheet
+    pictures = list(Path("train_aligned_images").rglob("*.png"))
+    assert len(pictures) == 12 + 1  # and the contact sheet
     assert len(json.loads(Path("id_to_train_aligned_images.json").read_text())) == 6
-    assert [p.name for p in Path("models").iterdir()] == ["twin_tuned_irtiny_full_50pct_margin0.3_epoch1.pth"]
-    files = {path.name for path in Path("training_logs/full_50pct_margin0.3").iterdir()}
-    assert files == {"config.json", "training_log.json", "loss_curves.png", "validation_curves.png"}
-    assert train_twins.main([*command.split(), "--resume"]) == 0
+    (checkpoint,) = files_in(Path("models"))
+    assert checkpoint.name == f"twin_tuned_irtiny_{name}_epoch1.pth"
+    files = {path.name for path in files_in(Path("training_logs", name))}
+    curves = {"loss_curves.png", "validation_curves.png"}
+    assert files == {"config.json", "training_log.json", *curves}
+
+    assert train_twins.main([*SHORT_COMMAND.split(), "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["--id_to_images id_to_images.json", "--aligned_json id_to_train_aligned_images.json"])
-def test_a_default_file_that_is_not_there_is_named_with_its_flag_and_format(tmp_path, monkeypatch, refusal, file):
+@pytest.mark.parametrize(
+    ("flags", "file"),
+    [
+        ("", "--id_to_images id_to_images.json"),
+        ("--skip_alignment", "--aligned_json id_to_train_aligned_images.json"),
+    ],
+)
+def test_a_default_file_that_is_not_there_is_named_with_its_flag_and_format(
+    tmp_path, monkeypatch, refusal, flags, file
+):
     monkeypatch.chdir(tmp_path)
-    assert train_twins.main(["--pretrained", "none", *["--skip_alignment"] * file.startswith("--aligned")]) == 2
+    assert train_twins.main(["--pretrained", "none", *flags.split()]) == 2
     assert re.match(rf"{file}: .*expected a JSON file, \{{.*\}}", refusal())
-    assert not list(tmp_path.iterdir())
+    assert os.listdir(tmp_path) == []
+
+
+DOCUMENTED = """id_to_images train_pairs aligned_folder aligned_json skip_alignment train_percentage
+    freeze_backbone margin batch_size epochs learning_rate validation_split output_dir log_dir
+    device max_workers arch pretrained distance images_per_batch quadruplet_weight drift_weight
+    schedule weight_decay monitor patience seed split_seed precision landmarks realign run_name
+    resume overwrite"""
 
 
 def test_help_lists_every_documented_flag(capsys):
@@ -636,20 +1337,24 @@ def test_help_lists_every_documented_flag(capsys):
         train_twins.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    flags = """id_to_images train_pairs aligned_folder aligned_json skip_alignment train_percentage freeze_backbone
-        margin batch_size epochs learning_rate validation_split output_dir log_dir device max_workers arch pretrained
-        distance images_per_batch quadruplet_weight drift_weight schedule weight_decay monitor patience seed split_seed
-        precision landmarks realign run_name resume overwrite"""
-    for flag in flags.split():
+    for flag in DOCUMENTED.split():
         assert re.search(rf"^  --{flag}\b", text, re.MULTILINE), flag
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_freeze_backbone_takes_the_usual_spellings(value):
-    for text in ("True true TRUE 1 yes y on t" if value else "False false FALSE 0 no N off f").split():
-        assert parse_runs(["--freeze_backbone", text])[0].freeze_backbone is value
-    assert parse_runs(["--freeze_backbone"])[0].freeze_backbone is True
-    assert parse_runs([])[0].freeze_backbone is False
+@pytest.mark.parametrize(
+    ("spellings", "value"),
+    [("True true TRUE 1 yes y on t", True), ("False false FALSE 0 no N off f", False)],
+)
+def test_freeze_backbone_takes_the_usual_spellings(spellings, value):
+    for text in spellings.split():
+        (args,) = parse_runs(["--freeze_backbone", text])
+        assert args.freeze_backbone is value
+
+
+@pytest.mark.parametrize(("flags", "value"), [(["--freeze_backbone"], True), ([], False)])
+def test_a_bare_freeze_backbone_means_true(flags, value):
+    (args,) = parse_runs(flags)
+    assert args.freeze_backbone is value
 
 
 @pytest.mark.parametrize(
@@ -661,10 +1366,17 @@ def test_freeze_backbone_takes_the_usual_spellings(value):
         ("--device cuda:77", "--device cuda:77: "),
         ("--resume --overwrite", "--overwrite: "),
         ("--freeze_backbone maybe", "--freeze_backbone: "),
-        *((f"--{flag} x", f"--{flag}: ") for flag in ("precision", "distance", "schedule", "monitor", "seed")),
+        ("--precision x", "--precision: "),
+        ("--distance x", "--distance: "),
+        ("--schedule x", "--schedule: "),
+        ("--monitor x", "--monitor: "),
+        ("--seed x", "--seed: "),
     ],
 )
-def test_a_wrong_flag_is_one_line_with_its_name_and_writes_no_model(experiment, run, refusal, flags, message):
-    assert run(flags)[0] == 2
+def test_a_wrong_flag_is_one_line_with_its_name_and_writes_no_model(
+    experiment, run, refusal, flags, message
+):
+    code, _ = run(flags)
+    assert code == 2
     assert message in refusal()
     assert not (experiment.folder / "models").exists()

@@ -1,25 +1,32 @@
-"""JSON files, families, splits, crops, triplets and steps, against brute force over the definitions."""
+"""Triplets, steps, families, splits, files and crops, against brute force over the definitions."""
 
 import hashlib
 import itertools
 import json
+import math
 import time
 import tracemalloc
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.stats import chi2
 
+import net
 import triplet_dataset as td
 from net import InputError, to_input
 
 
 def people(sizes):
-    """{ID: [path, ...]} of made-up paths, IDs p0, p1, ..."""
-    return {f"p{i}": [f"/crops/p{i}/{k}.png" for k in range(n)] for i, n in enumerate(sizes)}
+    """{ID: [path, ...]} of made-up paths: p0 has sizes[0] images, p1 has sizes[1], and so on."""
+    images = {}
+    for person, size in enumerate(sizes):
+        images[f"p{person}"] = [f"/crops/p{person}/{image}.png" for image in range(size)]
+    return images
 
 
 def couples(n):
@@ -28,39 +35,64 @@ def couples(n):
 
 
 def brute_force(images, pairs):
-    """All triplets by the words of the definition."""
+    """All triplets by the words of the definition, as paths."""
     triplets = set()
-    for pair in pairs:
-        for person, twin in (pair, pair[::-1]):
+    for a, b in pairs:
+        for person, twin in ((a, b), (b, a)):
             for anchor, positive in itertools.permutations(images[person], 2):
                 triplets |= {(anchor, positive, negative) for negative in images[twin]}
     return triplets
 
 
-def listed(dataset, rows=None):
-    """[(anchor's path, positive's, negative's), ...] of rows of triplets, by default of all that are sampled."""
-    rows = dataset.triplets(np.arange(len(dataset))) if rows is None else rows
-    return [tuple(dataset.images.paths[i] for i in row) for row in rows]
+def paths_of(dataset, rows):
+    """[(anchor's path, positive's, negative's), ...] of (K, 3) rows."""
+    path = dataset.images.paths
+    anchors, positives, negatives = rows.T.tolist()
+    triplets = zip(anchors, positives, negatives, strict=True)
+    return [(path[a], path[p], path[n]) for a, p, n in triplets]
 
 
-def uniform(counts, cells, draws):
-    """Whether each of `cells` came up about equally often, by a chi-square test at 1 in 10,000."""
-    expected = draws / len(cells)
-    return sum((counts[c] - expected) ** 2 / expected for c in cells) < chi2.ppf(0.9999, len(cells) - 1)
+def all_triplets(dataset):
+    """All sampled triplets of a dataset, as paths."""
+    return paths_of(dataset, dataset.triplets(np.arange(len(dataset))))
 
 
-# ---- triplets -------------------------------------------------------------------------------------------------------
+def come_up_equally_often(counts, cells):
+    """Whether these cells have equal chances, by a chi-square test at 1 in 10,000."""
+    expected = sum(counts.values()) / len(cells)
+    statistic = sum((counts[cell] - expected) ** 2 / expected for cell in cells)
+    return statistic < chi2.ppf(0.9999, len(cells) - 1)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_all_triplets_equal_brute_force(seed):
-    images = people(np.random.default_rng(seed).integers(0, 6, 7))
-    pairs = [*couples(3), ("p5", "p6"), ("p4", "p6")]  # the last three people are one family
+# ---- triplets ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=range(8))
+def random_people(request):
+    """(images, pairs, dataset) of seven people, some without images; three are one family."""
+    sizes = np.random.default_rng(request.param).integers(0, 6, 7)
+    images = people(sizes)
+    pairs = [*couples(3), ("p5", "p6"), ("p4", "p6")]
+    return images, pairs, td.TwinTripletDataset(images, pairs, seed=request.param)
+
+
+def test_all_triplets_equal_brute_force(random_people):
+    images, pairs, dataset = random_people
+    triplets = all_triplets(dataset)
     expected = brute_force(images, pairs)
-    dataset = td.TwinTripletDataset(images, pairs, seed=seed)
-    got = listed(dataset)
-    assert len(got) == len(dataset) == dataset.n_possible == len(expected)
-    assert set(got) == expected
+    assert set(triplets) == expected
+    assert len(triplets) == len(expected)
+
+
+def test_the_length_is_the_number_of_triplets(random_people):
+    images, pairs, dataset = random_people
+    n = len(brute_force(images, pairs))
+    assert len(dataset) == n
+    assert dataset.n_possible == n
+
+
+def test_pairs_without_a_triplet_are_skipped_and_counted(random_people):
+    images, pairs, dataset = random_people
     assert dataset.pairs == [pair for pair in pairs if brute_force(images, [pair])]
     assert dataset.n_skipped == len(pairs) - len(dataset.pairs)
 
@@ -69,41 +101,72 @@ def test_all_triplets_equal_brute_force(seed):
 def test_a_percentage_takes_its_share_of_every_pair_without_replacement(percentage):
     images = people([4, 3, 5, 5, 2, 1])
     dataset = td.TwinTripletDataset(images, couples(3), percentage)
-    got = listed(dataset)
-    assert len(set(got)) == len(got) == len(dataset)
+    triplets = all_triplets(dataset)
+    assert len(set(triplets)) == len(triplets) == len(dataset)
     for pair in couples(3):
-        maximum = brute_force(images, [pair])
-        assert len(maximum & set(got)) == (percentage * len(maximum) + 99) // 100
+        of_the_pair = brute_force(images, [pair])
+        n_sampled = len(of_the_pair & set(triplets))
+        assert n_sampled == (percentage * len(of_the_pair) + 99) // 100
 
 
 def test_every_triplet_is_equally_likely_to_be_sampled():
-    images, counts = people([2, 3]), Counter()
+    images = people([2, 3])
+    counts = Counter()
     for seed in range(2000):
-        counts.update(listed(td.TwinTripletDataset(images, couples(1), 25, seed)))
+        dataset = td.TwinTripletDataset(images, couples(1), 25, seed)
+        counts.update(all_triplets(dataset))
+    assert sum(counts.values()) == 2000 * 5
     assert len(counts) == 18
-    assert uniform(counts, brute_force(images, couples(1)), 2000 * 5)
+    assert come_up_equally_often(counts, brute_force(images, couples(1)))
 
 
 def test_smaller_percentages_are_contained_in_larger_ones():
-    samples = [set(listed(td.TwinTripletDataset(people([5, 6]), couples(1), p, seed=3))) for p in (5, 10, 30, 75, 100)]
-    assert all(small < large for small, large in itertools.pairwise(samples))
+    samples = []
+    for percentage in (5, 10, 30, 75, 100):
+        dataset = td.TwinTripletDataset(people([5, 6]), couples(1), percentage, seed=3)
+        samples.append(set(all_triplets(dataset)))
+    for smaller, larger in itertools.pairwise(samples):
+        assert smaller < larger
 
 
-def test_the_seed_decides_the_sample_and_other_pairs_do_not():
-    images, pairs = people([6] * 4), couples(2)
-    one, same, other = (listed(td.TwinTripletDataset(images, pairs, 10, seed)) for seed in (1, 1, 2))
-    assert one == same != other
-    alone = [td.TwinTripletDataset(images, [pair], 10, 1) for pair in pairs]
-    backwards = td.TwinTripletDataset(images, pairs[::-1], 10, 1)
-    assert set(one) == set(listed(backwards)) == {*listed(alone[0]), *listed(alone[1])}
-    assert alone[0].triplets(range(36)).tolist() != alone[1].triplets(range(36)).tolist()  # nor are they the same
+def sample(pairs, seed):
+    """10 % of the triplets of pairs of people with six images each, as paths."""
+    return all_triplets(td.TwinTripletDataset(people([6] * 4), pairs, 10, seed))
+
+
+def test_the_seed_decides_the_sample():
+    assert sample(couples(2), seed=1) == sample(couples(2), seed=1)
+    assert sample(couples(2), seed=1) != sample(couples(2), seed=2)
+
+
+def test_other_pairs_and_their_order_do_not_change_the_sample_of_a_pair():
+    first, second = couples(2)
+    together = set(sample([first, second], seed=1))
+    assert together == set(sample([second, first], seed=1))
+    assert together == {*sample([first], seed=1), *sample([second], seed=1)}
+
+
+def test_two_pairs_of_equal_sizes_have_different_samples():
+    rows = []
+    for pair in couples(2):
+        dataset = td.TwinTripletDataset(people([6] * 4), [pair], 10, 1)
+        rows.append(dataset.triplets(range(36)).tolist())
+    assert rows[0] != rows[1]
 
 
 def test_a_person_with_one_image_serves_as_negative_only():
     dataset = td.TwinTripletDataset(people([3, 1, 1, 1]), couples(2))
-    assert {negative for _, _, negative in listed(dataset)} == {"/crops/p1/0.png"}
-    assert (dataset.pairs, dataset.n_skipped) == (couples(1), 1)
-    assert len(dataset.images.paths) == 4  # images of skipped pairs are not even read
+    assert {negative for _, _, negative in all_triplets(dataset)} == {"/crops/p1/0.png"}
+
+
+def test_images_of_skipped_pairs_are_not_read():
+    dataset = td.TwinTripletDataset(people([3, 1, 1, 1]), couples(2))
+    assert dataset.pairs == couples(1)
+    assert dataset.n_skipped == 1
+    assert len(dataset.images.paths) == 4
+
+
+def test_people_without_a_triplet_are_refused():
     with pytest.raises(InputError, match="no pair makes a triplet"):
         td.TwinTripletDataset(people([1, 1, 5, 0]), couples(2))
 
@@ -117,188 +180,420 @@ def test_wrong_percentages_are_refused(percentage):
 def test_a_data_set_of_a_billion_triplets_is_built_in_seconds():
     images = people([80] * 2000)
     tracemalloc.start()
-    began = time.process_time()
+    start = time.process_time()
     dataset = td.TwinTripletDataset(images, couples(1000), 1)
-    seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    seconds = time.process_time() - start
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert dataset.n_possible == 1000 * 2 * 80 * 79 * 80
-    assert len(dataset) == 1000 * ((2 * 80 * 79 * 80 + 99) // 100)
+    of_a_pair = 2 * 80 * 79 * 80
+    assert dataset.n_possible == 1000 * of_a_pair
+    assert len(dataset) == 1000 * ((of_a_pair + 99) // 100)
     assert peak < 500e6
     assert seconds < 5
 
 
-def test_pair_by_pair_gives_the_same_triplets():
-    dataset = td.TwinTripletDataset(people([4, 3, 2, 5]), [*couples(2), ("p1", "p3")], 30)
-    got = np.concatenate([rows[triplets] for rows, triplets in dataset.by_pair(chunk=10)])
-    assert listed(dataset, got) == listed(dataset)
-    assert dataset.count_touched_images() == len({path for triplet in listed(dataset) for path in triplet})
+@pytest.fixture
+def three_pairs(monkeypatch):
+    """A dataset whose pairs come in parts of at most ten triplets."""
+    monkeypatch.setattr(td, "TRIPLETS_AT_ONCE", 10)
+    return td.TwinTripletDataset(people([4, 3, 2, 5]), [*couples(2), ("p1", "p3")], 30)
 
 
-def test_items_are_the_network_inputs_of_the_three_crops(write_crops):
+def test_pair_by_pair_gives_the_same_triplets(three_pairs):
+    parts = [rows[triplets] for rows, triplets in three_pairs.by_pair()]
+    assert paths_of(three_pairs, np.concatenate(parts)) == all_triplets(three_pairs)
+
+
+def test_large_pairs_come_in_parts_with_their_own_images(three_pairs):
+    parts = list(three_pairs.by_pair())
+    assert len(parts) > 3
+    for rows, triplets in parts:
+        assert len(triplets) <= 10
+        assert set(triplets.ravel()) == set(range(len(rows)))
+        assert len(set(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("percentage", [5, 30, 100])
+def test_touched_images_are_those_of_sampled_triplets(percentage):
+    dataset = td.TwinTripletDataset(people([4, 3, 2, 5]), couples(2), percentage)
+    touched = set(itertools.chain(*all_triplets(dataset)))
+    assert dataset.count_touched_images() == len(touched)
+
+
+@pytest.fixture
+def dataset_of_crops(write_crops):
+    """A dataset whose crops are files."""
     aligned, pairs = write_crops([[3, 2]])
     images = td.read_id_to_images(aligned)
-    dataset = td.TwinTripletDataset(images, td.read_pairs(pairs, images)[0])
-    for i in (0, len(dataset) - 1, -1):
-        crops = [np.array(Image.open(path)) for path in listed(dataset)[i]]
-        assert torch.equal(torch.stack(dataset[i]), to_input(np.stack(crops)))
+    return td.TwinTripletDataset(images, td.read_pairs(pairs, images)[0])
+
+
+def test_items_are_the_network_inputs_of_the_three_crops(dataset_of_crops):
+    triplets = all_triplets(dataset_of_crops)
+    for i in (0, len(dataset_of_crops) - 1, -1):
+        crops = np.stack([np.array(Image.open(path)) for path in triplets[i]])
+        assert torch.equal(torch.stack(dataset_of_crops[i]), to_input(crops))
+
+
+def test_an_item_behind_the_last_is_an_index_error(dataset_of_crops):
     with pytest.raises(IndexError):
-        dataset[len(dataset)]
-    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
+        dataset_of_crops[len(dataset_of_crops)]
+
+
+def test_pytorchs_loader_makes_batches_of_items(dataset_of_crops):
+    batch = next(iter(torch.utils.data.DataLoader(dataset_of_crops, batch_size=4)))
     assert [x.shape for x in batch] == [(4, 3, 112, 112)] * 3
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
+# ---- shuffled steps ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_a_shuffled_epoch_visits_every_sampled_triplet_once_in_another_order(batch_size):
+@pytest.fixture(params=[1, 7, 1000])
+def shuffled_epochs(request):
+    """(dataset, batch size, epoch 1, epoch 1 again, epoch 2), epochs as ShuffledSteps."""
     dataset = td.TwinTripletDataset(people([4, 5, 3, 3]), couples(2), 40)
-    epochs = [td.ShuffledSteps(dataset, epoch, batch_size) for epoch in (1, 1, 2)]
-    first, same, second = ([listed(dataset, steps[i]) for i in range(len(steps))] for steps in epochs)
-    for visited in (first, second):
-        assert sorted(itertools.chain(*visited)) == sorted(listed(dataset))
-        assert [len(step) for step in visited[:-1]] == [batch_size] * (-(-len(dataset) // batch_size) - 1)
-    assert first == same != second
-    assert listed(dataset, epochs[1][len(epochs[1]) // 2]) == first[len(first) // 2]  # any step without those before
+    epochs = [td.ShuffledSteps(dataset, epoch, request.param) for epoch in (1, 1, 2)]
+    return dataset, request.param, *epochs
 
 
-def blocks_of(dataset, step):
-    """[(pair, (paths of one twin's hand, paths of the other's)), ...] of a step of GroupedSteps.steps."""
-    images, found = dataset.images, []
-    for pair, hands in step:
-        firsts = images.first[images.pairs[pair]]
-        paths = [[images.paths[first + k] for k in hand] for first, hand in zip(firsts, hands, strict=True)]
-        found.append((dataset.pairs[pair], paths))
-    return found
+def paths_of_steps(steps):
+    """The triplets of all steps of an epoch, as a list of paths for each."""
+    return [paths_of(steps.dataset, steps[i]) for i in range(len(steps))]
+
+
+def test_a_shuffled_epoch_visits_every_sampled_triplet_once(shuffled_epochs):
+    dataset, _, first, _, second = shuffled_epochs
+    for steps in (first, second):
+        visited = itertools.chain(*paths_of_steps(steps))
+        assert sorted(visited) == sorted(all_triplets(dataset))
+
+
+def test_all_shuffled_steps_but_the_last_have_the_batch_size(shuffled_epochs):
+    dataset, batch_size, first, _, second = shuffled_epochs
+    n_steps = math.ceil(len(dataset) / batch_size)
+    for steps in (first, second):
+        sizes = [len(step) for step in paths_of_steps(steps)]
+        assert sizes[:-1] == [batch_size] * (n_steps - 1)
+
+
+def test_the_order_of_a_shuffled_epoch_is_up_to_its_number(shuffled_epochs):
+    _, _, first, same, second = shuffled_epochs
+    assert paths_of_steps(first) == paths_of_steps(same)
+    assert paths_of_steps(first) != paths_of_steps(second)
+
+
+def test_a_shuffled_step_does_not_need_those_before_it(shuffled_epochs):
+    dataset, _, first, same, _ = shuffled_epochs
+    middle = len(first) // 2
+    assert paths_of(dataset, same[middle]) == paths_of_steps(first)[middle]
+
+
+# ---- grouped steps -------------------------------------------------------------------------------
 
 
 FAMILIES = {  # images per person, pairs
     "equal twins": ([8] * 12, couples(6)),
-    "several hands": ([20, 17, 9, 23, 30, 30, 1, 2], couples(4)),
+    "several groups": ([20, 17, 9, 23, 30, 30, 1, 2], couples(4)),
     "families of three": ([10, 12, 8, 5, 4, 3], [*couples(3), ("p0", "p2"), ("p1", "p2")]),
     "one photograph": ([9, 1, 1, 2], couples(2)),
     "hundreds of photographs": ([300, 9, 3, 150], couples(2)),
 }
 
 
+def blocks_of(steps):
+    """For each step of GroupedSteps, its blocks: [(pair, (group, twin's group)), ...] of paths."""
+    images = steps.dataset.images
+    blocks_of_steps = []
+    for blocks in steps.steps:
+        with_paths = []
+        for number, groups in blocks:
+            first_rows = images.first[images.pairs[number]]
+            paths = []
+            for first_row, group in zip(first_rows, groups, strict=True):
+                paths.append([images.paths[first_row + position] for position in group])
+            with_paths.append((steps.dataset.pairs[number], paths))
+        blocks_of_steps.append(with_paths)
+    return blocks_of_steps
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("percentage", [3, 100])
-def test_grouped_steps_take_all_sampled_triplets_among_the_images_of_their_blocks(family, percentage):
+def test_grouped_steps_take_all_sampled_triplets_among_the_images_of_their_blocks(
+    family, percentage
+):
     sizes, pairs = FAMILIES[family]
     dataset = td.TwinTripletDataset(people(sizes), pairs, percentage)
-    steps, sampled = td.GroupedSteps(dataset, 1, 40), set(listed(dataset))
-    for number, step in enumerate(steps.steps):
+    sampled = set(all_triplets(dataset))
+    steps = td.GroupedSteps(dataset, 1, 40)
+    for number, blocks in enumerate(blocks_of(steps)):
         expected = set()
-        for pair, twins in blocks_of(dataset, step):
-            expected |= brute_force(dict(zip(pair, twins, strict=True)), [pair]) & sampled
-        assert sorted(listed(dataset, steps[number])) == sorted(expected)
+        for pair, groups in blocks:
+            images = dict(zip(pair, groups, strict=True))
+            expected |= brute_force(images, [pair]) & sampled
+        assert sorted(paths_of(dataset, steps[number])) == sorted(expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_images_of_a_person_are_dealt_into_hands_and_the_smaller_twin_lends_them_again(family):
-    sizes, pairs = FAMILIES[family]
-    dataset, hands = td.TwinTripletDataset(people(sizes), pairs), {pair: ([], []) for pair in pairs}
-    for step in td.GroupedSteps(dataset, 1, 40).steps:
-        for pair, twins in blocks_of(dataset, step):
-            for dealt, hand in zip(hands[pair], twins, strict=True):
-                dealt.append(tuple(hand))
-    for pair, both in hands.items():
-        for name, dealt in zip(pair, both, strict=True):
-            assert sorted(itertools.chain(*set(dealt))) == sorted(people(sizes)[name])  # each image in one hand
-            assert max(map(len, dealt)) <= td.HAND_SIZE == 8
-            assert np.ptp(list(Counter(dealt).values())) <= 1
-        assert len(both[0]) == len(both[1]) == max(len(set(dealt)) for dealt in both)
+class GroupedTwin(NamedTuple):
+    """One twin of a pair: all images, and the groups of them that meet the other in an epoch."""
+
+    images: list
+    groups: list
 
 
-def test_a_grouped_epoch_embeds_each_image_of_equal_twins_about_once():
+@pytest.fixture(scope="module", params=FAMILIES)
+def grouped_pairs(request):
+    """The two GroupedTwins of each pair."""
+    sizes, pairs = FAMILIES[request.param]
+    images = people(sizes)
+    grouped = {(a, b): (GroupedTwin(images[a], []), GroupedTwin(images[b], [])) for a, b in pairs}
+    steps = td.GroupedSteps(td.TwinTripletDataset(images, pairs), 1, 40)
+    for blocks in blocks_of(steps):
+        for pair, groups in blocks:
+            for twin, group in zip(grouped[pair], groups, strict=True):
+                twin.groups.append(tuple(group))
+    return list(grouped.values())
+
+
+@pytest.fixture
+def grouped_twins(grouped_pairs):
+    return list(itertools.chain(*grouped_pairs))
+
+
+def test_each_image_of_a_person_is_in_one_group(grouped_twins):
+    for twin in grouped_twins:
+        in_groups = itertools.chain(*set(twin.groups))
+        assert sorted(in_groups) == sorted(twin.images)
+
+
+def test_a_group_has_at_most_eight_images(grouped_twins):
+    assert td.GROUP_SIZE == 8
+    for twin in grouped_twins:
+        assert max(len(group) for group in twin.groups) <= 8
+
+
+def test_the_groups_of_the_twin_with_fewer_repeat_evenly(grouped_twins):
+    for twin in grouped_twins:
+        repetitions = Counter(twin.groups).values()
+        assert max(repetitions) - min(repetitions) <= 1
+
+
+def test_a_pair_has_as_many_blocks_as_the_twin_with_more_groups(grouped_pairs):
+    for first, second in grouped_pairs:
+        n_blocks = max(len(set(first.groups)), len(set(second.groups)))
+        assert len(first.groups) == n_blocks
+        assert len(second.groups) == n_blocks
+
+
+def sizes_of_twins_that_differ_little():
     rng = np.random.default_rng(1)
-    for sizes in ([20] * 40, [20, 18] * 20, np.repeat(rng.integers(5, 60, 20), 2) + rng.integers(-2, 3, 40)):
-        dataset = td.TwinTripletDataset(people(sizes), couples(20))
-        steps = td.GroupedSteps(dataset, 1, 96).steps
-        embedded = [sum(len(hand) for _, hands in step for hand in hands) for step in steps]
-        assert sum(sizes) <= sum(embedded) <= 1.4 * sum(sizes)
-        assert min(embedded[:-1]) > 96 - 2 * 8  # the next block had no room
-        assert min(len({pair for pair, _ in step}) for step in steps[:-1]) > 1  # several families
+    of_first_twins = rng.integers(5, 60, 20)
+    return np.repeat(of_first_twins, 2) + rng.integers(-2, 3, 40)
+
+
+@pytest.fixture(params=["equal twins", "almost equal twins", "twins of many sizes"])
+def epoch_of_twins(request):
+    """(images per person, the blocks of each step) of an epoch with 96 images a step."""
+    sizes = {
+        "equal twins": [20] * 40,
+        "almost equal twins": [20, 18] * 20,
+        "twins of many sizes": sizes_of_twins_that_differ_little(),
+    }[request.param]
+    dataset = td.TwinTripletDataset(people(sizes), couples(20))
+    return sizes, td.GroupedSteps(dataset, 1, 96).steps
+
+
+def images_per_step(steps):
+    counts = []
+    for blocks in steps:
+        counts.append(sum(len(group) for _, groups in blocks for group in groups))
+    return counts
+
+
+def test_a_grouped_epoch_embeds_each_image_of_equal_twins_about_once(epoch_of_twins):
+    sizes, steps = epoch_of_twins
+    assert sum(sizes) <= sum(images_per_step(steps)) <= 1.4 * sum(sizes)
+
+
+def test_all_grouped_steps_but_the_last_are_full(epoch_of_twins):
+    _, steps = epoch_of_twins
+    assert max(images_per_step(steps)) <= 96
+    assert min(images_per_step(steps)[:-1]) > 96 - 2 * 8  # the next block had no room
+
+
+def test_a_grouped_step_holds_several_families(epoch_of_twins):
+    _, steps = epoch_of_twins
+    for blocks in steps[:-1]:
+        assert len({pair for pair, _ in blocks}) > 1
 
 
 def test_all_sampled_triplets_come_up_over_the_epochs():
     dataset = td.TwinTripletDataset(people([12, 9, 5, 17]), couples(2), 10)
-    steps = (td.GroupedSteps(dataset, epoch, 96) for epoch in range(80))
-    seen = Counter(triplet for epoch in steps for i in range(len(epoch)) for triplet in listed(dataset, epoch[i]))
-    assert set(seen) == set(listed(dataset))
+    seen = set()
+    for epoch in range(80):
+        for step in paths_of_steps(td.GroupedSteps(dataset, epoch, 96)):
+            seen.update(step)
+    assert seen == set(all_triplets(dataset))
 
 
 def test_grouped_epochs_are_up_to_seed_and_epoch():
-    def epoch(number, seed=42):
-        steps = td.GroupedSteps(td.TwinTripletDataset(people([20] * 8), couples(4), 100, seed), number, 40)
+    def rows_of_steps(epoch, seed):
+        dataset = td.TwinTripletDataset(people([20] * 8), couples(4), 100, seed)
+        steps = td.GroupedSteps(dataset, epoch, 40)
         return [steps[i].tolist() for i in range(len(steps))]
 
-    assert epoch(1) == epoch(1)
-    assert epoch(1) != epoch(2)
-    assert epoch(1) != epoch(1, seed=7)
+    expected = rows_of_steps(epoch=1, seed=42)
+    assert rows_of_steps(epoch=1, seed=42) == expected
+    assert rows_of_steps(epoch=2, seed=42) != expected
+    assert rows_of_steps(epoch=1, seed=7) != expected
+
+
+@pytest.mark.parametrize(
+    ("images_per_batch", "n_steps"), [(16, 10), (31, 10), (32, 5), (47, 5), (48, 4)]
+)
+def test_a_step_takes_as_many_blocks_as_have_room(images_per_batch, n_steps):
+    dataset = td.TwinTripletDataset(people([8] * 20), couples(10))
+    assert len(td.GroupedSteps(dataset, 1, images_per_batch)) == n_steps
 
 
 def test_a_step_with_room_for_no_block_is_refused_in_one_line():
     dataset = td.TwinTripletDataset(people([8] * 20), couples(10))
-    assert [len(td.GroupedSteps(dataset, 1, room)) for room in (16, 31, 32, 47, 48)] == [10, 10, 5, 5, 4]
     with pytest.raises(InputError, match=r"^--images_per_batch must be at least 16.*$"):
         td.GroupedSteps(dataset, 1, 15)
 
 
-# ---- families and splits --------------------------------------------------------------------------------------------
+def test_a_batch_size_chooses_shuffled_steps():
+    dataset = td.TwinTripletDataset(people([8] * 20), couples(10))
+    assert isinstance(dataset.steps(1, 96, batch_size=8), td.ShuffledSteps)
+    assert isinstance(dataset.steps(1, 96), td.GroupedSteps)
+
+
+# ---- families ------------------------------------------------------------------------------------
 
 
 def test_families_are_connected_components_numbered_as_they_appear():
-    families = td.find_families([("a", "b"), ("c", "d"), ("b", "e"), ("f", "c"), ("g", "h")])
-    assert families == {"a": 0, "b": 0, "e": 0, "c": 1, "d": 1, "f": 1, "g": 2, "h": 2}
+    pairs = [("a", "b"), ("c", "d"), ("b", "e"), ("f", "c"), ("g", "h")]
+    expected = {"a": 0, "b": 0, "e": 0, "c": 1, "d": 1, "f": 1, "g": 2, "h": 2}
+    assert td.find_families(pairs) == expected
 
 
-def test_twin_images_number_people_and_paths_in_the_order_of_the_pairs():
-    images = td.TwinImages(people([2, 1, 3, 0]) | {"x": ["/x.png"]}, [("p2", "p0"), ("p3", "p1"), ("p1", "p2")])
-    assert images.ids == ["p2", "p0", "p3", "p1"]
-    assert images.paths == [path for name in images.ids for path in people([2, 1, 3, 0])[name]]
-    assert [images.ids[i] for i in images.person] == [path.split("/")[2] for path in images.paths]
-    assert (images.first.tolist(), images.count.tolist()) == ([0, 3, 5, 5], [3, 2, 0, 1])
-    assert [tuple(images.ids[i] for i in pair) for pair in images.pairs] == [("p2", "p0"), ("p3", "p1"), ("p1", "p2")]
-    assert images.family.tolist() == [0] * 6
-    assert td.TwinImages(people([2, 1, 3, 1]), couples(2)).family.tolist() == [0, 0, 0, 1, 1, 1, 1]
+@pytest.fixture
+def three_siblings():
+    """(images, TwinImages) of people of whom one has no image; one other is in no pair."""
+    images = people([2, 1, 3, 0])
+    pairs = [("p2", "p0"), ("p3", "p1"), ("p1", "p2")]
+    return images, td.TwinImages(images | {"x": ["/x.png"]}, pairs)
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_a_split_keeps_families_whole_and_comes_near_the_share(seed):
-    rng, pairs = np.random.default_rng(seed), []
+def test_twin_images_number_people_in_the_order_of_the_pairs(three_siblings):
+    _, twin_images = three_siblings
+    assert twin_images.ids == ["p2", "p0", "p3", "p1"]
+    names = [(twin_images.ids[a], twin_images.ids[b]) for a, b in twin_images.pairs]
+    assert names == [("p2", "p0"), ("p3", "p1"), ("p1", "p2")]
+
+
+def test_twin_images_list_paths_person_after_person(three_siblings):
+    images, twin_images = three_siblings
+    paths = [path for name in ("p2", "p0", "p3", "p1") for path in images[name]]
+    assert twin_images.paths == paths
+    assert twin_images.first.tolist() == [0, 3, 5, 5]
+    assert twin_images.count.tolist() == [3, 2, 0, 1]
+
+
+def test_twin_images_know_whose_each_image_is(three_siblings):
+    _, twin_images = three_siblings
+    owners = [twin_images.ids[person] for person in twin_images.person]
+    assert owners == [path.split("/")[2] for path in twin_images.paths]
+
+
+def test_twin_images_know_the_family_of_each_image(three_siblings):
+    _, twin_images = three_siblings
+    assert twin_images.family.tolist() == [0] * 6
+    two_families = td.TwinImages(people([2, 1, 3, 1]), couples(2))
+    assert two_families.family.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+# ---- splits --------------------------------------------------------------------------------------
+
+
+def random_pairs(rng):
+    """The pairs of 2 to 11 families of two to four siblings."""
+    pairs = []
     for family in range(rng.integers(2, 12)):
-        names = [f"{family}{letter}" for letter in "abcd"[: rng.choice([2, 2, 2, 3, 4])]]
-        pairs += itertools.combinations(names, 2)
+        n_siblings = rng.choice([2, 2, 2, 3, 4])
+        siblings = [f"{family}{letter}" for letter in "abcd"[:n_siblings]]
+        pairs += itertools.combinations(siblings, 2)
+    return pairs
+
+
+@pytest.fixture(params=range(25))
+def random_split(request):
+    """(pairs, share, seed, training pairs, validation pairs)."""
+    rng = np.random.default_rng(request.param)
+    pairs = random_pairs(rng)
     share = rng.choice([0.01, 0.15, 0.3, 0.5, 0.95])
-    train, val = td.split_pairs(pairs, share, seed)
-    assert sorted(train + val) == sorted(pairs)
+    return pairs, share, request.param, *td.split_pairs(pairs, share, request.param)
+
+
+def families_of(side, pairs):
+    """The families of the pairs on one side of a split, by their numbers among all pairs."""
     family = td.find_families(pairs)
-    sides = [{family[name] for pair in side for name in pair} for side in (train, val)]
-    assert all(sides)
-    assert not sides[0] & sides[1]
-    largest = max(Counter(family[a] for a, _ in pairs).values())
-    assert abs(len(val) - share * len(pairs)) <= largest / 2 or min(map(len, sides)) == 1
-    assert (train, val) == td.split_pairs([list(pair) for pair in pairs], share, seed)  # lists, as in JSON
+    return {family[name] for pair in side for name in pair}
+
+
+def test_each_pair_is_on_one_side_of_a_split(random_split):
+    pairs, _, _, train, val = random_split
+    assert sorted(train + val) == sorted(pairs)
+
+
+def test_a_split_keeps_families_whole(random_split):
+    pairs, _, _, train, val = random_split
+    assert not families_of(train, pairs) & families_of(val, pairs)
+
+
+def test_each_side_of_a_split_has_a_family(random_split):
+    _, _, _, train, val = random_split
+    assert train
+    assert val
+
+
+def test_a_split_comes_near_the_share(random_split):
+    pairs, share, _, train, val = random_split
+    family = td.find_families(pairs)
+    largest = max(Counter(family[first] for first, _ in pairs).values())
+    is_near = abs(len(val) - share * len(pairs)) <= largest / 2
+    smaller_side = min(len(families_of(train, pairs)), len(families_of(val, pairs)))
+    assert is_near or smaller_side == 1
+
+
+def test_a_split_takes_pairs_as_lists_as_json_has_them(random_split):
+    pairs, share, seed, train, val = random_split
+    assert td.split_pairs([list(pair) for pair in pairs], share, seed) == (train, val)
 
 
 def test_the_seed_decides_which_families_validate():
-    validations = [td.split_pairs(couples(20), 0.15, seed)[1] for seed in range(400)]
-    assert {len(val) for val in validations} == {3}
-    assert uniform(Counter(pair for val in validations for pair in val), couples(20), 400 * 3)
+    counts = Counter()
+    for seed in range(400):
+        _, val = td.split_pairs(couples(20), 0.15, seed)
+        assert len(val) == 3
+        counts.update(val)
+    assert come_up_equally_often(counts, couples(20))
 
 
 def test_a_single_family_has_no_validation():
     pairs = [("a", "b"), ("b", "c"), ("a", "c")]
     assert td.split_pairs(pairs, 0.5, 1) == (pairs, [])
-    assert td.split_pairs([*pairs, ("x", "y")], 0, 1)[1] == []
 
 
-def test_related_pairs_bind_families_without_being_split():
-    for seed in range(10):
-        train, val = td.split_pairs(couples(3), 0.34, seed, related=[("p1", "p2")])
-        assert sorted(train + val) == couples(3)
-        assert (("p0", "p1") in train) == (("p2", "p3") in train)
+def test_a_share_of_zero_has_no_validation():
+    pairs = [("a", "b"), ("b", "c"), ("a", "c"), ("x", "y")]
+    assert td.split_pairs(pairs, 0, 1) == (pairs, [])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_related_pairs_join_families_without_being_split(seed):
+    train, val = td.split_pairs(couples(3), 0.34, seed, related=[("p1", "p2")])
+    assert sorted(train + val) == couples(3)
+    assert (("p0", "p1") in train) == (("p2", "p3") in train)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, 2, float("nan")])
@@ -307,27 +602,31 @@ def test_wrong_shares_are_refused(share):
         td.split_pairs(couples(2), share, 1)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("", "not valid JSON"),
-        ("[]", "expected"),
-        ("{}", "at least one ID"),
-        ('{"a": "x.png"}', "images of ID 'a'"),
-        ('{"a": [1]}', "images of ID 'a'"),
-        ('{"a": ["x"], "a": ["y"]}', "key 'a' stands there twice"),
-        ('{"a": [NaN]}', "the images of ID 'a' must be a list of paths"),
+        (b"", "not valid JSON"),
+        (b"[]", "expected"),
+        (b"{}", "at least one ID"),
+        (b'{"a": "x.png"}', "images of ID 'a'"),
+        (b'{"a": [1]}', "images of ID 'a'"),
+        (b'{"a": ["x"], "a": ["y"]}', "the key 'a' is there twice"),
+        (b'{"a": [NaN]}', "the images of ID 'a' must be a list of paths"),
         ('{"é": []}'.encode("utf-16"), "not valid JSON: .*expected"),
-        (None, 'No such file.*; expected a JSON file, {"ID": '),
     ],
 )
-def test_wrong_image_lists_are_refused_with_file_entry_and_form(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+def test_wrong_image_lists_are_refused_with_file_entry_and_form(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=rf"x\.json: .*{message}"):
+        td.read_id_to_images(tmp_path / "x.json")
+
+
+def test_a_missing_image_list_is_refused_with_file_and_form(tmp_path):
+    message = r'x\.json: .*No such file.*; expected a JSON file, {"ID": '
+    with pytest.raises(InputError, match=message):
         td.read_id_to_images(tmp_path / "x.json")
 
 
@@ -349,79 +648,143 @@ def test_wrong_pair_lists_are_refused_with_file_entry_and_form(tmp_path, content
 
 
 def test_repeated_pairs_are_used_once_with_a_count(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps([["a", "b"], ["b", "a"], ["a", "b"], ["b", "c"]]))
-    pairs, warnings = td.read_pairs(tmp_path / "x.json", dict.fromkeys("abc"))
+    content = [["a", "b"], ["b", "a"], ["a", "b"], ["b", "c"]]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    pairs, warnings = td.read_pairs(tmp_path / "x.json", {"a": [], "b": [], "c": []})
     assert pairs == [("a", "b"), ("b", "c")]
     assert warnings == ["2 of 4 pairs are listed more than once; each is used once"]
 
 
-def test_paths_are_relative_to_the_file_and_a_byte_order_mark_is_fine(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps({"a": ["b/c.png", "/d.png"], "e": []}), encoding="utf-8-sig")
-    assert td.read_id_to_images(tmp_path / "x.json") == {"a": [str(tmp_path / "b/c.png"), "/d.png"], "e": []}
+def test_paths_are_relative_to_the_file(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"a": ["b/c.png", "/d.png"], "e": []}))
+    expected = {"a": [str(tmp_path / "b/c.png"), "/d.png"], "e": []}
+    assert td.read_id_to_images(tmp_path / "x.json") == expected
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    td.write_json(tmp_path / "x.json", {"a": [0.5, None]})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        td.write_json(tmp_path / "x.json", {"a": float("nan")})
-    assert td.read_json(tmp_path / "x.json", "") == {"a": [0.5, None]}
+def test_a_byte_order_mark_is_fine(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"a": ["/d.png"]}), encoding="utf-8-sig")
+    assert td.read_id_to_images(tmp_path / "x.json") == {"a": ["/d.png"]}
 
 
-# ---- crops ----------------------------------------------------------------------------------------------------------
+# ---- crops ---------------------------------------------------------------------------------------
 
 
-def write_noise(folder, names):
-    """Write one random crop per name, the same for the same capital letter; returns {name: path}."""
-    paths = {name: str(folder / f"{name}.png") for name in names}
-    for name, path in paths.items():
-        pixels = np.random.default_rng(ord(name[0])).integers(0, 256, (112, 112, 3), np.uint8)
-        Image.fromarray(pixels).save(path, compress_level=len(name))  # other bytes, same pixels
+def random_pixels(seed):
+    return np.random.default_rng(seed).integers(0, 256, (112, 112, 3), np.uint8)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """{name: path of a crop}: A, Aa and Aaa are three files of the same pixels; so are B and Bb."""
+    paths = {}
+    for name in ("A", "Aa", "Aaa", "B", "Bb", "C"):
+        paths[name] = str(tmp_path / f"{name}.png")
+        image = Image.fromarray(random_pixels(seed=ord(name[0])))
+        comment = PngInfo()
+        comment.add_text("name", name)  # so no two files have the same bytes
+        image.save(paths[name], pnginfo=comment)
     return paths
 
 
-def test_every_crop_is_read_once_and_hashed_by_its_pixels(tmp_path, monkeypatch):
-    paths = [*write_noise(tmp_path, ["A", "B", "Aa"]).values()]
-    decoded = [np.array(Image.open(path)) for path in paths]
-    opened, open_ = Counter(), Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.update([path]) or open_(path))
-    crops = td.load_crops([*paths, paths[0]])
-    assert opened == Counter(paths)
-    for path, pixels in zip(paths, decoded, strict=True):
-        assert np.array_equal(crops.pixels[crops.row[path]], pixels)
-        assert crops.sha256[crops.row[path]] == hashlib.sha256(pixels.tobytes()).hexdigest()
-    dataset = td.TwinTripletDataset({"a": paths[:2], "b": paths[2:]}, [("a", "b")])
-    assert all(dataset[i] for i in range(len(dataset)))
+def test_crops_are_decoded_and_hashed_by_their_pixels(path):
+    crops = td.load_crops(path.values())
+    for file in path.values():
+        pixels = np.array(Image.open(file))
+        row = crops.row[file]
+        assert np.array_equal(crops.pixels[row], pixels)
+        assert crops.sha256[row] == hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """A Counter of the files that Pillow has opened."""
+    counts = Counter()
+    open_image = Image.open
+
+    def open_and_count(file):
+        counts[file] += 1
+        return open_image(file)
+
+    monkeypatch.setattr(Image, "open", open_and_count)
+    return counts
+
+
+def test_a_crop_that_is_listed_twice_is_read_once(path, opened):
+    td.load_crops([path["A"], path["B"], path["Aa"], path["A"]])
+    assert opened == {path["A"]: 1, path["B"]: 1, path["Aa"]: 1}
+
+
+def test_a_dataset_reads_each_crop_once_for_all_items(path, opened):
+    pictures = {"a": [path["A"], path["B"]], "b": [path["Aa"]]}
+    dataset = td.TwinTripletDataset(pictures, [("a", "b")])
+    assert not opened
+    for i in range(len(dataset)):
+        dataset[i]
+    assert opened == {path["A"]: 1, path["B"]: 1, path["Aa"]: 1}
+
+
+def test_the_pixels_of_a_dataset_are_those_of_its_paths(path):
+    pictures = {"a": [path["A"], path["B"]], "b": [path["Aa"]]}
+    dataset = td.TwinTripletDataset(pictures, [("a", "b")])
+    crops = td.load_crops([path["A"], path["B"], path["Aa"]])
     assert torch.equal(dataset.pixels, crops.pixels)
-    assert opened == Counter(paths * 2)  # once more for all items together
 
 
-def test_an_image_is_what_its_pixels_are(tmp_path):
-    path = write_noise(tmp_path, ["A", "Aa", "Aaa", "B", "Bb", "C"])
+def test_reading_crops_stops_when_it_is_asked_to(path, opened, monkeypatch):
+    monkeypatch.setattr(net.interrupt, "asked", True)
+    with pytest.raises(KeyboardInterrupt):
+        td.load_crops(path.values())
+    assert not opened
 
-    def distinct(**lists):
-        people = td.People({name: [path[k] for k in names] for name, names in lists.items()}, [tuple(lists)])
-        return people.id_to_images, people.warnings
 
-    images, warnings = distinct(one=["A", "B", "Aa", "A"], two=["C"])
-    assert images == {"one": [path["A"], path["B"]], "two": [path["C"]]}
-    assert warnings == ["2 images are the same as another of their ID; each is used once"]
-    assert distinct(one=["A", "B"], two=["C"])[1] == distinct(one=["A", "B"], two=[])[1] == []
-    warnings = distinct(one=["A", "Aa", "Aaa"], two=["B", "Bb"])[1]
-    assert warnings[0] == "ID 'one': one and the same image under all 3 paths"
+@pytest.fixture
+def people_of(path):
+    """people_of(one=["A", "B"], two=["C"]): the People of a pair, given as the names of crops."""
+
+    def make(**names):
+        aligned = {person: [path[name] for name in names[person]] for person in names}
+        return td.People(aligned, [tuple(names)])
+
+    return make
+
+
+def test_a_copy_under_one_id_is_used_once_with_a_count(path, people_of):
+    both = people_of(one=["A", "B", "Aa", "A"], two=["C"])
+    assert both.id_to_images == {"one": [path["A"], path["B"]], "two": [path["C"]]}
+    assert both.warnings == ["2 images are the same as another of their ID; each is used once"]
+
+
+@pytest.mark.parametrize("others", [["C"], []])
+def test_people_without_copies_give_no_warning(people_of, others):
+    assert people_of(one=["A", "B"], two=others).warnings == []
+
+
+def test_a_person_all_of_whose_images_are_one_is_named(people_of):
+    warnings = people_of(one=["A", "Aa", "Aaa"], two=["B", "Bb"]).warnings
+    assert warnings[0] == "ID 'one': all 3 paths lead to one and the same image"
     assert warnings[1].startswith("3 images are the same")
-    with pytest.raises(InputError, match=r"Aa\.png: .*ID 'two': the same image as .*/A\.png of ID 'one'"):
-        distinct(one=["A", "B"], two=["Aa"])
+    assert len(warnings) == 2
+
+
+def test_one_image_under_two_ids_is_refused_with_both(people_of):
+    message = r"Aa\.png: .*ID 'two', but it is the same image as .*/A\.png of ID 'one'"
+    with pytest.raises(InputError, match=message):
+        people_of(one=["A", "B"], two=["Aa"])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
 def test_grey_palette_and_opaque_crops_are_read_as_rgb(tmp_path, mode):
-    crop = Image.fromarray(np.random.default_rng(1).integers(0, 256, (112, 112, 3), np.uint8)).convert(mode)
+    crop = Image.fromarray(random_pixels(seed=1)).convert(mode)
     crop.save(tmp_path / "x.png")
     np.testing.assert_array_equal(td.read_crop(tmp_path / "x.png"), np.array(crop.convert("RGB")))
 
 
-@pytest.mark.parametrize(("mode", "size"), [("RGB", (112, 100)), ("L", (100, 112)), ("I;16", (112, 112))])
+@pytest.mark.parametrize(
+    ("mode", "size"), [("RGB", (112, 100)), ("L", (100, 112)), ("I;16", (112, 112))]
+)
 def test_what_is_no_crop_is_refused_with_its_size_and_mode(tmp_path, mode, size):
     Image.new(mode, size).save(tmp_path / "x.png")
-    with pytest.raises(InputError, match=rf"x\.png: {size[0]}x{size[1]} {mode}, but a crop is 112x112 RGB"):
+    width, height = size
+    message = rf"x\.png: {width}x{height} {mode}, but a crop is 112x112 RGB"
+    with pytest.raises(InputError, match=message):
         td.read_crop(tmp_path / "x.png")

@@ -1,4 +1,4 @@
-"""The losses equal slow loops over the definitions, PyTorch's own losses and pytorch-metric-learning's."""
+"""The losses equal slow loops over their definitions and the losses of two libraries."""
 
 import numpy as np
 import pytest
@@ -10,72 +10,128 @@ from pytorch_metric_learning.reducers import MeanReducer
 from triplet_loss import TripletLoss
 
 KINDS = ["cosine", "euclidean"]
+MARGIN = 0.3
 
 
-def batch(n=16, size=512):
-    return [torch.randn(n, size, requires_grad=True) for _ in range(3)]
+# ---- the definitions, spelled out ----------------------------------------------------------------
+
+
+def slow_distance(a, b, kind):
+    """The distance of two vectors, in float64."""
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
+    a = a / np.sqrt((a * a).sum())
+    b = b / np.sqrt((b * b).sum())
+    if kind == "cosine":
+        return 1 - (a * b).sum()
+    return np.sqrt(((a - b) ** 2).sum())
+
+
+def slow_quadruplet_loss(to_positive, to_negative):
+    """The mean over all pairs of a distance to a positive and a distance to a negative."""
+    losses_of_pairs = []
+    for positive in to_positive:
+        for negative in to_negative:
+            losses_of_pairs.append(F.relu(positive - negative + MARGIN))
+    return torch.stack(losses_of_pairs).mean()
 
 
 def copies(tensors):
+    """New leaves with the values of these tensors, which take gradients of their own."""
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def distance(a, b, kind):
-    """The definition, spelled out for two vectors of Python floats."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    a, b = a / np.sqrt((a * a).sum()), b / np.sqrt((b * b).sum())
-    return 1 - (a * b).sum() if kind == "cosine" else np.sqrt(((a - b) ** 2).sum())
+# ---- the triplet loss ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch():
+    """[anchors, positives, negatives], (16, 512) each; the vectors are not of unit length."""
+    return [torch.randn(16, 512, requires_grad=True) for _ in range(3)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_equals_a_slow_loop(kind):
-    batches = batch()
-    rows = zip(*(x.detach().numpy() for x in batches), strict=True)
-    expected = [max(0, distance(a, p, kind) - distance(a, n, kind) + 0.3) for a, p, n in rows]
-    assert TripletLoss(0.3, kind)(*batches).item() == pytest.approx(np.mean(expected), abs=1e-6)
+def test_loss_equals_a_slow_loop(batch, kind):
+    expected = []
+    for anchor, positive, negative in zip(*(x.detach().numpy() for x in batch), strict=True):
+        to_positive = slow_distance(anchor, positive, kind)
+        to_negative = slow_distance(anchor, negative, kind)
+        expected.append(max(0, to_positive - to_negative + MARGIN))
+    loss = TripletLoss(MARGIN, kind)(*batch)
+    assert loss.item() == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_pytorchs(kind):
-    ours = batch()
-    theirs = copies(ours)
+def pytorchs_loss(anchor, positive, negative, kind, margin):
+    """PyTorch's own triplet loss with one of our two distances."""
     if kind == "cosine":
-        cosine = {"distance_function": lambda x, y: 1 - F.cosine_similarity(x, y)}
-        reference = torch.nn.TripletMarginWithDistanceLoss(**cosine, margin=0.2)(*theirs)
-    else:
-        reference = torch.nn.TripletMarginLoss(margin=0.2, eps=0.0)(*(F.normalize(x) for x in theirs))
-    loss = TripletLoss(0.2, kind)(*ours)
+        criterion = torch.nn.TripletMarginWithDistanceLoss(
+            distance_function=lambda x, y: 1 - F.cosine_similarity(x, y), margin=margin
+        )
+        return criterion(anchor, positive, negative)
+    criterion = torch.nn.TripletMarginLoss(margin=margin, eps=0.0)
+    return criterion(F.normalize(anchor), F.normalize(positive), F.normalize(negative))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_equal_pytorchs(batch, kind):
+    copy = copies(batch)
+    loss = TripletLoss(0.2, kind)(*batch)
+    reference = pytorchs_loss(*copy, kind, margin=0.2)
     torch.testing.assert_close(loss, reference)
     loss.backward()
     reference.backward()
-    for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x.grad, y.grad, atol=1e-7, rtol=1e-4)
+    for ours, theirs in zip(batch, copy, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_index_form_equals_three_matrices_and_pytorch_metric_learning(kind):
-    criterion, triplets = TripletLoss(0.3, kind), torch.randint(0, 12, (40, 3))
+def test_index_form_equals_three_matrices(kind):
+    criterion = TripletLoss(MARGIN, kind)
+    triplets = torch.randint(0, 12, (40, 3))
     embeddings = torch.randn(12, 512, requires_grad=True)
     (copy,) = copies([embeddings])
-    loss, direct = criterion.loss(*criterion.distances(embeddings, triplets)), criterion(*copy[triplets.T])
+    loss = criterion.loss(*criterion.distances(embeddings, triplets))
+    anchor, positive, negative = copy[triplets.T]
+    direct = criterion(anchor, positive, negative)
     torch.testing.assert_close(loss, direct)
-    gradients = torch.autograd.grad(loss, embeddings)[0], torch.autograd.grad(direct, copy)[0]
-    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
-
-    metric = distances.CosineSimilarity() if kind == "cosine" else distances.LpDistance()
-    library = losses.TripletMarginLoss(margin=0.3, distance=metric, reducer=MeanReducer())
-    reference = library(embeddings.detach(), torch.arange(12), indices_tuple=tuple(triplets.unbind(1)))
-    torch.testing.assert_close(loss.detach(), reference, atol=1e-6, rtol=1e-5)
+    loss.backward()
+    direct.backward()
+    torch.testing.assert_close(embeddings.grad, copy.grad, atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize("values", ["random", "tied"])
-def test_quadruplet_loss_is_the_mean_over_all_comparisons(values):
-    ours = [torch.rand(9, dtype=torch.float64) for _ in range(2)]
-    if values == "tied":  # and no difference of two is the margin, where the derivative jumps
-        ours = [(8 * x).round() / 8 for x in ours]
-    ours, theirs = copies(ours), copies(ours)
-    loss = TripletLoss(0.3).quadruplet_loss(*ours)
-    reference = sum(F.relu(p - n + 0.3) for p in theirs[0] for n in theirs[1]) / 81
+@pytest.mark.parametrize("kind", KINDS)
+def test_index_form_equals_pytorch_metric_learning(kind):
+    criterion = TripletLoss(MARGIN, kind)
+    triplets = torch.randint(0, 12, (40, 3))
+    embeddings = torch.randn(12, 512)
+    loss = criterion.loss(*criterion.distances(embeddings, triplets))
+
+    distance = {"cosine": distances.CosineSimilarity(), "euclidean": distances.LpDistance()}[kind]
+    library = losses.TripletMarginLoss(margin=MARGIN, distance=distance, reducer=MeanReducer())
+    labels = torch.arange(12)  # which the library does not look at, since the triplets are given
+    reference = library(embeddings, labels, indices_tuple=tuple(triplets.unbind(1)))
+    torch.testing.assert_close(loss, reference, atol=1e-6, rtol=1e-5)
+
+
+# ---- the quadruplet loss -------------------------------------------------------------------------
+
+
+def random_distances():
+    return [torch.rand(9, dtype=torch.float64) for _ in range(2)]
+
+
+def tied_distances():
+    """Multiples of 1/8: many are equal, but no two differ by the margin, where the slope jumps."""
+    return [(8 * values).round() / 8 for values in random_distances()]
+
+
+@pytest.mark.parametrize("make_distances", [random_distances, tied_distances])
+def test_quadruplet_loss_and_gradients_equal_the_mean_over_all_comparisons(make_distances):
+    values = make_distances()
+    ours = copies(values)
+    theirs = copies(values)
+    loss = TripletLoss(MARGIN).quadruplet_loss(*ours)
+    reference = slow_quadruplet_loss(*theirs)
     assert loss.item() == pytest.approx(reference.item(), abs=1e-12)
     loss.backward()
     reference.backward()
@@ -84,29 +140,82 @@ def test_quadruplet_loss_is_the_mean_over_all_comparisons(values):
 
 
 def test_quadruplet_loss_of_one_triplet_is_the_triplet_loss():
-    criterion, distances_ = TripletLoss(0.3), (torch.tensor([0.5]), torch.tensor([0.4]))
-    assert criterion.quadruplet_loss(*distances_).item() == pytest.approx(criterion.loss(*distances_).item())
+    criterion = TripletLoss(MARGIN)
+    to_positive = torch.tensor([0.5])
+    to_negative = torch.tensor([0.4])
+    quadruplet = criterion.quadruplet_loss(to_positive, to_negative)
+    triplet = criterion.loss(to_positive, to_negative)
+    assert quadruplet.item() == pytest.approx(triplet.item())
+
+
+# ---- numbers that are hard -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_all_three_embeddings_coincide_the_loss_is_the_margin(kind):
+    same = copies([torch.randn(4, 512)] * 3)
+    loss = TripletLoss(MARGIN, kind)(*same)
+    assert loss.item() == pytest.approx(MARGIN, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_where_embeddings_coincide(kind):
-    criterion, ours = TripletLoss(0.3, kind), copies([torch.randn(4, 512)] * 3)
-    loss = criterion(*ours)
+    criterion = TripletLoss(MARGIN, kind)
+    same = copies([torch.randn(4, 512)] * 3)
+    criterion(*same).backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_both_losses_are_finite_where_an_image_meets_itself(kind):
+    criterion = TripletLoss(MARGIN, kind)
+    embeddings = torch.ones(2, 512, requires_grad=True)
+    triplets = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    to_positive, to_negative = criterion.distances(embeddings, triplets)
+    loss = criterion.loss(to_positive, to_negative)
+    loss = loss + criterion.quadruplet_loss(to_positive, to_negative)
     loss.backward()
-    assert loss.item() == pytest.approx(0.3, abs=1e-6)
-    one = torch.ones(2, 512, requires_grad=True)
-    to_positive, to_negative = criterion.distances(one, torch.tensor([[0, 1, 1], [0, 0, 1]]))
-    (criterion.loss(to_positive, to_negative) + criterion.quadruplet_loss(to_positive, to_negative)).backward()
-    assert all(torch.isfinite(x.grad).all() for x in (*ours, one))
+    assert torch.isfinite(embeddings.grad).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind):
+    criterion = TripletLoss(MARGIN, kind)
+    embeddings = torch.randn(6, 512)
+    triplets = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    distances_alone = criterion.distances(embeddings, triplets)
+    loss_alone = criterion(*embeddings[triplets.T])
+    with torch.autocast("cpu", torch.bfloat16):
+        to_positive, to_negative = criterion.distances(embeddings, triplets)
+        loss = criterion(*embeddings[triplets.T])
+    assert torch.equal(to_positive, distances_alone[0])
+    assert torch.equal(to_negative, distances_alone[1])
+    assert torch.equal(loss, loss_alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_embeddings_give_float32_distances_and_losses(kind):
+    criterion = TripletLoss(MARGIN, kind)
+    embeddings = torch.randn(6, 512).bfloat16()
+    triplets = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        to_positive, to_negative = criterion.distances(embeddings, triplets)
+        loss = criterion(*embeddings[triplets.T])
+    assert to_positive.dtype == torch.float32
+    assert to_negative.dtype == torch.float32
+    assert loss.dtype == torch.float32
+
+
+# ---- statistics and settings ---------------------------------------------------------------------
 
 
 def test_statistics_of_a_hand_made_batch():
-    criterion = TripletLoss(margin=0.3)
+    criterion = TripletLoss(MARGIN)
+    # An easy triplet, a violated one, an active one, and an active one with a tie.
     to_positive = torch.tensor([0.1, 0.5, 0.4, 0.2], requires_grad=True)
-    to_negative = torch.tensor([0.9, 0.3, 0.5, 0.2])  # easy, violated, active, active with a tie
+    to_negative = torch.tensor([0.9, 0.3, 0.5, 0.2])
     values = criterion.statistics(to_positive, to_negative)
     assert values.shape == (5,)
-    assert not values.requires_grad
     assert dict(zip(criterion.STATISTICS, values.tolist(), strict=True)) == pytest.approx(
         {
             "loss": (0 + 0.5 + 0.2 + 0.3) / 4,
@@ -118,23 +227,16 @@ def test_statistics_of_a_hand_made_batch():
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_is_float32_under_autocast(kind):
-    embeddings, triplets = torch.randn(6, 512), torch.tensor([[0, 1, 2], [3, 4, 5]])
-    criterion = TripletLoss(0.3, kind)
-
-    def both(values):
-        return *criterion.distances(values, triplets), criterion(*values[triplets.T])
-
-    expected = both(embeddings)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = both(embeddings)
-        half = both(embeddings.bfloat16())
-    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
-    assert {x.dtype for x in half} == {torch.float32}
+def test_statistics_carry_no_gradients():
+    to_positive = torch.tensor([0.1, 0.5], requires_grad=True)
+    to_negative = torch.tensor([0.9, 0.3], requires_grad=True)
+    values = TripletLoss(MARGIN).statistics(to_positive, to_negative)
+    assert not values.requires_grad
 
 
-@pytest.mark.parametrize("settings", [{"margin": 0}, {"margin": float("nan")}, {"distance": "manhattan"}])
+@pytest.mark.parametrize(
+    "settings", [{"margin": 0}, {"margin": float("nan")}, {"distance": "manhattan"}]
+)
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must be"):
         TripletLoss(**settings)

@@ -2,7 +2,8 @@
 
 Every tensor of a state dict is filled from its own key, so the order of keys and the framework's
 random generator do not matter. `reference.npz` beside this file holds what AdaFace's own network
-definition returned for these weights and this input, in float32 on a CPU (PyTorch 2.13), in eval mode.
+definition returned for these weights and this input, in float32 on a CPU (PyTorch 2.13), in eval
+mode.
 """
 
 import zlib
@@ -34,7 +35,8 @@ def fill(state_dict):
 
 def network_input(n=2):
     """(n, 3, 112, 112) float32 in [-1, 1], the channel order the network expects."""
-    return torch.from_numpy(np.random.RandomState(7).uniform(-1, 1, (n, 3, 112, 112)).astype(np.float32))
+    images = np.random.RandomState(7).uniform(-1, 1, (n, 3, 112, 112))
+    return torch.from_numpy(images.astype(np.float32))
 
 
 def photo(n=2):
