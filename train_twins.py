@@ -354,6 +354,7 @@ class RunFolder:
         self.can_continue = False
         self.locks = []
         self.refuse_if_locked()
+        self.seen = self.times_of_change()
         if args.resume:
             self.look_at_earlier_run()
         if not self.finished and not self.can_continue:
@@ -416,6 +417,13 @@ class RunFolder:
         """Two: no two processes may share a log folder, or the names of checkpoints."""
         return [self.folder / ".lock", Path(self.args.output_dir, f".{self.prefix}.lock")]
 
+    def times_of_change(self):
+        """When the log and the state were last written, None if they are not there."""
+        times = []
+        for path in (self.log_file, self.state_file):
+            times.append(path.stat().st_mtime_ns if path.is_file() else None)
+        return times
+
     def refuse_if_locked(self):
         """Raise InputError if another process is training this run."""
         for path in self.lock_files():
@@ -425,13 +433,15 @@ class RunFolder:
     def claim(self, config):
         """Lock the run and write config.json; a new run also removes what an earlier one left.
 
-        Raises InputError if another process has begun the run since it was looked at.
+        Raises InputError if another process has trained the run since this one looked at it.
         """
         for path in self.lock_files():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.locks.append(lock_file(path))
+        if self.times_of_change() != self.seen:
+            message = "another process has trained this run meanwhile; repeat the command"
+            raise InputError(f"{self.folder}: {message}")
         if not self.can_continue:
-            self.refuse_to_replace()
             for path in (self.state_file, self.log_file, *self.checkpoints()):
                 path.unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)

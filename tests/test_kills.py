@@ -311,13 +311,13 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_the_same(experiment, ki
     kills = 0
     for number in range(KILLS):
         # There is a new state after every epoch.
-        processes = launch(experiment.folder, command, PAUSE="0.03", SAVE_SECONDS="0")
+        processes = launch(experiment.folder, command, PAUSE="0.02", SAVE_SECONDS="0")
         states = {time_of_change(state)}
         # The first one is killed soon, perhaps before any state.
         wanted = randomness.randint(1, 3) if number else 1
         while len(states) < wanted and processes[0].is_alive():
             states.add(time_of_change(state))
-        time.sleep(randomness.uniform(0, 0.3))  # an epoch takes a few steps of 0.03 s and more
+        time.sleep(randomness.uniform(0, 0.2))  # an epoch takes a few steps of 0.02 s and more
         processes[0].kill()
         (code,) = finish(processes)
         if code == 0:  # it came to its end before
@@ -347,7 +347,7 @@ def another_process(experiment, flags="", name="run", begun="logs/run/training_l
     finish(processes)
 
 
-TOGETHER = f"--freeze_backbone {SHUFFLED}"  # takes a few seconds with its pauses
+TOGETHER = "--freeze_backbone --batch_size 16"  # takes a few seconds with the pauses
 
 
 def test_a_run_that_another_process_is_training_is_refused_and_that_one_keeps_everything(
