@@ -27,13 +27,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from align import add_alignment_arguments, align_files
-from evaluate_twins import METRICS, OPERATING_POINTS, TwinEvaluator, compare, describe, plot_figure
+from evaluate_twins import (
+    METRICS,
+    OPERATING_POINTS,
+    TwinEvaluator,
+    compare,
+    describe,
+    describe_flag,
+    differing_flags,
+    format_with_interval,
+    group_by_recipe,
+    interval,
+    plot_figure,
+)
 from net import (
     ARCHITECTURES,
     IMAGES_AT_ONCE,
+    Backbone,
     InputError,
     Parser,
     Processes,
@@ -66,8 +80,10 @@ except ImportError:  # Windows has no such locks; runs are not locked there
 
 CHECK_EVERY = 50  # steps between checks that the loss is finite; each check waits for the GPU
 SAVE_SECONDS = 60  # at least this long between two writes of last.pth
-# Without --epochs: the number of steps, rounded up to whole epochs, by --freeze_backbone.
-DEFAULT_STEPS = {True: 400, False: 100}
+WARM_UP_STEPS = 20  # over which the learning rate rises; afterwards it stays
+# Epochs whose monitored figures differ by no more are taken as equally good.
+TOLERANCE = {"val_auc": 0.002, "val_eer": 0.002, "val_loss": 0.0}
+AVERAGE_DECAY = 0.98  # of the running average of the weights, for each step
 FROZEN_BATCH = 256  # images whose features pass the embedding layer at once
 OUT_OF_MEMORY = "lower --images_per_batch or --batch_size, or take another --device"
 
@@ -122,18 +138,13 @@ RECIPE = {
         "every same-person distance in a step with every twin distance, across families",
     ),
     "drift_weight": RecipeFlag(
-        0.5,
+        0.3,
         non_negative,
         "weight of the drift in the loss: the mean cosine distance of the embeddings from those "
         "before training",
     ),
-    "learning_rate": RecipeFlag(1e-4, non_negative, "highest learning rate of AdamW"),
-    "schedule": RecipeFlag(
-        "cosine",
-        str,
-        "cosine: the learning rate rises over the first tenth of the run, then falls to zero; "
-        "constant: it is always the same",
-        ("cosine", "constant"),
+    "learning_rate": RecipeFlag(
+        1e-4, non_negative, "learning rate of AdamW, which it rises to over the first steps"
     ),
     "weight_decay": RecipeFlag(
         1e-4, non_negative, "weight decay of AdamW; BatchNorm, PReLU and biases have none"
@@ -147,8 +158,8 @@ RECIPE = {
     "monitor": RecipeFlag(
         "val_auc",
         str,
-        "figure of the validation pairs that decides which epoch is best; val_loss is the triplet "
-        "loss",
+        "figure of the validation pairs that decides when to stop and which epoch to keep; "
+        "val_loss is the triplet loss",
         ("val_auc", "val_eer", "val_loss"),
     ),
     "precision": RecipeFlag(
@@ -235,16 +246,16 @@ def build_parser():
     group.add_argument(
         "--epochs",
         type=positive_integer,
+        default=40,
         metavar="N",
-        help="number of epochs; without it, as many as make "
-        f"{DEFAULT_STEPS[False]} steps, or {DEFAULT_STEPS[True]} with a frozen backbone",
+        help="number of epochs, at most",
     )
     group.add_argument(
         "--patience",
         type=positive_integer,
         default=10,
         metavar="N",
-        help="stop after so many epochs without a new best one",
+        help="stop after so many epochs without a new best figure",
     )
     group.add_argument(
         "--output_dir",
@@ -370,7 +381,9 @@ class RunFolder:
         """
         if self.log_file.is_file():
             log = read_json(self.log_file, "a training log")
-            if log["stopped"]:
+            wants_more = self.args.epochs >= len(log["epochs"])
+            can_go_on = log["stopped"] == "epochs" and self.state_file.is_file()
+            if log["stopped"] and not (wants_more and can_go_on):
                 self.log = log
                 self.first_config = log["config"]
                 self.finished = True
@@ -453,34 +466,26 @@ class RunFolder:
         self.locks = []
 
     def record(self, entry):
-        """Log an epoch; returns whether it is the best one so far.
+        """Log an epoch; returns whether it is now the one to keep.
 
-        Without validation each epoch is better than the one before. If patience has run out,
-        `log["stopped"]` says so.
+        Kept is the last epoch whose monitored figure is within TOLERANCE of the best so far: few
+        validation pairs cannot tell such epochs apart, and longer training helps other people more.
+        Patience counts the epochs since the best figure; when it has run out, `log["stopped"]` says
+        so. Without validation the last epoch is kept.
         """
         self.log["epochs"].append(entry)
         epoch = entry["epoch"]
         if epoch == 0:  # the network before training is measured, not saved
             return False
-        is_best = self.is_better_than_best(entry)
-        if is_best:
+        figures = [logged[self.args.monitor] for logged in self.log["epochs"][1:]]
+        best_at, is_kept = judge_last_epoch(figures, self.args.monitor)
+        if is_kept:
             self.log["best_epoch"] = epoch
             path = Path(self.args.output_dir, f"{self.prefix}{epoch}.pth")
             self.log["best_checkpoint"] = str(path)
-        if epoch - self.log["best_epoch"] >= self.args.patience:
+        if epoch - best_at >= self.args.patience:
             self.log["stopped"] = "patience"
-        return is_best
-
-    def is_better_than_best(self, entry):
-        """Whether the monitored figure of an epoch is better than that of the best one so far."""
-        best_epoch = self.log["best_epoch"]
-        value = entry[self.args.monitor]
-        if best_epoch is None or value is None:  # None: there is no validation
-            return True
-        best_value = self.log["epochs"][best_epoch][self.args.monitor]
-        if self.args.monitor == "val_auc":
-            return value > best_value
-        return value < best_value
+        return is_kept
 
     def write_log(self):
         """Write training_log.json of a run that goes on.
@@ -518,6 +523,23 @@ class RunFolder:
         for path in self.checkpoints():
             if path.name != best:
                 path.unlink()
+
+
+def judge_last_epoch(figures, monitor):
+    """(the epoch with the best figure, whether the last one is within TOLERANCE of it).
+
+    figures: those of `monitor` in epochs 1, 2, ...; None without validation.
+    """
+    last = figures[-1]
+    if last is None:
+        return len(figures), True
+    if monitor == "val_auc":
+        best = max(figures)
+        shortfall = best - last
+    else:
+        best = min(figures)
+        shortfall = last - best
+    return 1 + figures.index(best), shortfall <= TOLERANCE[monitor]
 
 
 def lock_file(path, shared=False):
@@ -586,18 +608,6 @@ def make_optimizer(model, learning_rate, weight_decay):
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-
-
-def rate_factor(done, schedule):
-    """The factor on the learning rate after a share `done` (0 to 1) of all steps.
-
-    "constant": 1. "cosine": a linear rise over the first tenth, then half a cosine down to zero.
-    """
-    if schedule == "constant":
-        return 1.0
-    if done < 0.1:
-        return done / 0.1
-    return (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
 
 
 def mean_statistics(criterion, dataset, embeddings):
@@ -711,6 +721,8 @@ class TwinTrainer:
             log = self.run.log
             n_epochs = len(log["epochs"]) - 1
             best = log["best_checkpoint"]
+            if self.processes.is_main:
+                self.run.delete_superseded()  # which a kill at the very end may have left
             self.say(f"{self.run.name} is finished after {n_epochs} epochs; best: {best}")
             return log
         try:
@@ -721,7 +733,7 @@ class TwinTrainer:
                 self.restore(state)
             self.announce()
             self.place_images()
-            for epoch in range(len(self.run.log["epochs"]), self.n_epochs + 1):
+            for epoch in range(len(self.run.log["epochs"]), self.args.epochs + 1):
                 self.processes.raise_if_interrupted()
                 self.run_epoch(epoch)
                 if self.run.log["stopped"]:
@@ -762,17 +774,16 @@ class TwinTrainer:
         self.evaluator = None
         if val_pairs:
             self.val_set = TwinTripletDataset(id_to_images, val_pairs)
-            self.evaluator = TwinEvaluator(self.val_set.images, args.seed)
+            # Seeded by the split, so that runs with other seeds can be compared on the same
+            # resamples.
+            self.evaluator = TwinEvaluator(self.val_set.images, args.split_seed)
             self.watched_rows = people.rows(self.val_set.images.paths)
         else:
             # A network that has died must not be saved, so some training images are watched.
             self.watched_rows = self.train_rows[:64]
             reason = "one family only, or --validation_split 0"
             self.say(f"warning: no validation ({reason}); the last epoch is kept")
-        self.n_epochs = args.epochs
-        if not self.n_epochs:
-            steps = self.train_set.steps(1, args.images_per_batch, args.batch_size)
-            self.n_epochs = math.ceil(DEFAULT_STEPS[args.freeze_backbone] / max(1, len(steps)))
+        self.used_triplets = np.zeros(0, np.int64)  # numbers of distinct ones, ascending
 
     def make_network(self):
         """Make the network and its optimizer; returns the state to resume from, None for a new run.
@@ -784,8 +795,10 @@ class TwinTrainer:
         state = None
         if self.run.can_continue:
             state = read_checkpoint(self.run.state_file)
-            model = network_of(self.run.state_file, state)
-            model.facts = {}  # they hold the state, with Adam's two copies of all weights
+            # Besides the network that is trained, the state holds its average.
+            model = network_of(self.run.state_file, {"state_dict": state["state_dict"]})
+            self.run.log = state["log"]
+            self.run.find_best_checkpoint()
             weights_hash = self.hash_of_start()
         else:
             model = self.load_start()
@@ -794,12 +807,33 @@ class TwinTrainer:
         self.model.requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
+        self.make_average()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.start_embeddings = None  # of the training images, before training
         self.watched_embeddings = {}  # {"start", "best"}: of the watched images
         self.recipe = self.make_recipe(weights_hash)
         self.run.refuse_other_recipe(self.recipe)
         return state
+
+    def make_average(self):
+        """Make the running average of the trained weights, and the network that has them.
+
+        `average` follows `trained`, the part of the model that is trained. `averaged_model` is
+        what is validated and saved: averaged weights change less from epoch to epoch, and are
+        better.
+        """
+        self.trained = self.model.output_layer if self.args.freeze_backbone else self.model
+        average = get_ema_multi_avg_fn(AVERAGE_DECAY)
+        self.average = AveragedModel(self.trained, multi_avg_fn=average)
+        self.average.requires_grad_(False)
+        self.average.update_parameters(self.trained)  # the first update copies the start
+        self.averaged_model = self.average.module
+        if self.args.freeze_backbone:
+            with torch.device("meta"):  # without weights: all layers are replaced
+                self.averaged_model = Backbone(self.model.arch)
+            self.averaged_model.input_layer = self.model.input_layer
+            self.averaged_model.body = self.model.body
+            self.averaged_model.output_layer = self.average.module
 
     def claim_folder(self):
         """Take over the run's folder; if the main process may not, no process goes on."""
@@ -819,10 +853,9 @@ class TwinTrainer:
 
     def restore(self, state):
         """Take over everything that last.pth holds besides the weights."""
-        config = self.run.log["config"]
-        self.run.log = {**state["log"], "config": config}
-        self.run.find_best_checkpoint()
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.used_triplets = state["used_triplets"].numpy()
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.start_embeddings = state["start_embeddings"].to(self.device)
@@ -884,7 +917,6 @@ class TwinTrainer:
         return {
             **vars(self.args),
             "recipe": self.recipe,
-            "planned_epochs": self.n_epochs,
             "n_train_pairs": len(train.pairs),
             "n_val_pairs": len(val.pairs) if val is not None else 0,
             "n_skipped_pairs": self.n_skipped,
@@ -930,22 +962,23 @@ class TwinTrainer:
         }
         # All processes go on with the same figures, so that all stop at the same epoch.
         entry = self.processes.from_main(entry)
-        is_best = self.run.record(entry)
+        is_kept = self.run.record(entry)
         if epoch == 0:
             self.watched_embeddings["start"] = embeddings
-        if is_best:
+        if is_kept:
             self.watched_embeddings["best"] = embeddings
         if self.processes.is_main:
-            if is_best:
+            if is_kept:
                 self.save_best(entry)
             self.run.write_log()
-        self.say(describe_epoch(entry, is_best))
+        self.say(describe_epoch(entry, is_kept))
 
     def measure_start(self):
         """Epoch 0: the mean statistics of the training triplets before training."""
         with torch.no_grad():
-            self.start_embeddings = self.embed(self.train_rows)
-        return mean_statistics(self.criterion, self.train_set, self.start_embeddings)
+            self.start_embeddings = self.embed(self.model, self.train_rows)
+        statistics = mean_statistics(self.criterion, self.train_set, self.start_embeddings)
+        return {**statistics, "steps": 0, "distinct_triplets_used": 0}
 
     def train_epoch(self, epoch):
         """Make the steps of one epoch; returns the means of their statistics.
@@ -956,22 +989,29 @@ class TwinTrainer:
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
         names = self.criterion.STATISTICS
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        used = [self.used_triplets]
+        n_before = sum(entry["steps"] for entry in self.run.log["epochs"])
         began = time.perf_counter()
         hidden = not self.processes.is_main
         for i in progress(range(len(steps)), f"epoch {epoch}", "step", disable=hidden):
             self.processes.raise_if_interrupted()
-            share_done = (epoch - 1 + (i + 0.5) / len(steps)) / self.n_epochs
-            for group in self.optimizer.param_groups:
-                group["lr"] = args.learning_rate * rate_factor(share_done, args.schedule)
-            sums += self.step(steps[i])  # stays on the GPU: reading it would make the CPU wait
+            triplets = steps[i]
             n_done = i + 1
+            warm_up = min(1, (n_before + n_done) / WARM_UP_STEPS)
+            for group in self.optimizer.param_groups:
+                group["lr"] = args.learning_rate * warm_up
+            sums += self.step(triplets)  # stays on the GPU: reading it would make the CPU wait
+            used.append(self.train_set.possible_numbers(triplets))
             if epoch == 1 and n_done == min(5, len(steps)):
                 self.announce_time(began, n_done, len(steps))
             if n_done % CHECK_EVERY == 0 or n_done == len(steps):
                 self.refuse_if_not_finite(sums, f"epoch {epoch}, step {n_done}")
         # A small sample may have no triplet inside the groups of an epoch, which then has no step.
         means = (sums / max(1, len(steps))).tolist()
-        return {**dict(zip(names, means, strict=True)), "steps": len(steps)}
+        statistics = dict(zip(names, means, strict=True))
+        self.used_triplets = np.unique(np.concatenate(used))
+        n_used = len(self.used_triplets)
+        return {**statistics, "steps": len(steps), "distinct_triplets_used": n_used}
 
     def step(self, triplets):
         """One optimizer step on (T, 3) triplets; returns their statistics, float64.
@@ -986,7 +1026,7 @@ class TwinTrainer:
         triplets = triplets.to(self.device, non_blocking=True)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            embeddings = self.embed(self.train_rows[positions])
+            embeddings = self.embed(self.model, self.train_rows[positions])
         at_start = self.start_embeddings[positions.to(self.device, non_blocking=True)]
 
         to_positive, to_negative = criterion.distances(embeddings, triplets)
@@ -1003,9 +1043,10 @@ class TwinTrainer:
         self.processes.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.average.update_parameters(self.trained)
         return criterion.statistics(to_positive, to_negative).double()
 
-    def embed(self, rows):
+    def embed(self, model, rows):
         """Embeddings (K, 512) float32 of some crops, with gradients; the processes share the work.
 
         rows: (K,) int64 rows of all crops.
@@ -1018,21 +1059,21 @@ class TwinTrainer:
             inputs = self.inputs[some_rows.to(self.inputs.device, non_blocking=True)]
             inputs = inputs.to(self.device, non_blocking=True)
             if frozen:
-                embeddings, _ = self.model.head(inputs)
+                embeddings, _ = model.head(inputs)
             else:
-                embeddings, _ = self.model(to_input(inputs))
+                embeddings, _ = model(to_input(inputs))
             parts.append(embeddings)
         return self.processes.gather(torch.cat(parts), len(rows))
 
     def announce_time(self, began, n_done, n_steps):
-        """Say, after the first steps, how long the run will take."""
+        """Say, after the first steps, how long the run will take at most."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - began) / n_done
-        n_all = n_steps * self.n_epochs
-        minutes = seconds * n_all / 60
-        text = f"about {minutes:.0f} min for {n_all} steps in {self.n_epochs} epochs"
-        self.say(f"{text} ({seconds:.2f} s a step), plus validation")
+        validation = self.run.log["epochs"][0]["timing"]["validation_seconds"]
+        minutes = self.args.epochs * (n_steps * seconds + validation) / 60
+        text = f"at most about {minutes:.0f} min: {self.args.epochs} epochs of {n_steps} steps"
+        self.say(f"{text}, {seconds:.2f} s each, with validation")
 
     def refuse_if_not_finite(self, sums, where):
         """Stop the run if the loss or a weight is not finite any more; this waits for a GPU."""
@@ -1052,7 +1093,7 @@ class TwinTrainer:
         All figures are None without validation. Raises InputError if the network is dead.
         """
         with torch.no_grad():
-            embeddings = self.embed(self.watched_rows)
+            embeddings = self.embed(self.averaged_model, self.watched_rows)
         way_out = self.advice_on_divergence()
         if epoch == 0:
             way_out = "take another checkpoint to start from"
@@ -1078,7 +1119,7 @@ class TwinTrainer:
         log = self.run.log
         save_checkpoint(
             log["best_checkpoint"],
-            self.model,
+            self.averaged_model,
             epoch=entry["epoch"],
             config=log["config"],
             metrics=figures_of(entry),
@@ -1087,47 +1128,65 @@ class TwinTrainer:
         )
 
     def save_if_due(self):
-        """Write last.pth, from which --resume goes on, unless that was done a short while ago."""
+        """Save the state, unless that was done a short while ago."""
         is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
-        if not self.processes.is_main or not is_due:
-            return
+        if self.processes.is_main and is_due:
+            self.save_state()
+            self.run.delete_superseded()
+            plot_curves(self.run.folder, self.run.log)
+            self.saved_at = time.monotonic()
+
+    def save_state(self):
+        """Write last.pth, from which --resume goes on."""
         embeddings = {name: value.cpu() for name, value in self.watched_embeddings.items()}
         save_checkpoint(
             self.run.state_file,
             self.model,
             log=self.run.log,
             optimizer=self.optimizer.state_dict(),
+            average=self.average.state_dict(),
             scaler=self.scaler.state_dict(),
             start_embeddings=self.start_embeddings.cpu(),
             watched_embeddings=embeddings,
+            used_triplets=torch.from_numpy(self.used_triplets),
         )
-        self.run.delete_superseded()
-        plot_curves(self.run.folder, self.run.log)
-        self.saved_at = time.monotonic()
 
     def conclude(self):
         """Compare the best epoch with the start and write the last files; returns the log."""
         run, log = self.run, self.run.log
-        log["stopped"] = log["stopped"] or "epochs"
+        stopped = log["stopped"] or "epochs"
         if not self.processes.is_main:
-            return log
+            return {**log, "stopped": stopped}
         path = log["best_checkpoint"]
-        self.say(f"stopped by {log['stopped']}; best epoch {log['best_epoch']}: {path}")
+        self.say(f"stopped by {stopped}; best epoch {log['best_epoch']}: {path}")
+        self.say(f"The run has used {describe_used_triplets(log)}.")
+        if stopped == "epochs":
+            self.save_state()  # so that --resume with more --epochs goes on
+        log["stopped"] = stopped
         if self.val_set is not None:
-            start_scores = self.evaluator.score(self.watched_embeddings["start"])
-            best_scores = self.evaluator.score(self.watched_embeddings["best"])
-            start = self.evaluator.estimate(start_scores)
-            best = self.evaluator.estimate(best_scores)
-            log["against_start"] = compare([best], start)
-            verdict = describe(log["against_start"])
-            self.say(f"On the validation people, against the start: {verdict}.")
-            content = read_checkpoint(path)
-            write_checkpoint(path, {**content, "against_start": log["against_start"]})
+            self.compare_with_start()
         plot_curves(run.folder, log)
         write_json(run.log_file, log)  # all files are there: now it says that the run has stopped
-        run.state_file.unlink(missing_ok=True)
+        if stopped != "epochs":
+            run.state_file.unlink(missing_ok=True)
         run.delete_superseded()
         return log
+
+    def compare_with_start(self):
+        """Compare the best epoch with the start on the validation people; add that to the files."""
+        log = self.run.log
+        estimates = {}
+        for name, embeddings in self.watched_embeddings.items():
+            estimates[name] = self.evaluator.estimate(self.evaluator.score(embeddings))
+        log["against_start"] = compare([estimates["best"]], estimates["start"])
+        verdict = describe(log["against_start"])
+        self.say(f"On the validation people, against the start: {verdict}.")
+        content = read_checkpoint(log["best_checkpoint"])
+        content["against_start"] = log["against_start"]
+        samples = estimates["best"].samples
+        if samples is not None:  # with which summarize_runs compares runs
+            content["val_auc_samples"] = torch.from_numpy(samples["auc"])
+        write_checkpoint(log["best_checkpoint"], content)
 
 
 def fits_into_gpu(images, device):
@@ -1142,7 +1201,7 @@ def figures_of(entry):
     return {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
 
 
-def describe_epoch(entry, is_best):
+def describe_epoch(entry, is_kept):
     """The line that is printed after an epoch."""
     text = f"epoch {entry['epoch']}: train loss {entry['train_loss']:.4f}, "
     text += f"{entry['active_triplets']:.0%} active"
@@ -1150,7 +1209,14 @@ def describe_epoch(entry, is_best):
         text += f", val loss {entry['val_loss']:.4f}"
         text += f", EER {entry['val_eer']:.2%}, AUC {entry['val_auc']:.4f}"
     text += f", {entry['timing']['seconds']:.1f} s"
-    return f"{text}  best so far" if is_best else text
+    return f"{text}  kept" if is_kept else text
+
+
+def describe_used_triplets(log):
+    """How many of the sampled triplets a run has used, in words."""
+    n_used = log["epochs"][-1]["distinct_triplets_used"]
+    n_sampled = log["config"]["n_train_triplets"]
+    return f"{n_used} distinct triplets of {n_sampled} ({n_used / n_sampled:.0%})"
 
 
 def plot_curves(folder, log):
@@ -1232,8 +1298,10 @@ def run_sweep(runs):
     waiting = [folder.args for folder in folders if not folder.finished]
     logs = {folder.name: folder.log for folder in finished}
     leader = TwinTrainer((waiting or runs)[0])
-    for folder in finished:
-        folder.refuse_other_recipe({"weights_sha256": leader.hash_of_start()})
+    if finished:
+        weights_hash = leader.hash_of_start()
+        for folder in finished:
+            folder.refuse_other_recipe({"weights_sha256": weights_hash})
     processes = leader.processes
     people = None
     if waiting:
@@ -1273,8 +1341,18 @@ def train_one_of_several(name, train):
     return code
 
 
+class ValidatedRun(NamedTuple):
+    """What the summary of a sweep needs of one run."""
+
+    path: str  # its best checkpoint
+    config: dict
+    recipe: dict
+    val_auc: float
+    samples: np.ndarray  # (R,), of the validation AUC, on the same resamples for all runs
+
+
 def summarize_runs(logs, pretrained):
-    """Text: the best epochs on the validation people, and the command that tests them on others."""
+    """Text: the best epochs on the validation people, the settings, and the next command."""
     width = max(len(log["config"]["run_name"]) for log in logs)
     lines = [f"{'run':{width}}  epoch   EER %     AUC  general AUC"]
     for log in logs:
@@ -1286,6 +1364,7 @@ def summarize_runs(logs, pretrained):
             f"{METRICS['general_auc'].as_text(best['val_general_auc']):>11}",
         ]
         lines.append("  ".join([f"{log['config']['run_name']:{width}}", *cells]))
+    lines += rank_settings(read_validated_runs(logs))
     checkpoints = [log["best_checkpoint"] for log in logs]
     if pretrained != "none":
         checkpoints.insert(0, pretrained)
@@ -1293,6 +1372,46 @@ def summarize_runs(logs, pretrained):
     lines.append("This command gives the figures of other people:")
     lines.append(f"python evaluate_twins.py --checkpoints {shlex.join(checkpoints)}")
     return "\n".join(lines)
+
+
+def read_validated_runs(logs):
+    """The ValidatedRuns of training logs; [] unless all were validated on the same people."""
+    runs = []
+    people = set()
+    for log in logs:
+        path = log["best_checkpoint"]
+        content = read_checkpoint(path) if Path(path).is_file() else {}
+        if "val_auc_samples" not in content:
+            return []
+        config = log["config"]
+        people.add((config["split_seed"], tuple(config["val_ids"])))
+        val_auc = log["epochs"][log["best_epoch"]]["val_auc"]
+        samples = content["val_auc_samples"].numpy()
+        runs.append(ValidatedRun(path, config, config["recipe"], val_auc, samples))
+    return runs if len(people) == 1 else []
+
+
+def rank_settings(runs):
+    """Lines: the settings by their mean validation AUC over seeds, compared with the first."""
+    settings = []
+    differing = differing_flags(runs)
+    for group in group_by_recipe(runs):
+        words = [describe_flag(flag, group[0].recipe[flag]) for flag in differing]
+        mean = sum(run.val_auc for run in group) / len(group)
+        samples = np.mean([run.samples for run in group], 0)
+        settings.append((", ".join(words), mean, samples))
+    if len(settings) < 2:
+        return []
+    settings.sort(key=lambda setting: -setting[1])
+    best_name, best_mean, best_samples = settings[0]
+    lines = [f"Validation chooses: {best_name} (AUC {best_mean:.4f}). Differences to it:"]
+    for name, mean, samples in settings[1:]:
+        bounds = interval(samples - best_samples)
+        text = format_with_interval(mean - best_mean, bounds, "+.4f")
+        _, high = bounds
+        verdict = "worse" if high < 0 else "cannot be told from it"
+        lines.append(f"  {name}: AUC {text}, {verdict}")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

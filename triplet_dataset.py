@@ -394,6 +394,41 @@ class TwinTripletDataset(Dataset):
         positive += positive >= anchor
         return np.stack([first_own + anchor, first_own + positive, first_twin + negative], 1)
 
+    @cached_property
+    def _pair_keys(self):
+        """(ascending keys, order) to look up pairs by the people of anchor and negative.
+
+        A pair has two keys, one for either twin as the anchor's person. `order` holds the pair's
+        number, plus the number of pairs for the second of them.
+        """
+        n_people = len(self.images.ids)
+        first, second = self.images.pairs.T
+        keys = np.concatenate([first * n_people + second, second * n_people + first])
+        order = np.argsort(keys)
+        return keys[order], order
+
+    def possible_numbers(self, triplets):
+        """(K, 3) int64 rows -> (K,) numbers of these triplets, in [0, n_possible).
+
+        The numbers go over all possible triplets, sampled or not.
+        """
+        anchor, positive, negative = triplets.T
+        keys, order = self._pair_keys
+        n_people = len(self.images.ids)
+        key = self.images.person[anchor] * n_people + self.images.person[negative]
+        found = order[np.searchsorted(keys, key)]
+        pair = found % len(self.pairs)
+        own = found // len(self.pairs)  # 0 if the anchor is in the pair's first twin, else 1
+        twin = 1 - own
+        n_own, n_twin = self._count[pair, own], self._count[pair, twin]
+        a = anchor - self._first[pair, own]
+        p = positive - self._first[pair, own]
+        p -= p > a  # its position among the images besides the anchor
+        within_half = (a * (n_own - 1) + p) * n_twin + negative - self._first[pair, twin]
+        half = own * n_twin * (n_twin - 1) * n_own  # of a first twin's triplets, which come first
+        begin = np.cumsum(self._maximum) - self._maximum
+        return begin[pair] + half + within_half
+
     def triplets_among(self, pair, groups):
         """The sampled triplets of a pair that use only some images: (K, 3) int64 rows.
 

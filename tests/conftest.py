@@ -146,7 +146,7 @@ class Experiment:
             f"--arch ir_tiny --device cpu --pretrained {self.start} "
             f"--output_dir {self.folder}/models --log_dir {self.folder}/logs {run_name} "
             "--epochs 2 --validation_split 0.3 --learning_rate 3e-4 --precision fp32 "
-            f"--schedule constant --quadruplet_weight 0 --drift_weight 0 {more}"
+            f"--quadruplet_weight 0 --drift_weight 0 {more}"
         ).split()
 
     def change_a_crop(self):
@@ -200,6 +200,7 @@ def without_timing(log):
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.setattr("net.Backbone.features", quick_features)
+    monkeypatch.setattr("train_twins.WARM_UP_STEPS", 1)  # the runs of tests have few steps
     # Pictures take longer than the tiny network.
     monkeypatch.setattr("train_twins.plot_curves", lambda folder, log: None)
     return Experiment(tmp_path)

@@ -90,6 +90,7 @@ def work(commands, environment=(), output=None):
     tqdm.tqdm.set_lock(threading.RLock())
     net.Backbone.features = quick_features
     train_twins.plot_curves = lambda folder, log: None
+    train_twins.WARM_UP_STEPS = 1
     if "SAVE_SECONDS" in os.environ:
         train_twins.SAVE_SECONDS = float(os.environ["SAVE_SECONDS"])
     if "PAUSE" in os.environ:

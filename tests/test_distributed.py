@@ -85,8 +85,9 @@ class Comparison(Experiment):
     def run(self, world):
         """What so many processes do, which they do when this is first asked.
 
-        {"logs": {run: ...}, "weights": {run: ...}, "kept": [what the runner recorded of each
-        process]}.
+        {"logs": {run: ...}, "weights": {run: ...}, "trained": {run: ...}, "kept": [what the runner
+        recorded of each process]}. The checkpoint has the average of the weights as its own, the
+        state to go on from has the trained ones.
         """
         if world not in self.done:
             own = self.folder / str(world)
@@ -94,12 +95,20 @@ class Comparison(Experiment):
             assert codes == [0] * world, (own / "0.err").read_text()
             logs = {}
             weights = {}
+            trained = {}
             for name in (*self.runs(world), "both_stages"):
                 path = own / "logs" / name / "training_log.json"
                 logs[name] = json.loads(path.read_text())
                 checkpoint = torch.load(logs[name]["best_checkpoint"], weights_only=True)
                 weights[name] = checkpoint["state_dict"]
-            self.done[world] = {"logs": logs, "weights": weights, "kept": records(own, world)}
+                state = torch.load(path.with_name("last.pth"), weights_only=True)
+                trained[name] = state["state_dict"]
+            self.done[world] = {
+                "logs": logs,
+                "weights": weights,
+                "trained": trained,
+                "kept": records(own, world),
+            }
         return self.done[world]
 
 
@@ -154,10 +163,11 @@ def test_figures_are_those_of_one_process(comparison, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_weights_are_those_of_one_process(comparison, world):
+@pytest.mark.parametrize("kind", ["weights", "trained"])
+def test_weights_are_those_of_one_process(comparison, world, kind):
     one, several = comparison.run(1), comparison.run(world)
-    for name, weights in several["weights"].items():
-        assert_equal_weights(weights, one["weights"][name], 1e-5)
+    for name, weights in several[kind].items():
+        assert_equal_weights(weights, one[kind][name], 1e-5)
 
 
 # The last step of a shuffled epoch has the three images of a triplet.
@@ -270,6 +280,8 @@ def test_a_process_that_dies_does_not_hang_the_others_and_any_number_goes_on(com
         assert finish(launch(folder, [command], world, **record)) == [0] * world
         assert_same_log(comparison.log("parts"), comparison.log("whole"))
         assert_equal_weights(comparison.weights("parts"), comparison.weights("whole"), 1e-5)
+        trained, expected = (comparison.state(name)["state_dict"] for name in ("parts", "whole"))
+        assert_equal_weights(trained, expected, 1e-5)
 
 
 def test_one_process_that_is_interrupted_stops_all_at_the_same_step(comparison):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import net
 import train_twins
@@ -34,11 +35,33 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 def assert_same_result(experiment, name, reference):
     """Two runs have ended alike.
 
-    They left the same log, but for the clock, and bit for bit the same one checkpoint.
+    They left the same log, but for the clock, and bit for bit the same weights in their one
+    checkpoint. If --epochs ended them, they also left the same state to go on from, else none.
     """
-    assert without_timing(experiment.log(name)) == without_timing(experiment.log(reference))
+    log = without_timing(experiment.log(name))
+    assert log == without_timing(experiment.log(reference))
     assert_equal_weights(experiment.weights(name), experiment.weights(reference))
-    assert not state_file(experiment, name).exists()
+    checkpoint, expected = experiment.checkpoint(name), experiment.checkpoint(reference)
+    for fact in ("epoch", "metrics", "start_metrics", "against_start"):
+        assert checkpoint[fact] == expected[fact]
+    may_go_on = log["stopped"] == "epochs"
+    assert state_file(experiment, name).exists() == may_go_on
+    if may_go_on:
+        assert_same_state(experiment.state(name), experiment.state(reference))
+
+
+def assert_same_state(state, reference):
+    """Two states to go on from are equal, but for the clock, names and places in their logs."""
+    logs = [without_timing(content.pop("log")) for content in (state, reference)]
+    assert logs[0] == logs[1]
+    leaves, structure = tree_flatten(state)
+    expected_leaves, expected_structure = tree_flatten(reference)
+    assert structure == expected_structure
+    for leaf, expected in zip(leaves, expected_leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            assert torch.equal(leaf, expected)
+        else:
+            assert leaf == expected
 
 
 def state_file(experiment, name):
@@ -71,7 +94,7 @@ def half_written(experiment):
 # ---- interrupted ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags", [f"--freeze_backbone {SHUFFLED}", f"{GROUPED} --drift_weight 1"])
 def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(experiment, run, interrupt, flags):
-    flags += " --epochs 3 --schedule cosine"
+    flags += " --epochs 3"
     _, whole = run(flags, "whole")
     steps = whole["epochs"][1]["steps"]
     assert steps > 1
@@ -231,7 +254,7 @@ def assert_sweep_was_ended_before_its_second_run(experiment):
     """The first run of SWEEP is finished, the second was not begun, and --resume makes it."""
     first, second = names_of(experiment, SWEEP)
     assert experiment.log(first)["stopped"] == "epochs"
-    assert not state_file(experiment, first).exists()
+    assert saved_epochs(experiment, first) == [0, 1, 2]
     assert not (experiment.folder / "logs" / second).exists()
     before = experiment.files()
     assert train_twins.main(experiment.flags(f"{SWEEP} --resume", "")) == 0
@@ -300,11 +323,85 @@ def test_a_resumed_sweep_reads_the_state_of_a_run_once(experiment, interrupt, mo
     assert reads == [str(state_file(experiment, first))]
 
 
+# ---- more epochs for a run that has ended --------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_with_more_epochs_ends_as_if_asked_for_them_at_once(
+    experiment, run, kind
+):
+    _, whole = run(f"{kind} --epochs 4", "whole")
+    assert whole["epochs"][1]["steps"] > 1
+    run(f"{kind} --epochs 2", "parts")
+    assert saved_epochs(experiment, "parts") == [0, 1, 2]
+    code, log = run(f"{kind} --resume --epochs 4", "parts")
+    assert (code, log["stopped"]) == (0, "epochs")
+    assert_same_result(experiment, "parts", "whole")
+
+
+@pytest.mark.parametrize("after", [1, 3])  # in the first epoch that was added, and in the second
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_goes_on_with_more_epochs_may_be_interrupted(
+    experiment, run, interrupt, mode, after
+):
+    flags = f"{mode} --batch_size 24"  # two steps an epoch
+    _, whole = run(f"{flags} --epochs 4", "whole")
+    assert whole["epochs"][1]["steps"] == 2
+    run(f"{flags} --epochs 2", "parts")
+    interrupt(f"{flags} --resume --epochs 4", after, "parts")
+    code, _ = run(f"{flags} --resume --epochs 4", "parts")
+    assert code == 0
+    assert_same_result(experiment, "parts", "whole")
+
+
+def test_a_run_that_goes_on_with_more_epochs_counts_its_patience_from_the_best_of_all(
+    experiment, run
+):
+    flags = "--learning_rate 0 --patience 3"  # the first epoch stays the best
+    run(f"{flags} --epochs 9", "whole")
+    run(f"{flags} --epochs 2", "parts")
+    _, log = run(f"{flags} --resume --epochs 9", "parts")
+    assert (log["stopped"], len(log["epochs"])) == ("patience", 5)
+    assert_same_result(experiment, "parts", "whole")
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_that_is_asked_for_no_more_epochs_is_finished(experiment, run, capsys, epochs):
+    run("--epochs 2")
+    before = experiment.files()
+    capsys.readouterr()
+    code, _ = run(f"--resume --epochs {epochs}")
+    assert code == 0
+    assert "run is finished after 2 epochs" in capsys.readouterr().out
+    assert experiment.files() == before
+
+
+def test_a_run_that_patience_ended_is_finished_whatever_epochs_it_is_asked_for(
+    experiment, run, capsys
+):
+    run("--learning_rate 0 --epochs 9 --patience 1")
+    before = experiment.files()
+    capsys.readouterr()
+    code, _ = run("--learning_rate 0 --resume --epochs 20 --patience 1")
+    assert code == 0
+    assert "run is finished after 2 epochs" in capsys.readouterr().out
+    assert experiment.files() == before
+
+
+def test_all_runs_of_a_sweep_go_on_with_more_epochs(experiment):
+    sweep = "--freeze_backbone True False"
+    names = names_of(experiment, sweep)
+    for flags in ("--epochs 1", "--epochs 3 --resume"):
+        assert train_twins.main(experiment.flags(f"{sweep} {flags}", "")) == 0
+    for name, mode in zip(names, ("True", "False"), strict=True):
+        flags = f"--freeze_backbone {mode} --epochs 3"
+        assert train_twins.main(experiment.flags(flags, f"alone_{mode}")) == 0
+        assert_same_result(experiment, name, f"alone_{mode}")
+
+
 # ---- killed --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_and_resumed_ends_the_same(experiment, kind):
     randomness = random.Random(f"{kind} {KILLS}")
-    flags = f"{kind} --epochs {2 * KILLS + 2} --schedule cosine"
+    flags = f"{kind} --epochs {2 * KILLS + 2}"
     assert finish(launch(experiment.folder, [experiment.flags(flags, "whole")])) == [0]
     command = [experiment.flags(f"{flags} --resume", "killed")]
     state = state_file(experiment, "killed")

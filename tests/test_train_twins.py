@@ -14,6 +14,7 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from torch import nn
 import net
 import train_twins
 import triplet_dataset
+from evaluate_twins import TwinEvaluator
 from tests.conftest import (
     FAMILIES,
     GROUPED,
@@ -36,8 +38,16 @@ from tests.conftest import (
     without_timing,
 )
 from tests.synthetic import write_photos
-from train_twins import RECIPE, RunFolder, TwinTrainer, choose_precision, parse_runs, plot_curves
-from triplet_dataset import load_crops
+from train_twins import (
+    RECIPE,
+    RunFolder,
+    TwinTrainer,
+    ValidatedRun,
+    choose_precision,
+    parse_runs,
+    plot_curves,
+)
+from triplet_dataset import TwinImages, load_crops
 from triplet_loss import TripletLoss
 
 N_IMAGES = sum(sum(sizes) for sizes in FAMILIES)
@@ -57,6 +67,12 @@ def all_crops(experiment):
 def files_in(folder):
     """The files of a folder, but for the locks of runs."""
     return {path for path in folder.iterdir() if not path.name.endswith(".lock")}
+
+
+@pytest.fixture
+def no_average(monkeypatch):
+    """The average of the weights is the last of them: a few steps move it as they move those."""
+    monkeypatch.setattr(train_twins, "AVERAGE_DECAY", 0.0)
 
 
 # ---- what is trained -----------------------------------------------------------------------------
@@ -243,23 +259,14 @@ def test_weight_decay_spares_batchnorm_prelu_and_biases(tiny_model):
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
-def test_the_cosine_rate_rises_over_a_tenth_and_falls_to_zero():
-    rates = [train_twins.rate_factor(done, "cosine") for done in (0, 0.05, 0.1, 0.55, 1)]
-    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
-
-
-def test_the_constant_rate_stays():
-    assert {train_twins.rate_factor(done, "constant") for done in (0, 0.5, 1)} == {1}
-
-
 @pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
 def test_training_reduces_the_training_loss(run, mode, steps):
-    rate = "--learning_rate 1e-3 --schedule cosine"
-    _, log = run(f"{mode} {steps} {rate} --quadruplet_weight 1 --epochs 4")
+    _, log = run(f"{mode} {steps} --learning_rate 1e-3 --quadruplet_weight 1 --epochs 4")
     assert log["epochs"][-1]["train_loss"] < 0.5 * log["epochs"][0]["train_loss"]
 
 
+@pytest.mark.usefixtures("no_average")
 def test_drift_weight_holds_the_embeddings(experiment, run):
     crops = all_crops(experiment)
     before, _ = net.load_checkpoint(experiment.start)(crops)
@@ -271,6 +278,171 @@ def test_drift_weight_holds_the_embeddings(experiment, run):
         after, _ = model(crops)
         drifts[weight] = (1 - (after * before).sum(1)).mean().item()
     assert drifts[100] < 0.3 * drifts[0]
+
+
+# ---- steps, their rates, the average of the weights ----------------------------------------------
+class Step(NamedTuple):
+    """What a training step did."""
+
+    rates: set  # of all groups of parameters
+    weights: dict  # the state dict after the step
+    triplets: set  # of rows, as tuples
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that every training step, from now on, adds its Step to."""
+    step = TwinTrainer.step
+    made = []
+
+    def recorded_step(self, triplets):
+        statistics = step(self, triplets)
+        rates = {group["lr"] for group in self.optimizer.param_groups}
+        weights = {key: value.clone() for key, value in self.model.state_dict().items()}
+        made.append(Step(rates, weights, set(map(tuple, triplets.tolist()))))
+        return statistics
+
+    monkeypatch.setattr(TwinTrainer, "step", recorded_step)
+    return made
+
+
+def slow_averages(experiment, steps):
+    """The exponential average of the weights after each step, which the start is part of."""
+    decay = train_twins.AVERAGE_DECAY
+    start = net.load_checkpoint(experiment.start).state_dict()
+    average = {key: value.double() for key, value in start.items()}
+    averages = []
+    for step in steps:
+        for key, value in step.weights.items():
+            average[key] = decay * average[key] + (1 - decay) * value.double()
+        averages.append({key: value.to(start[key].dtype) for key, value in average.items()})
+    return averages
+
+
+def count_steps(log, last_epoch):
+    """How many steps a run had made by the end of an epoch."""
+    return sum(entry["steps"] for entry in log["epochs"][: last_epoch + 1])
+
+
+def distance(weights, others):
+    """The largest difference of two networks' embedding layers."""
+    key = "output_layer.3.weight"
+    return (weights[key] - others[key]).abs().max().item()
+
+
+@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
+@pytest.mark.parametrize("kind", [SHUFFLED, GROUPED])
+def test_the_checkpoint_is_the_average_of_the_weights_after_each_step_and_the_start(
+    experiment, run, steps, mode, kind
+):
+    _, log = run(f"{mode} {kind} --learning_rate 1e-2 --epochs 3")
+    n_steps = count_steps(log, log["best_epoch"])
+    expected = slow_averages(experiment, steps)[n_steps - 1]
+    assert_equal_weights(experiment.weights(), expected, 1e-6)
+    start = net.load_checkpoint(experiment.start).state_dict()
+    assert distance(expected, start) > 1e-4
+    assert distance(expected, steps[n_steps - 1].weights) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
+def test_the_state_holds_the_trained_weights_and_their_average(experiment, run, steps, mode):
+    run(f"{mode} {SHUFFLED} --validation_split 0")  # so the checkpoint is that of the last epoch
+    state = experiment.state()
+    trained = {key.removeprefix("model."): value for key, value in state["state_dict"].items()}
+    assert_equal_weights(trained, steps[-1].weights)
+    average = {key.removeprefix("module."): value for key, value in state["average"].items()}
+    average.pop("n_averaged", None)
+    weights = experiment.weights()
+    if mode:
+        weights = {
+            key.removeprefix("output_layer."): value
+            for key, value in weights.items()
+            if key.startswith("output_layer.")
+        }
+    assert_equal_weights(average, weights)
+
+
+def assert_rates(steps, first, warm_up, rate):
+    """The rates of consecutive steps, of which the first one is number `first` of the run."""
+    for number, step in enumerate(steps, first):
+        (used,) = step.rates
+        assert used == pytest.approx(min(1, number / warm_up) * rate, rel=1e-12)
+
+
+RATES = f"--freeze_backbone {SHUFFLED} --learning_rate 0.01 --epochs 3"
+WARM_UP = 10  # steps, more than an epoch of RATES has
+
+
+@pytest.fixture
+def long_warm_up(experiment, monkeypatch):
+    """In place of the experiment's own, of a single step."""
+    monkeypatch.setattr(train_twins, "WARM_UP_STEPS", WARM_UP)
+
+
+@pytest.mark.usefixtures("long_warm_up")
+def test_the_rate_rises_over_the_first_steps_and_stays(run, steps):
+    _, log = run(RATES)
+    n_steps = log["epochs"][1]["steps"]
+    assert 1 < n_steps < WARM_UP < 2 * n_steps
+    assert len(steps) == 3 * n_steps
+    assert_rates(steps, 1, WARM_UP, 0.01)
+
+
+@pytest.mark.usefixtures("long_warm_up")
+def test_the_rate_goes_on_rising_after_an_interruption(run, interrupt, steps):
+    interrupt(RATES, 8)
+    steps.clear()
+    _, log = run(f"{RATES} --resume")
+    n_steps = log["epochs"][1]["steps"]
+    assert n_steps < 8 < 2 * n_steps  # the interrupted epoch was the second, which begins again
+    assert len(steps) == 2 * n_steps
+    assert_rates(steps, n_steps + 1, WARM_UP, 0.01)
+
+
+@pytest.mark.usefixtures("long_warm_up")
+def test_the_rate_goes_on_rising_when_more_epochs_are_asked_for(run, steps):
+    _, log = run(f"{RATES} --epochs 1")
+    run(f"{RATES} --resume --epochs 3")
+    assert len(steps) == 3 * log["epochs"][1]["steps"]
+    assert_rates(steps, 1, WARM_UP, 0.01)
+
+
+def distinct_triplets(log, steps):
+    """For each entry of a log, how many different triplets all steps until then have used."""
+    used = set()
+    counts = [0]
+    steps = iter(steps)
+    for entry in log["epochs"][1:]:
+        for step in itertools.islice(steps, entry["steps"]):
+            used |= step.triplets
+        counts.append(len(used))
+    return counts
+
+
+@pytest.mark.parametrize("percentage", [60, 100])
+@pytest.mark.parametrize("kind", ["--batch_size 200", "--images_per_batch 16"])
+def test_the_log_counts_the_distinct_triplets_used_also_after_resume(
+    experiment, steps, capsys, percentage, kind
+):
+    # Two of these people have more images than a group, so an epoch uses some triplets only.
+    folder = experiment.folder / "large"
+    folder.mkdir()
+    large = Experiment(folder, [[10, 11], [3, 2], [2, 2, 2]])
+    flags = f"--freeze_backbone {kind} --train_percentage {percentage} --validation_split 0"
+    assert train_twins.main(large.flags(f"{flags} --epochs 2")) == 0
+    assert train_twins.main(large.flags(f"{flags} --epochs 4 --resume")) == 0
+    log = large.log()
+    assert len(steps) == count_steps(log, 4)
+    counts = [entry["distinct_triplets_used"] for entry in log["epochs"]]
+    assert counts == distinct_triplets(log, steps)
+
+    n_sampled = log["config"]["n_train_triplets"]
+    if "batch_size" in kind:
+        assert counts[1:] == [n_sampled] * 4
+    else:
+        assert 0 < counts[1] < counts[2] < counts[4] < n_sampled
+    share = f"{counts[4]} distinct triplets of {n_sampled} ({counts[4] / n_sampled:.0%})"
+    assert f"The run has used {share}." in capsys.readouterr().out
 
 
 # ---- random start --------------------------------------------------------------------------------
@@ -408,6 +580,7 @@ def run_to_the_end(folder, flags):
     """An experiment in `folder` in which a run with these flags has ended."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(net.Backbone, "features", quick_features)
+        patch.setattr(train_twins, "WARM_UP_STEPS", 1)
         patch.setattr(train_twins, "plot_curves", lambda folder, log: None)
         experiment = Experiment(folder)
         assert train_twins.main(experiment.flags(flags)) == 0
@@ -439,8 +612,15 @@ def count_triplets(experiment, pairs):
     return counts
 
 
-def test_a_finished_run_leaves_its_settings_and_its_log_and_no_state(finished):
+def test_a_run_that_its_epochs_ended_leaves_its_settings_its_log_and_its_state(finished):
     names = {path.name for path in files_in(finished.folder / "logs" / "run")}
+    assert names == {"config.json", "training_log.json", "last.pth"}
+
+
+def test_a_run_that_patience_ended_leaves_its_settings_and_its_log_and_no_state(experiment, run):
+    _, log = run("--learning_rate 0 --epochs 9 --patience 1")
+    assert log["stopped"] == "patience"
+    names = {path.name for path in files_in(experiment.folder / "logs" / "run")}
     assert names == {"config.json", "training_log.json"}
 
 
@@ -518,13 +698,16 @@ def test_the_log_has_an_entry_for_each_epoch_and_one_for_the_start(finished):
         assert entry["timing"]["seconds"] > 0
 
 
-def best_entry(log):
-    return max(log["epochs"][1:], key=lambda entry: entry["val_auc"])
+def entry_to_keep(log):
+    """The last epoch whose AUC is within 0.002 of the highest."""
+    entries = log["epochs"][1:]
+    highest = max(entry["val_auc"] for entry in entries)
+    return [entry for entry in entries if entry["val_auc"] >= highest - 0.002][-1]
 
 
 def test_the_log_says_which_epoch_was_best_and_what_ended_the_run(finished):
     log = finished.log()
-    assert (log["best_epoch"], log["stopped"]) == (best_entry(log)["epoch"], "epochs")
+    assert (log["best_epoch"], log["stopped"]) == (entry_to_keep(log)["epoch"], "epochs")
 
 
 def test_the_checkpoint_of_the_best_epoch_is_the_only_one(finished):
@@ -535,7 +718,7 @@ def test_the_checkpoint_of_the_best_epoch_is_the_only_one(finished):
 
 
 def test_the_checkpoint_holds_the_settings_and_the_figures_of_its_epoch(finished):
-    best = best_entry(finished.log())
+    best = entry_to_keep(finished.log())
     checkpoint = finished.checkpoint()
     assert checkpoint["arch"] == "ir_tiny"
     assert checkpoint["epoch"] == best["epoch"]
@@ -561,21 +744,43 @@ def test_curves_are_drawn_with_and_without_validation(tmp_path, run, share):
         assert height > 300
 
 
-@pytest.mark.parametrize(("monitor", "best"), [("val_loss", 3), ("val_eer", 2), ("val_auc", 4)])
-def test_the_best_epoch_is_the_first_best_by_the_monitor_and_never_the_start(
-    experiment, monitor, best
+@pytest.mark.parametrize(
+    ("monitor", "best", "kept"), [("val_loss", 3, 6), ("val_eer", 2, 5), ("val_auc", 4, 6)]
+)
+def test_the_last_of_equally_good_epochs_is_kept_and_patience_counts_from_the_first(
+    experiment, monitor, best, kept
 ):
     (args,) = parse_runs(experiment.flags(f"--monitor {monitor} --epochs 9 --patience 3"))
     folder = RunFolder(args)
     figures = {"val_loss": "13211111", "val_eer": "03122132", "val_auc": "98579698"}
     for epoch in range(best + 4):
         entry = {name: int(values[epoch]) for name, values in figures.items()}
-        is_best = folder.record({"epoch": epoch, **entry})
-        assert is_best == (epoch > 0 and folder.log["best_epoch"] == epoch)
+        is_kept = folder.record({"epoch": epoch, **entry})
+        assert is_kept == (epoch > 0 and folder.log["best_epoch"] == epoch)
         expected = "patience" if epoch == best + 3 else None
         assert folder.log["stopped"] == expected
     path = folder.log["best_checkpoint"]
-    assert path.endswith(f"models/twin_tuned_irtiny_run_epoch{best}.pth")
+    assert path.endswith(f"models/twin_tuned_irtiny_run_epoch{kept}.pth")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "figures", "kept"),
+    [
+        ("val_auc", [0.8, 0.81, 0.8085, 0.8079], 3),
+        ("val_auc", [0.8, 0.81, 0.805, 0.8085], 4),
+        ("val_eer", [0.3, 0.25, 0.2515, 0.2525], 3),
+        ("val_loss", [0.3, 0.25, 0.2501, 0.26], 2),
+    ],
+)
+def test_an_epoch_is_kept_if_its_figure_is_near_enough_to_the_best(
+    experiment, monitor, figures, kept
+):
+    (args,) = parse_runs(experiment.flags(f"--monitor {monitor} --patience 9"))
+    folder = RunFolder(args)
+    folder.record({"epoch": 0, monitor: 0.5})
+    for epoch, figure in enumerate(figures, 1):
+        folder.record({"epoch": epoch, monitor: figure})
+    assert folder.log["best_epoch"] == kept
 
 
 def test_superseded_checkpoints_go_and_those_of_other_runs_with_like_names_stay(experiment, run):
@@ -621,7 +826,6 @@ OTHER_VALUES = {
     "quadruplet_weight": "0.25",
     "drift_weight": "2",
     "learning_rate": "0.001",
-    "schedule": "constant",
     "weight_decay": "0.01",
     "validation_split": "0.3",
     "split_seed": "1",
@@ -745,9 +949,51 @@ def test_repeated_images_are_used_once(run_with_copies):
 
 # ---- the end -------------------------------------------------------------------------------------
 def test_patience_stops(run):
-    # No epoch changes anything, so the first one stays the best.
+    # No epoch changes anything, so all are as good as the first one.
     _, log = run("--learning_rate 0 --epochs 9 --patience 2")
-    assert (log["best_epoch"], log["stopped"], len(log["epochs"])) == (1, "patience", 4)
+    assert (log["best_epoch"], log["stopped"], len(log["epochs"])) == (3, "patience", 4)
+
+
+def aucs_after_epochs(experiment, log, weights):
+    """The validation AUC after each epoch but the start; weights: state dicts after each step."""
+    model = net.build_model("ir_tiny")
+    path = experiment.folder / "measured.pth"
+    values = []
+    for epoch in range(1, len(log["epochs"])):
+        model.load_state_dict(weights[count_steps(log, epoch) - 1])
+        net.save_checkpoint(path, model)
+        figures = measure(experiment, path, log["config"]["val_ids"], "cosine")
+        values.append(round(figures["auc"], 9))
+    return values
+
+
+def epochs_with_patience(values, patience):
+    """(the epoch that is kept, the last one) of a run whose epochs have these AUCs."""
+    best_epoch = 1
+    kept = 1
+    for epoch, value in enumerate(values, 1):
+        if value > values[best_epoch - 1]:
+            best_epoch = epoch
+        if value >= values[best_epoch - 1] - 0.002:
+            kept = epoch
+        if epoch - best_epoch == patience:
+            return kept, epoch
+    return kept, len(values)
+
+
+@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
+def test_patience_ends_a_run_by_the_validation_of_the_average(many_families, steps, mode):
+    flags = f"{mode} --batch_size 126 --learning_rate 1e-3 --epochs 60 --patience 3"
+    assert train_twins.main(many_families.flags(flags)) == 0
+    log = many_families.log()
+    values = aucs_after_epochs(many_families, log, slow_averages(many_families, steps))
+    assert [entry["val_auc"] for entry in log["epochs"][1:]] == pytest.approx(values)
+    best_epoch, last_epoch = epochs_with_patience(values, 3)
+    assert (log["best_epoch"], len(log["epochs"]) - 1) == (best_epoch, last_epoch)
+    assert log["stopped"] == "patience"
+    # The weights as they are would have ended it at another epoch.
+    of_trained = aucs_after_epochs(many_families, log, [step.weights for step in steps])
+    assert epochs_with_patience(of_trained, 3) != (best_epoch, last_epoch)
 
 
 def verdict_line(capsys):
@@ -822,6 +1068,7 @@ def test_a_network_that_dies_ends_the_run_and_is_never_the_best(
         steps.append(triplets)
         if len(steps) == 2:  # the second epoch's
             damage(self.model.output_layer)
+            damage(self.averaged_model.output_layer)
         return statistics
 
     monkeypatch.setattr(TwinTrainer, "step", damaging_step)
@@ -1065,7 +1312,8 @@ def test_overwrite_replaces_a_run(experiment, run, interrupt):
     code, log = run("--epochs 1 --overwrite")
     assert (code, log["config"]["seed"], len(log["epochs"])) == (0, 42, 2)
     assert files_in(experiment.folder / "models") == {Path(log["best_checkpoint"])}
-    assert not (experiment.folder / "logs" / "run" / "last.pth").exists()
+    state = experiment.state()["log"]
+    assert (state["config"]["seed"], len(state["epochs"])) == (42, 2)
 
 
 # ---- in a worker thread --------------------------------------------------------------------------
@@ -1097,10 +1345,7 @@ def test_a_sweep_works_in_a_worker_thread(experiment):
 SWEEP = "--freeze_backbone False True --margin 0.3 0.2 --seed 2 1"
 SWEPT = list(itertools.product(("frozen", "full"), (0.2, 0.3), (1, 2)))
 # What names of runs say of the flags that all runs here are given.
-COMMON = (
-    "quadruplet_weight0_drift_weight0_learning_rate0.0003_scheduleconstant"
-    "_validation_split0.3_precisionfp32"
-)
+COMMON = "quadruplet_weight0_drift_weight0_learning_rate0.0003_validation_split0.3_precisionfp32"
 
 
 def swept_name(mode, margin=0.3, seed=None, percentage=100):
@@ -1218,6 +1463,151 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(experiment, interrupt, ca
         assert_equal_weights(experiment.weights(name), resumed_weights)
 
 
+def validated_run(val_auc, samples, seed=1, **recipe):
+    config = {"seed": seed}
+    return ValidatedRun(f"{recipe} {seed}.pth", config, recipe, val_auc, np.array(samples))
+
+
+RANKED = re.compile(
+    r"  (?P<name>.*): AUC (?P<mean>[+-]\d\.\d{4}) "
+    r"\[(?P<low>[+-]\d\.\d{4}), (?P<high>[+-]\d\.\d{4})\], (?P<verdict>.*)"
+)
+
+
+def ranking(lines):
+    """(the name of the best setting and its AUC, the RANKED groups of the others) of lines."""
+    first, *others = lines
+    pattern = r"Validation chooses: (.*) \(AUC (\d\.\d{4})\)\. Differences to it:"
+    name, auc = re.fullmatch(pattern, first).groups()
+    return name, float(auc), [RANKED.fullmatch(line).groupdict() for line in others]
+
+
+@pytest.fixture
+def two_seeds_of_four_settings():
+    """{margin: [ValidatedRun of a seed, ...]} on common resamples, which move all settings alike.
+
+    On every resample, margin 0.2 is as good as 0.1, 0.4 a little worse, and 0.3 better or worse.
+    """
+    rng = np.random.default_rng(0)
+    common = 0.8 + 0.05 * rng.standard_normal(1000)
+    offsets = {
+        0.3: -0.004 + 0.01 * rng.standard_normal(1000),
+        0.4: -0.006 + 0.001 * rng.standard_normal(1000),
+        0.1: np.zeros(1000),
+        0.2: np.zeros(1000),
+    }
+    aucs = {0.3: 0.796, 0.4: 0.794, 0.1: 0.8001, 0.2: 0.8}
+    settings = {}
+    for margin, offset in offsets.items():
+        settings[margin] = []
+        for seed, change in ((1, 0.01), (2, -0.03)):
+            samples = common + offset + change
+            run = validated_run(aucs[margin] + change, samples, seed, margin=margin, distance="x")
+            settings[margin].append(run)
+    return settings
+
+
+@pytest.fixture
+def ranked(two_seeds_of_four_settings):
+    """The ranking of the four settings, whose runs come in the order of the seeds."""
+    runs = itertools.chain(*zip(*two_seeds_of_four_settings.values(), strict=True))
+    return ranking(train_twins.rank_settings(list(runs)))
+
+
+def test_settings_are_ranked_by_their_mean_validation_auc_the_best_first(ranked):
+    name, auc, others = ranked
+    assert (name, auc) == ("margin 0.1", 0.7901)
+    assert [other["name"] for other in others] == ["margin 0.2", "margin 0.3", "margin 0.4"]
+    assert [float(other["mean"]) for other in others] == [-0.0001, -0.0041, -0.0061]
+
+
+def test_differences_of_settings_have_intervals_from_the_same_resamples(
+    two_seeds_of_four_settings, ranked
+):
+    _, _, others = ranked
+    means = {}
+    for margin, runs in two_seeds_of_four_settings.items():
+        first, second = (run.samples for run in runs)
+        means[margin] = (first + second) / 2
+    for margin, other in zip((0.2, 0.3, 0.4), others, strict=True):
+        differences = np.sort(means[margin] - means[0.1])
+        # Of 1,000 resamples, 25 are outside on either side.
+        assert float(other["low"]) == pytest.approx(differences[25], abs=5e-4)
+        assert float(other["high"]) == pytest.approx(differences[-26], abs=5e-4)
+
+
+def test_a_setting_that_is_worse_on_almost_all_resamples_is_worse_and_others_cannot_be_told(ranked):
+    _, _, others = ranked
+    unclear = "cannot be told from it"
+    assert [other["verdict"] for other in others] == [unclear, unclear, "worse"]
+
+
+def test_one_setting_is_not_ranked(two_seeds_of_four_settings):
+    assert train_twins.rank_settings(two_seeds_of_four_settings[0.1]) == []
+    assert train_twins.rank_settings([]) == []
+
+
+RANKED_SWEEP = "--freeze_backbone --learning_rate 1e-3 1e-2 --seed 1 2 --epochs 1"
+MANY_VALIDATE = "--validation_split 0.8"  # eight of ten families, enough for intervals
+
+
+def auc_samples(experiment, log):
+    """The validation AUC of a run's checkpoint on the resamples that --split_seed decides."""
+    images = {name: [str(path) for path in paths] for name, paths in experiment.images.items()}
+    pairs = pairs_among(experiment, log["config"]["val_ids"])
+    evaluator = TwinEvaluator(TwinImages(images, pairs), log["config"]["split_seed"])
+    crops = net.to_input(load_crops(evaluator.images.paths).pixels)
+    with torch.no_grad():
+        embeddings, _ = net.load_checkpoint(log["best_checkpoint"])(crops)
+    return evaluator.estimate(evaluator.score(embeddings)).samples["auc"]
+
+
+def test_a_sweep_ranks_its_settings_on_resamples_that_do_not_depend_on_the_seed(
+    many_families, capsys
+):
+    flags = many_families.flags(f"{RANKED_SWEEP} {MANY_VALIDATE}", "")
+    assert train_twins.main(flags) == 0
+    aucs, samples = {}, {}
+    for args in parse_runs(flags):
+        log = many_families.log(args.run_name)
+        aucs.setdefault(args.learning_rate, []).append(log["epochs"][1]["val_auc"])
+        expected = auc_samples(many_families, log)
+        stored = torch.load(log["best_checkpoint"], weights_only=True)["val_auc_samples"]
+        np.testing.assert_allclose(stored.numpy(), expected, atol=1e-6)
+        samples.setdefault(args.learning_rate, []).append(expected)
+    means = {rate: np.mean(values) for rate, values in aucs.items()}
+    best, other = sorted(means, key=means.get, reverse=True)
+    differences = np.mean(samples[other], 0) - np.mean(samples[best], 0)
+
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Validation chooses"))
+    name, auc, (line,) = ranking(lines[start : start + 2])
+    assert (name, line["name"]) == (f"learning_rate {best}", f"learning_rate {other}")
+    assert auc == pytest.approx(means[best], abs=6e-5)
+    assert float(line["mean"]) == pytest.approx(means[other] - means[best], abs=6e-5)
+    low, high = np.percentile(differences, (2.5, 97.5))
+    assert float(line["low"]) == pytest.approx(low, abs=6e-5)
+    assert float(line["high"]) == pytest.approx(high, abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"--seed 1 2 {MANY_VALIDATE}",  # one setting
+        f"--split_seed 1 2 {MANY_VALIDATE}",  # validated on different people
+        "--margin 0.2 0.3 --validation_split 0",
+        "--margin 0.2 0.3 --validation_split 0.3",  # three families are too few for intervals
+    ],
+)
+def test_a_sweep_ranks_nothing_without_settings_and_common_validation(many_families, capsys, flags):
+    flags = many_families.flags(f"--freeze_backbone --epochs 1 {flags}", "")
+    assert train_twins.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "python evaluate_twins.py --checkpoints" in out
+    assert "Validation chooses" not in out
+    assert "Differences" not in out
+
+
 def test_several_runs_cannot_share_a_name(run, refusal):
     code, _ = run(SWEEP, "one_name")
     assert code == 2
@@ -1303,7 +1693,7 @@ def test_the_short_command_works_in_a_folder_with_files_of_the_default_names(
     assert checkpoint.name == f"twin_tuned_irtiny_{name}_epoch1.pth"
     files = {path.name for path in files_in(Path("training_logs", name))}
     curves = {"loss_curves.png", "validation_curves.png"}
-    assert files == {"config.json", "training_log.json", *curves}
+    assert files == {"config.json", "training_log.json", "last.pth", *curves}
 
     assert train_twins.main([*SHORT_COMMAND.split(), "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
@@ -1328,8 +1718,8 @@ def test_a_default_file_that_is_not_there_is_named_with_its_flag_and_format(
 DOCUMENTED = """id_to_images train_pairs aligned_folder aligned_json skip_alignment train_percentage
     freeze_backbone margin batch_size epochs learning_rate validation_split output_dir log_dir
     device max_workers arch pretrained distance images_per_batch quadruplet_weight drift_weight
-    schedule weight_decay monitor patience seed split_seed precision landmarks realign run_name
-    resume overwrite"""
+    weight_decay monitor patience seed split_seed precision landmarks realign run_name resume
+    overwrite"""
 
 
 def test_help_lists_every_documented_flag(capsys):
@@ -1368,7 +1758,7 @@ def test_a_bare_freeze_backbone_means_true(flags, value):
         ("--freeze_backbone maybe", "--freeze_backbone: "),
         ("--precision x", "--precision: "),
         ("--distance x", "--distance: "),
-        ("--schedule x", "--schedule: "),
+        ("--schedule cosine", "unrecognized arguments: --schedule cosine"),
         ("--monitor x", "--monitor: "),
         ("--seed x", "--seed: "),
     ],

@@ -97,6 +97,41 @@ def test_pairs_without_a_triplet_are_skipped_and_counted(random_people):
     assert dataset.n_skipped == len(pairs) - len(dataset.pairs)
 
 
+def test_possible_numbers_are_the_inverse_of_triplets(random_people):
+    _, _, dataset = random_people
+    numbers = np.random.default_rng(0).permutation(len(dataset))
+    triplets = dataset.triplets(numbers)
+    np.testing.assert_array_equal(dataset.possible_numbers(triplets), numbers)
+
+
+def rows_of_all_possible_triplets(dataset):
+    """{(anchor's row, positive's, negative's), ...}, by the words of the definition."""
+    images = dict(zip(dataset.images.ids, range(len(dataset.images.ids)), strict=True))
+    rows = {name: np.flatnonzero(dataset.images.person == i) for name, i in images.items()}
+    return brute_force(rows, dataset.pairs)
+
+
+@pytest.mark.parametrize("percentage", [1, 60, 100])
+@pytest.mark.parametrize("pairs", [couples(3), [("p0", "p1"), ("p2", "p0"), ("p1", "p2")]])
+def test_possible_numbers_tell_all_possible_triplets_apart(pairs, percentage):
+    dataset = td.TwinTripletDataset(people([4, 3, 5, 1, 2, 2]), pairs, percentage)
+    triplets = rows_of_all_possible_triplets(dataset)
+    numbers = dataset.possible_numbers(np.array(sorted(triplets)))
+    assert len(triplets) == dataset.n_possible
+    assert sorted(numbers.tolist()) == list(range(dataset.n_possible))
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_possible_numbers_do_not_depend_on_the_percentage(batch_size):
+    images = people([4, 3, 5, 9, 2, 2])
+    pairs = [*couples(3), ("p0", "p2"), ("p1", "p2")]
+    whole = td.TwinTripletDataset(images, pairs)
+    steps = td.TwinTripletDataset(images, pairs, 30).steps(1, 16, batch_size)
+    for i in range(len(steps)):
+        numbers = steps.dataset.possible_numbers(steps[i])
+        assert paths_of(whole, whole.triplets(numbers)) == paths_of(steps.dataset, steps[i])
+
+
 @pytest.mark.parametrize("percentage", [1, 7, 50, 99, 100])
 def test_a_percentage_takes_its_share_of_every_pair_without_replacement(percentage):
     images = people([4, 3, 5, 5, 2, 1])
