@@ -81,7 +81,7 @@ except ImportError:  # Windows has no such locks; runs are not locked there
 CHECK_EVERY = 50  # steps between checks that the loss is finite; each check waits for the GPU
 SAVE_SECONDS = 60  # at least this long between two writes of last.pth
 WARM_UP_STEPS = 20  # over which the learning rate rises; afterwards it stays
-# Epochs whose monitored figures differ by no more are taken as equally good.
+# Differences of the monitored figure that do not count: 15 pairs cannot tell such epochs apart.
 TOLERANCE = {"val_auc": 0.002, "val_eer": 0.002, "val_loss": 0.0}
 AVERAGE_DECAY = 0.98  # of the running average of the weights, for each step
 FROZEN_BATCH = 256  # images whose features pass the embedding layer at once
@@ -255,7 +255,7 @@ def build_parser():
         type=positive_integer,
         default=10,
         metavar="N",
-        help="stop after so many epochs without a new best figure",
+        help="stop after so many epochs in which the figure of --monitor has not improved",
     )
     group.add_argument(
         "--output_dir",
@@ -468,22 +468,22 @@ class RunFolder:
     def record(self, entry):
         """Log an epoch; returns whether it is now the one to keep.
 
-        Kept is the last epoch whose monitored figure is within TOLERANCE of the best so far: few
-        validation pairs cannot tell such epochs apart, and longer training helps other people more.
-        Patience counts the epochs since the best figure; when it has run out, `log["stopped"]` says
-        so. Without validation the last epoch is kept.
+        Few validation pairs cannot tell epochs apart whose figures differ by no more than
+        TOLERANCE. So the last epoch within TOLERANCE of the best is kept, and patience counts the
+        epochs since a larger improvement; when it has run out, `log["stopped"]` says so. Without
+        validation the last epoch is kept.
         """
         self.log["epochs"].append(entry)
         epoch = entry["epoch"]
         if epoch == 0:  # the network before training is measured, not saved
             return False
         figures = [logged[self.args.monitor] for logged in self.log["epochs"][1:]]
-        best_at, is_kept = judge_last_epoch(figures, self.args.monitor)
+        improved_at, is_kept = judge_last_epoch(figures, self.args.monitor)
         if is_kept:
             self.log["best_epoch"] = epoch
             path = Path(self.args.output_dir, f"{self.prefix}{epoch}.pth")
             self.log["best_checkpoint"] = str(path)
-        if epoch - best_at >= self.args.patience:
+        if epoch - improved_at >= self.args.patience:
             self.log["stopped"] = "patience"
         return is_kept
 
@@ -526,20 +526,21 @@ class RunFolder:
 
 
 def judge_last_epoch(figures, monitor):
-    """(the epoch with the best figure, whether the last one is within TOLERANCE of it).
+    """(the epoch of the last improvement, whether the last epoch is as good as the best one).
 
-    figures: those of `monitor` in epochs 1, 2, ...; None without validation.
+    figures: those of `monitor` in epochs 1, 2, ...; None without validation. Differences up to
+    TOLERANCE do not count.
     """
-    last = figures[-1]
-    if last is None:
+    if figures[-1] is None:
         return len(figures), True
-    if monitor == "val_auc":
-        best = max(figures)
-        shortfall = best - last
-    else:
-        best = min(figures)
-        shortfall = last - best
-    return 1 + figures.index(best), shortfall <= TOLERANCE[monitor]
+    tolerance = TOLERANCE[monitor]
+    if monitor != "val_auc":  # lower is better
+        figures = [-figure for figure in figures]
+    improved_at = 1
+    for epoch, figure in enumerate(figures, 1):
+        if figure > figures[improved_at - 1] + tolerance:
+            improved_at = epoch
+    return improved_at, figures[-1] >= max(figures) - tolerance
 
 
 def lock_file(path, shared=False):

@@ -80,7 +80,7 @@ def train_sweep(folder, device):
         f"--arch ir_18 --pretrained {q}/untrained.pth "
         f"--output_dir {q}/models --log_dir {q}/training_logs --device {device} "
         "--freeze_backbone True False --train_percentage 10 100 --images_per_batch 32 "
-        "--epochs 2 --learning_rate 5e-4 "
+        "--epochs 3 --learning_rate 5e-4 "
         "--drift_weight 0",  # random weights have nothing worth keeping
     )
 

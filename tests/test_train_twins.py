@@ -763,6 +763,17 @@ def test_the_last_of_equally_good_epochs_is_kept_and_patience_counts_from_the_fi
     assert path.endswith(f"models/twin_tuned_irtiny_run_epoch{kept}.pth")
 
 
+def test_small_improvements_do_not_prolong_a_run(experiment):
+    (args,) = parse_runs(experiment.flags("--patience 3 --epochs 20"))
+    folder = RunFolder(args)
+    figures = [0.7, 0.8, 0.801, 0.8015, 0.802, 0.9]  # the second is the last that improves by 0.002
+    for epoch, figure in enumerate([0.5, *figures]):
+        folder.record({"epoch": epoch, "val_auc": figure})
+        if folder.log["stopped"]:
+            break
+    assert (epoch, folder.log["best_epoch"], folder.log["stopped"]) == (5, 5, "patience")
+
+
 @pytest.mark.parametrize(
     ("monitor", "figures", "kept"),
     [
@@ -969,14 +980,15 @@ def aucs_after_epochs(experiment, log, weights):
 
 def epochs_with_patience(values, patience):
     """(the epoch that is kept, the last one) of a run whose epochs have these AUCs."""
-    best_epoch = 1
     kept = 1
+    reference, waiting = values[0], 0
     for epoch, value in enumerate(values, 1):
-        if value > values[best_epoch - 1]:
-            best_epoch = epoch
-        if value >= values[best_epoch - 1] - 0.002:
+        waiting += 1
+        if epoch == 1 or value - reference > 0.002:
+            reference, waiting = value, 0
+        if max(values[:epoch]) - value <= 0.002:
             kept = epoch
-        if epoch - best_epoch == patience:
+        if waiting == patience:
             return kept, epoch
     return kept, len(values)
 
