@@ -12,6 +12,7 @@ it. The output of a frozen backbone is computed once per image and run.
 """
 
 import argparse
+import copy
 import glob
 import hashlib
 import itertools
@@ -27,7 +28,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from align import add_alignment_arguments, align_files
@@ -78,12 +78,13 @@ try:
 except ImportError:  # Windows has no such locks; runs are not locked there
     fcntl = None
 
-CHECK_EVERY = 50  # steps between checks that the loss is finite; each check waits for the GPU
+CHECK_EVERY = 50  # steps between checks that the network is alive; each waits for the GPU
 SAVE_SECONDS = 60  # at least this long between two writes of last.pth
 WARM_UP_STEPS = 20  # over which the learning rate rises; afterwards it stays
 # Differences of the monitored figure that do not count: 15 pairs cannot tell such epochs apart.
 TOLERANCE = {"val_auc": 0.002, "val_eer": 0.002, "val_loss": 0.0}
 AVERAGE_DECAY = 0.98  # of the running average of the weights, for each step
+DEFAULT_EPOCHS = 40  # at most
 FROZEN_BATCH = 256  # images whose features pass the embedding layer at once
 OUT_OF_MEMORY = "lower --images_per_batch or --batch_size, or take another --device"
 
@@ -246,9 +247,8 @@ def build_parser():
     group.add_argument(
         "--epochs",
         type=positive_integer,
-        default=40,
         metavar="N",
-        help="number of epochs, at most",
+        help=f"number of epochs, at most (default: {DEFAULT_EPOCHS}; with --resume as before)",
     )
     group.add_argument(
         "--patience",
@@ -368,6 +368,8 @@ class RunFolder:
         self.seen = self.times_of_change()
         if args.resume:
             self.look_at_earlier_run()
+        if args.epochs is None:
+            args.epochs = self.first_config.get("epochs", DEFAULT_EPOCHS)
         if not self.finished and not self.can_continue:
             self.refuse_to_replace()
         # Early, before alignment. Precision, weights, crops and pairs follow in TwinTrainer.
@@ -381,9 +383,10 @@ class RunFolder:
         """
         if self.log_file.is_file():
             log = read_json(self.log_file, "a training log")
-            wants_more = self.args.epochs >= len(log["epochs"])
-            can_go_on = log["stopped"] == "epochs" and self.state_file.is_file()
-            if log["stopped"] and not (wants_more and can_go_on):
+            n_epochs = len(log["epochs"]) - 1  # without epoch 0
+            wants_more = self.args.epochs is not None and self.args.epochs > n_epochs
+            can_be_extended = log["stopped"] == "epochs" and self.state_file.is_file()
+            if log["stopped"] and not (wants_more and can_be_extended):
                 self.log = log
                 self.first_config = log["config"]
                 self.finished = True
@@ -408,7 +411,8 @@ class RunFolder:
         """Refuse to go on with another recipe, network, data or seed than at the beginning."""
         if not self.first_config:
             return
-        if "recipe" not in self.first_config:
+        hashes = ("weights_sha256", "crops_sha256", "pairs_sha256")
+        if self.first_config.get("recipe", {}).keys() != {*RECIPE, *hashes}:
             message = "begun by an earlier version of this program; --overwrite replaces it"
             raise InputError(f"{self.folder}: cannot resume: {message}")
         first = {name: self.first_config[name] for name in ("seed", "arch")}
@@ -824,17 +828,24 @@ class TwinTrainer:
         better.
         """
         self.trained = self.model.output_layer if self.args.freeze_backbone else self.model
-        average = get_ema_multi_avg_fn(AVERAGE_DECAY)
-        self.average = AveragedModel(self.trained, multi_avg_fn=average)
-        self.average.requires_grad_(False)
-        self.average.update_parameters(self.trained)  # the first update copies the start
-        self.averaged_model = self.average.module
+        self.average = copy.deepcopy(self.trained).requires_grad_(False)
+        self.averaged_model = self.average
         if self.args.freeze_backbone:
             with torch.device("meta"):  # without weights: all layers are replaced
                 self.averaged_model = Backbone(self.model.arch)
             self.averaged_model.input_layer = self.model.input_layer
             self.averaged_model.body = self.model.body
-            self.averaged_model.output_layer = self.average.module
+            self.averaged_model.output_layer = self.average
+
+    def update_average(self):
+        """Move the averaged weights towards the trained ones.
+
+        PyTorch's AveragedModel does the same, but makes the host wait for a GPU in every step.
+        """
+        parameters = zip(self.average.parameters(), self.trained.parameters(), strict=True)
+        with torch.no_grad():
+            for average, trained in parameters:
+                average.lerp_(trained, 1 - AVERAGE_DECAY)
 
     def claim_folder(self):
         """Take over the run's folder; if the main process may not, no process goes on."""
@@ -1006,7 +1017,10 @@ class TwinTrainer:
             if epoch == 1 and n_done == min(5, len(steps)):
                 self.announce_time(began, n_done, len(steps))
             if n_done % CHECK_EVERY == 0 or n_done == len(steps):
-                self.refuse_if_not_finite(sums, f"epoch {epoch}, step {n_done}")
+                where = f"epoch {epoch}, step {n_done}"
+                self.refuse_if_not_finite(sums, where)
+                network = f"{self.run.name}, {where}: the network"
+                check_alive(self.step_embeddings, network, self.advice_on_divergence())
         # A small sample may have no triplet inside the groups of an epoch, which then has no step.
         means = (sums / max(1, len(steps))).tolist()
         statistics = dict(zip(names, means, strict=True))
@@ -1028,6 +1042,7 @@ class TwinTrainer:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             embeddings = self.embed(self.model, self.train_rows[positions])
+        self.step_embeddings = embeddings.detach()
         at_start = self.start_embeddings[positions.to(self.device, non_blocking=True)]
 
         to_positive, to_negative = criterion.distances(embeddings, triplets)
@@ -1044,7 +1059,7 @@ class TwinTrainer:
         self.processes.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.average.update_parameters(self.trained)
+        self.update_average()
         return criterion.statistics(to_positive, to_negative).double()
 
     def embed(self, model, rows):
@@ -1400,7 +1415,8 @@ def rank_settings(runs):
         words = [describe_flag(flag, group[0].recipe[flag]) for flag in differing]
         mean = sum(run.val_auc for run in group) / len(group)
         samples = np.mean([run.samples for run in group], 0)
-        settings.append((", ".join(words), mean, samples))
+        name = ", ".join(words) or group[0].config["run_name"]
+        settings.append((name, mean, samples))
     if len(settings) < 2:
         return []
     settings.sort(key=lambda setting: -setting[1])

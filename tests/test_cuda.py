@@ -299,7 +299,8 @@ class TestOnAGpu:
 
 
 def losses(log):
-    return [entry["train_loss"] for entry in log["epochs"]]
+    """The losses of all epochs: those of the steps, and of the averaged weights in validation."""
+    return [entry[name] for entry in log["epochs"] for name in ("train_loss", "val_loss")]
 
 
 def evaluated_figures(experiment, other, device):
