@@ -7,9 +7,11 @@
 Five landmarks of a face give the least-squares similarity to the ArcFace template, which cuts the
 crop out of the photograph. Each crop stores a hash of everything it was made from, so a repeated
 run makes only what is missing. alignment_report.json and alignment_sheet.png, beside the crops, say
-what became of each photograph and show the worst crops.
+what became of each photograph and show the worst crops. Whoever deletes a crop rejects it: it stays
+out, until --realign.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -43,12 +45,19 @@ from net import (
     progress,
     read_flag,
     read_json,
+    relative_path,
     replacing,
     run_main,
     run_script,
     write_json,
 )
-from triplet_dataset import load_crops, read_id_to_images, read_pairs, resolve
+from triplet_dataset import (
+    count_other_files,
+    load_crops,
+    read_id_to_images,
+    read_pairs,
+    resolve,
+)
 
 with suppress(ImportError):  # optional: photographs in Apple's HEIC format
     import pillow_heif
@@ -68,8 +77,20 @@ TEMPLATE = np.array(
     ]
 )
 DECODED_SIZE = 1920  # long side in pixels to which a JPEG is decoded, at least
+# A JPEG that was decoded smaller is decoded again, at full size, if its eyes are then fewer pixels
+# apart than this. In a crop they are 35 apart; it must not be sharper than what it is made from.
+MIN_DECODED_EYES = 60
 DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees, at most
 SMALLEST_DETECTION = 32  # short side in pixels below which the face detector fails
+MAX_MEGAPIXELS = 500  # of a photograph, which takes three bytes a pixel
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own alarm, which goes to the terminal
+RAW_SUFFIXES = (".nef", ".nrw", ".dng", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef")
+NEW_SUBFILE_TYPE = 254  # TIFF tag: what the first image in the file is
+REDUCED_IMAGE = 1  # the bit of that tag for a thumbnail
+EXIF_ORIENTATION = 0x0112  # EXIF tag: how the stored pixels are to be turned
+RAW_MESSAGE = "a camera RAW file: export it as JPEG or TIFF"
+# Errors of writing a file whose name the file system does not take.
+BAD_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 # Values that may mean white: 1 for floats, else that of 8, 10, 12, 14 or 16 bits.
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
 # Landmarks farther than this from the template (root mean square, crop pixels) are a profile or no
@@ -159,6 +180,8 @@ def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
     its size at which it is still at least `long_side` pixels long. Raises OSError or ValueError
     for a file that is not an image.
     """
+    if Path(path).suffix.lower() in RAW_SUFFIXES:
+        raise InputError(RAW_MESSAGE)
     try:
         photo = Image.open(path)
     except UnidentifiedImageError:
@@ -168,14 +191,34 @@ def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
             raise InputError(f"a HEIC photograph: {way_out}") from None
         raise
     with photo:
+        if is_raw_thumbnail(photo):
+            raise InputError(RAW_MESSAGE)
+        megapixels = photo.width * photo.height / 1e6
+        if megapixels > MAX_MEGAPIXELS:
+            message = f"{megapixels:.0f} megapixels, more than {MAX_MEGAPIXELS}"
+            raise InputError(f"{message}: save it at half its size")
         if long_side:
             shrink = min(1, long_side / max(photo.size))
             size = [max(1, int(side * shrink)) for side in photo.size]
             photo.draft(None, size)  # only JPEGs can be decoded smaller
-        upright = ImageOps.exif_transpose(photo)
+        upright = turn_upright(photo)
         if upright.mode[0] in "IF":
             upright = to_8_bits(upright)
         return np.array(upright.convert("RGB"))
+
+
+def is_raw_thumbnail(photo):
+    """Whether Pillow reads a thumbnail: most RAW files are TIFFs whose first image is one."""
+    return photo.format == "TIFF" and bool(photo.tag_v2.get(NEW_SUBFILE_TYPE, 0) & REDUCED_IMAGE)
+
+
+def turn_upright(photo):
+    """A photograph turned as its EXIF tag says; as it is if its EXIF data are damaged."""
+    try:
+        return ImageOps.exif_transpose(photo)
+    except Exception:  # damaged data can fail in any way; the pixels may be sound
+        photo.load()
+        return photo
 
 
 def to_8_bits(image):
@@ -295,6 +338,7 @@ def read_landmarks(path, images_folder):
             raise InputError(message) from error
         for folder in (images_folder, own_folder):
             landmarks[resolve(folder, image)] = points
+    refuse_landmarks_of_stored_pixels(path, landmarks)
     slip = find_slip([np.array(points) for points in landmarks.values() if points])
     if slip:
         raise InputError(f"{path}: {slip}; correct the file")
@@ -310,6 +354,26 @@ def points_of_entry(entry):
     return five_points(entry).tolist()
 
 
+def face_if_dlib(face):
+    """An upright face in place of dlib's five points: both corners of each eye, and the nose.
+
+    The eye on the right of the picture comes first.
+    """
+    right_eye, left_eye, nose = face[:2].mean(0), face[2:4].mean(0), face[4]
+    eyes = np.hypot(*(right_eye - left_eye))
+    are_level = np.ptp(face[:4, 1]) < 0.5 * eyes
+    nose_is_below = 0.2 * eyes < nose[1] - face[:4, 1].mean() < 1.5 * eyes
+    nose_is_between = left_eye[0] < nose[0] < right_eye[0]
+    return TEMPLATE if are_level and nose_is_below and nose_is_between else face
+
+
+def face_if_normalised(face):
+    """An upright face in place of points from 0 to 1: the photograph's size is not known here."""
+    if face.min() >= 0 and face.max() <= 1:
+        return TEMPLATE
+    return face
+
+
 # Mistakes that run through a whole file: the message, and the correction that reveals the mistake.
 SLIPS = {
     "left and right are exchanged: the eye on the left of the picture comes first": (
@@ -317,9 +381,9 @@ SLIPS = {
     ),
     "x and y are exchanged: a point is [x, y], x from the left": lambda face: face[:, ::-1],
     "y counts from the bottom: it counts from the top": lambda face: face * [1, -1],
-    "the points are from 0 to 1: multiply them by width and height": lambda face: (
-        face_if_normalised(face)
-    ),
+    "these are dlib's five points, eye corners and nose: give its 68 points, or eyes, nose and "
+    "mouth corners": face_if_dlib,
+    "the points are from 0 to 1: multiply them by width and height": face_if_normalised,
 }
 
 
@@ -333,13 +397,6 @@ def find_slip(faces):
     return None
 
 
-def face_if_normalised(face):
-    """An upright face in place of points from 0 to 1: the photograph's size is not known here."""
-    if face.min() >= 0 and face.max() <= 1:
-        return TEMPLATE
-    return face
-
-
 def is_upright(face):
     """Whether five points look like an upright face.
 
@@ -347,6 +404,46 @@ def is_upright(face):
     """
     x, y = face[1] - face[0]
     return x > max(abs(y), 1) and distance_from_template(face) <= MAX_RESIDUAL
+
+
+def refuse_landmarks_of_stored_pixels(path, landmarks):
+    """Raise InputError if landmarks were found before the EXIF tag turned the photographs.
+
+    Such a face lies on its side or upside down, and is upright when it is turned as the tag says.
+    So may be a person who lies down: it is an error if most photographs with such a tag are so.
+    """
+    faces = {image: np.array(points) for image, points in landmarks.items() if points}
+    upright = [image for image, face in faces.items() if is_upright(face)]
+    lying = faces.keys() - upright
+    mistaken = [image for image in lying if is_upright(turn_as_exif(faces[image], image))]
+    if not mistaken:
+        return
+    n_right = sum(stored_orientation(image)[0] in range(3, 9) for image in upright)
+    if len(mistaken) > n_right:
+        raise InputError(
+            f"{path}: the landmarks of {len(mistaken)} photographs, such as {min(mistaken)}, are "
+            "those of the stored pixels, before the EXIF tag turns them; give them in pixels of "
+            "the upright photograph, which PIL.ImageOps.exif_transpose makes"
+        )
+
+
+def turn_as_exif(face, path):
+    """Points (5, 2) in the stored pixels of a photograph, turned as its EXIF tag says."""
+    orientation, (width, height) = stored_orientation(path)
+    x, y = face.T
+    right, bottom = width - 1 - x, height - 1 - y
+    turned = {2: (right, y), 3: (right, bottom), 4: (x, bottom), 5: (y, x)}
+    turned |= {6: (bottom, x), 7: (bottom, right), 8: (y, right)}
+    return np.stack(turned.get(orientation, (x, y)), axis=1)
+
+
+def stored_orientation(path):
+    """(EXIF orientation, size) of a photograph's stored pixels; 1 is upright, 2 is mirrored."""
+    try:
+        with Image.open(path) as photo:
+            return photo.getexif().get(EXIF_ORIENTATION, 1), photo.size
+    except Exception:  # what cannot be read is told of when its crop is made
+        return 1, (0, 0)
 
 
 # ---- from a photograph to its crop ---------------------------------------------------------------
@@ -383,9 +480,10 @@ def make_key(source, home, points):
     """A hash of all that a photograph's crop depends on; None if there is no such file."""
     if not os.path.isfile(source):
         return None
-    settings = ["arcface-112", DECODED_SIZE, DETECTION_SIZE, MAX_RESIDUAL, MIN_EYES]
+    sizes = [DECODED_SIZE, MIN_DECODED_EYES, DETECTION_SIZE]
+    settings = ["arcface-112", *sizes, MAX_RESIDUAL, MIN_EYES]
     info = os.stat(source)
-    photograph = [os.path.relpath(source, home), info.st_size, info.st_mtime_ns]
+    photograph = [relative_path(source, home), info.st_size, info.st_mtime_ns]
     return hashlib.sha256(repr([*settings, *photograph, points]).encode()).hexdigest()
 
 
@@ -397,6 +495,34 @@ def earlier_outcome(job):
         if facts["key"] == job.key:
             return facts | {"status": "already done"}
     return None
+
+
+def read_report(folder):
+    """{(ID, key): entry} of the photographs that earlier runs have reported, {} without any."""
+    path = Path(folder, "alignment_report.json")
+    if not path.is_file():
+        return {}
+    report = read_json(path, "the report of an alignment, or no such file")
+    entries = report.get("photographs", []) + report.get("photographs_of_others", [])
+    return {(entry["id"], entry["key"]): entry for entry in entries}
+
+
+def rejection(job, earlier_report):
+    """The facts of a photograph whose crop a person has deleted, as one rejects it; else None.
+
+    Earlier reports list the crop, or say already that it was rejected.
+    """
+    entry = earlier_report.get((job.identity, job.key))
+    if entry is None or job.target.is_file():
+        return None
+    if entry["status"] != "rejected":
+        if entry["crop"] is None:
+            return None
+        if job.target.with_name(Path(entry["crop"]).name).is_file():
+            return None  # it is there under the name that it had before others had the same stem
+    facts = {name: entry[name] for name in ("residual", "eyes", "key")}
+    reason = "its crop was deleted; --realign makes all crops again"
+    return facts | {"status": "rejected", "reason": reason, "flag": ""}
 
 
 def align_photo(job, detector=None):
@@ -419,14 +545,13 @@ def align_photo(job, detector=None):
         return facts | {"status": status, "reason": reason}
 
     if job.key is None:
-        return left_out("unreadable", "no such file")
+        return left_out("unreadable", reason_for_absence(job.source))
     if job.landmarks is None and detector is None:
         return left_out("no landmarks", "not in the landmark file")
     try:
         photo, reduction = read_reduced_photo(job.source)
     except Exception as error:  # a damaged photograph can fail in any way; the others go on
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        return left_out("unreadable", reason)
+        return left_out("unreadable", reason_of(error))
 
     points, several = find_landmarks(job, photo, reduction, detector)
     if points is None:
@@ -444,10 +569,37 @@ def align_photo(job, detector=None):
         reason = f"{facts['residual']} crop pixels from the template: a profile, or no face"
         return left_out("poor fit", reason)
 
+    if reduction > 1 and eyes < MIN_DECODED_EYES:
+        try:
+            photo = read_photo(job.source)
+        except Exception as error:  # perhaps there is too little memory for it
+            return left_out("unreadable", reason_of(error))
+        points = scale_pixels(points, reduction)
     crop = align_face(photo, points)
     facts["flag"] = ", ".join(find_oddities(crop, several))
-    save_crop(job.target, crop, facts)
+    try:
+        save_crop(job.target, crop, facts)
+    except OSError as error:
+        if error.errno not in BAD_NAME:  # a full disk, for instance, ends the alignment
+            raise
+        return left_out("no such name", f"{job.target}: {error.strerror}; rename the photograph")
     return facts
+
+
+def reason_of(error):
+    """What an exception says, in a few words."""
+    return getattr(error, "strerror", None) or str(error) or repr(error)
+
+
+def reason_for_absence(path):
+    """Why there is no such file."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        return f"{error.strerror}: the folder {os.path.dirname(path)} may not be entered"
+    except (OSError, ValueError):  # ValueError for a name with a zero in it
+        pass
+    return "no such file"
 
 
 def read_reduced_photo(path):
@@ -508,14 +660,17 @@ def align_files(args, pairs_flag="pairs", processes=None):
         if entry["crop"]:
             mapping[entry["id"]].append(entry["crop"])
     if processes.is_main:
+        if any(mapping.values()):
+            write_mapping(args.aligned_json, mapping)
         write_report(mapping, report, args.aligned_folder)
+        if os.path.isdir(args.id_to_images):
+            n_other = count_other_files(args.id_to_images)
+            print(f"{n_other} other files in {args.id_to_images} are passed over")
     if not any(mapping.values()):
         reason = "no photographs are listed"
         if report:
             reason = f"{report[0]['source']}: {report[0]['reason']}"
         raise InputError(f"{args.id_to_images}: not one photograph gave a crop; {reason}")
-    if processes.is_main:
-        write_mapping(args.aligned_json, mapping)
     processes.wait()  # from here on every process may read the files
     return mapping
 
@@ -526,7 +681,9 @@ def read_jobs(args, pairs_flag):
     if getattr(args, pairs_flag):
         pairs, _ = read_flag(args, pairs_flag, read_pairs, photos)
         photos = {name: photos[name] for pair in pairs for name in pair}
-    home = os.path.dirname(os.path.abspath(args.id_to_images))
+    home = os.path.abspath(args.id_to_images)
+    if not os.path.isdir(home):
+        home = os.path.dirname(home)
     landmarks = {}
     if args.landmarks:
         landmarks = read_flag(args, "landmarks", read_landmarks, home)
@@ -542,9 +699,12 @@ def make_crops(args, jobs, has_landmarks, processes):
     own_jobs = jobs[processes.rank :: processes.world]
     outcomes = {}
     waiting = []
+    earlier_report = {} if args.realign else read_report(args.aligned_folder)
     for job in own_jobs:
         interrupt.raise_if_asked()
-        facts = None if args.realign else earlier_outcome(job)
+        facts = None
+        if not args.realign:
+            facts = earlier_outcome(job) or rejection(job, earlier_report)
         if facts:
             outcomes[job.target] = facts
         else:
@@ -585,7 +745,10 @@ def write_report(mapping, report, folder):
     with_crop = [entry for entry in report if entry["crop"]]
     with_crop.sort(key=lambda entry: (-entry["residual"], entry["crop"]))
     sheet = [entry["crop"] for entry in with_crop[:100]]
+    # Runs with other pairs may use the same folder: what they have reported is kept.
+    others = [entry for entry in read_report(folder).values() if entry["id"] not in mapping]
     content = {"totals": totals, "sheet": sheet, "photographs": report}
+    content["photographs_of_others"] = others
     write_json(Path(folder, "alignment_report.json"), content)
     if sheet:
         crops = load_crops(sheet).pixels.permute(0, 3, 1, 2) / 255
@@ -605,7 +768,7 @@ def write_mapping(path, mapping):
     folder = os.path.dirname(os.path.abspath(path))
     relative = {}
     for identity, crops in mapping.items():
-        relative[identity] = [Path(os.path.relpath(crop, folder)).as_posix() for crop in crops]
+        relative[identity] = [Path(relative_path(crop, folder)).as_posix() for crop in crops]
     write_json(path, relative)
 
 
@@ -616,7 +779,7 @@ def add_alignment_arguments(parser, kind="train"):
         "--id_to_images",
         default="id_to_images.json",
         metavar="FILE",
-        help='JSON file {"ID": ["photograph", ...], ...}',
+        help='JSON file {"ID": ["photograph", ...], ...}, or a folder with a folder for each ID',
     )
     parser.add_argument(
         "--aligned_folder",
@@ -636,7 +799,9 @@ def add_alignment_arguments(parser, kind="train"):
         help='JSON file {"path": [[x, y], ...], ...} with 5 or 68 points: use them, detect none',
     )
     parser.add_argument(
-        "--realign", action="store_true", help="make every crop anew, even if it is there"
+        "--realign",
+        action="store_true",
+        help="make every crop anew, even if it is there or was deleted",
     )
     parser.add_argument(
         "--max_workers",
@@ -659,7 +824,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pairs",
         metavar="FILE",
-        help='JSON file [["ID", "twin\'s ID"], ...]: align only these people',
+        help='JSON file [["ID", "twin\'s ID"], ...], or a CSV file of two columns: '
+        "align only these people",
     )
     return parser.parse_args(argv)
 

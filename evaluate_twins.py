@@ -11,9 +11,11 @@ ISO/IEC 19795-1. `train_twins.py` validates with the same functions.
 
 import json
 import os
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from net import (
     number_between,
     pick_device,
     progress,
+    relative_path,
     replacing,
     run_main,
     run_script,
@@ -55,6 +58,7 @@ OPERATING_POINTS = {
 RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each general threshold and operating point
 MAX_GENERAL_PAIRS = 2_000_000  # if there are more general impostor pairs, they are sampled
 MIN_FAMILIES = 6  # with fewer families there is no interval and no verdict
+LARGE_SHARE = 0.25  # of the genuine or twin pairs; a family with more is named in a warning
 PAIRS_AT_ONCE = 1 << 12  # pairs scored at once, so that their embeddings stay in the cache
 
 
@@ -148,44 +152,45 @@ class RankedPairs:
     def metrics(self, weights, given_thresholds):
         """{name: value}; see `verification_metrics`. Figures without pairs are not in it."""
         sums = {
-            "fnmr": self.genuine.cumulative_weights(weights),
-            "twin_fmr": self.twin.cumulative_weights(weights),
-            "general_fmr": self.general.cumulative_weights(np.outer(weights, weights).ravel()),
+            "genuine": self.genuine.cumulative_weights(weights),
+            "twin": self.twin.cumulative_weights(weights),
+            "general": self.general.cumulative_weights(np.outer(weights, weights).ravel()),
         }
-        n_genuine, n_twin, n_general = (values[-1] for values in sums.values())
+        n_genuine = sums["genuine"][-1]
+        n_twin = sums["twin"][-1]
+        n_general = sums["general"][-1]
         result = {}
         if n_genuine and n_twin:
             result |= metrics_against_twins(
-                sums["fnmr"][self.genuine_below], sums["twin_fmr"][self.twin_below], self.thresholds
+                sums["genuine"][self.genuine_below], sums["twin"][self.twin_below], self.thresholds
             )
         if n_genuine and n_general:
             result["general_auc"] = area_under_curve(
-                np.diff(sums["fnmr"]),
-                sums["general_fmr"][self.general_below],
-                sums["general_fmr"][self.general_not_above],
+                np.diff(sums["genuine"]),
+                sums["general"][self.general_below],
+                sums["general"][self.general_not_above],
                 n_general,
             )
-        thresholds = dict(given_thresholds)
+        points = dict(given_thresholds)
         if n_general:
             for rate in GENERAL_MATCH_RATES:
-                threshold = general_threshold(self.general.scores, sums["general_fmr"], rate)
+                threshold = general_threshold(self.general.scores, sums["general"], rate)
                 result[f"general_threshold_{rate:g}"] = threshold
-                thresholds[f"{rate:g}"] = threshold
-        for point, threshold in thresholds.items():
-            for name, values in self.rates_at(threshold, sums).items():
-                result[f"{name}_{point}"] = values
+                points[f"{rate:g}"] = threshold
+        for point, threshold in points.items():
+            for name, value in self.rates_at(threshold, sums).items():
+                result[f"{name}_{point}"] = value
         return result
 
     def rates_at(self, threshold, sums):
-        """{name of RATES: value} at a threshold; sums: {name: cumulative weights of its pairs}."""
+        """{name of RATES: value} at a threshold; sums: {kind: cumulative weights of its pairs}."""
         rates = {}
-        if sums["twin_fmr"][-1]:
-            rates["twin_fmr"] = 1 - share_below(self.twin.scores, sums["twin_fmr"], threshold)
-        if sums["general_fmr"][-1]:
-            rejected = share_below(self.general.scores, sums["general_fmr"], threshold)
-            rates["general_fmr"] = 1 - rejected
-        if sums["fnmr"][-1]:
-            rates["fnmr"] = share_below(self.genuine.scores, sums["fnmr"], threshold)
+        if sums["twin"][-1]:
+            rates["twin_fmr"] = 1 - share_below(self.twin.scores, sums["twin"], threshold)
+        if sums["general"][-1]:
+            rates["general_fmr"] = 1 - share_below(self.general.scores, sums["general"], threshold)
+        if sums["genuine"][-1]:
+            rates["fnmr"] = share_below(self.genuine.scores, sums["genuine"], threshold)
         return rates
 
 
@@ -264,8 +269,9 @@ def general_threshold(scores, sums, rate):
     scores: of these pairs, ascending. sums: (K + 1,), their cumulative weights.
     """
     n_allowed = int(rate * sums[-1])
-    highest_rejected = np.searchsorted(sums, sums[-1] - n_allowed) - 1
-    return np.nextafter(scores[highest_rejected], np.inf)
+    n_rejected = np.searchsorted(sums, sums[-1] - n_allowed)  # pairs, whatever each weighs
+    # A score at the threshold is accepted, so it is just above the highest rejected score.
+    return np.nextafter(scores[n_rejected - 1], np.inf)
 
 
 def share_below(scores, sums, threshold):
@@ -286,11 +292,12 @@ class Estimate(NamedTuple):
 class TwinEvaluator:
     """Scores and metrics of networks on the image pairs of one TwinImages.
 
-    `rows` {"genuine", "twin", "general": (K, 2) int64}: the images of each pair. If there are more
-    than MAX_GENERAL_PAIRS general pairs, at most so many are drawn by the seed, with replacement
-    (`general_is_sampled`). `counts`: how many images, pairs of each kind and families there are.
-    All networks meet the same resamples of the families. Raises InputError if there is no
-    genuine or no twin pair.
+    `rows` {kind: (K, 2) int64}: the images of each pair of the kinds "genuine", "twin" and
+    "general". If there are more than MAX_GENERAL_PAIRS general pairs, at most so many are drawn by
+    the seed, with replacement (`general_is_sampled`). `family` (N,): the family of each image,
+    numbered without those that have no image. `weightings` (R, F): how often each resample draws
+    each family, the same for all networks. `counts`: how many images, pairs of each kind and
+    families there are. Raises InputError if there is no genuine or no twin pair.
     """
 
     def __init__(self, images: TwinImages, seed: int = 42, resamples: int = 1000):
@@ -326,6 +333,24 @@ class TwinEvaluator:
         self.rows["general"] = candidates[of_two_families][:MAX_GENERAL_PAIRS]
         equal = np.full(n_families, 1 / n_families)
         self.weightings = generator.multinomial(n_families, equal, resamples)
+
+    def warn_of_large_families(self):
+        """Warnings that name a family with more than LARGE_SHARE of the genuine or twin pairs."""
+        notes = []
+        n_families = self.counts["families"]
+        if n_families == 1:
+            return notes
+        for kind in ("genuine", "twin"):
+            n_pairs = np.bincount(self.family[self.rows[kind][:, 0]], minlength=n_families)
+            shares = n_pairs / n_pairs.sum()
+            for family in np.flatnonzero(shares > LARGE_SHARE):
+                people = np.unique(self.images.person[self.family == family])
+                names = ", ".join(self.images.ids[person] for person in people)
+                notes.append(
+                    f"{shares[family]:.0%} of the {kind} pairs are of one family ({names}), which "
+                    "decides much of the figures; use fewer of its images, or test more families"
+                )
+        return notes
 
     def score(self, embeddings: torch.Tensor) -> dict:
         """{kind: (K,) float64 cosines of `rows`}, of embeddings (N, 512) of unit length."""
@@ -605,15 +630,15 @@ def chosen_by_validation(settings):
     validated on different people.
     """
     means = {}
-    people = set()
+    validated_on = set()
     for setting in settings:
         values = [checkpoint.validation.get("val_auc") for checkpoint in setting.checkpoints]
         if None in values:
             continue
         means[setting.name] = sum(values) / len(values)
         for checkpoint in setting.checkpoints:
-            people.add(tuple(sorted(checkpoint.config.get("val_ids", []))))
-    if len(means) < 2 or len(people) > 1:
+            validated_on.add(tuple(sorted(checkpoint.config.get("val_ids", []))))
+    if len(means) < 2 or len(validated_on) > 1:
         return None
     return max(means, key=means.get)
 
@@ -645,7 +670,7 @@ def write_result(folder, evaluator, checkpoint, crops, home, flip):
 def list_pair_scores(evaluator, checkpoint, home):
     """The rows of pair_scores.csv: all genuine and twin pairs."""
     images = evaluator.images
-    paths = [os.path.relpath(path, home) for path in images.paths]
+    paths = [relative_path(path, home) for path in images.paths]
     ids = [images.ids[person] for person in images.person]
     threshold = checkpoint.estimate.figures["eer_threshold"]
     rows = []
@@ -834,8 +859,16 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
             handles, _ = axes.get_legend_handles_labels()
             if handles:
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
             figure.savefig(temporary, format="png")
+    if any("missing from font" in str(warning.message) for warning in caught):
+        tell_of_missing_letters()
+
+
+@cache
+def tell_of_missing_letters():
+    """Say once that pictures lack letters of a name."""
+    print("warning: the pictures' font lacks letters of a name; they are boxes there")
 
 
 def plot_rates(axes, curves, kind):
@@ -843,8 +876,8 @@ def plot_rates(axes, curves, kind):
 
     curves: [(name, scores as of TwinEvaluator.score, {metric: value} for the legend), ...].
     """
-    n_twin = len(curves[0][1]["twin"])
-    lowest = 100 / n_twin  # a logarithmic axis has no 0: curves end at one pair
+    _, scores, _ = curves[0]  # all have the same pairs
+    lowest = 100 / len(scores["twin"])  # a logarithmic axis has no 0: curves end at one pair
     for name, scores, figures in curves:
         fmr, fnmr = error_rates(scores)
         at_eer = int(np.argmin(np.abs(fmr - fnmr)))
@@ -928,15 +961,17 @@ def describe_rates(scores, threshold):
 def plot_hardest(path, evaluator, checkpoint, crops):
     """The worst wrong decisions at the EER threshold: eight twin pairs and eight genuine pairs."""
     threshold = checkpoint.estimate.figures["eer_threshold"]
-    twin_excess = checkpoint.scores["twin"] - threshold
-    genuine_lack = threshold - checkpoint.scores["genuine"]
+    excess = {
+        "twin": checkpoint.scores["twin"] - threshold,
+        "genuine": threshold - checkpoint.scores["genuine"],
+    }
+    # A score at the threshold is accepted: wrong for a twin pair, right for a genuine one.
+    is_wrong = {"twin": excess["twin"] >= 0, "genuine": excess["genuine"] > 0}
     with plot_figure(path, 9.6, 7.0, rows=4, columns=4) as grid:
         for axes in grid.flat:
             axes.set_axis_off()
-        plot_mistakes(grid[:2], evaluator, checkpoint, crops, "twin", twin_excess, twin_excess >= 0)
-        plot_mistakes(
-            grid[2:], evaluator, checkpoint, crops, "genuine", genuine_lack, genuine_lack > 0
-        )
+        for kind, part in (("twin", grid[:2]), ("genuine", grid[2:])):
+            plot_mistakes(part, evaluator, checkpoint, crops, kind, excess[kind], is_wrong[kind])
         heading = f"mistakes at the EER threshold {threshold:.3f}, the worst first"
         grid[0, 0].figure.suptitle(f"{checkpoint.name}: {heading}", fontsize=9)
 
@@ -944,8 +979,8 @@ def plot_hardest(path, evaluator, checkpoint, crops):
 def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):
     """Show the worst mistakes of one kind of pairs.
 
-    excess: how far the score of each pair is on the wrong side of the threshold. is_wrong:
-    whether it is there.
+    excess: how far the score of each pair is on the wrong side of the threshold, below 0 on the
+    right side. is_wrong: whether the decision on each pair is wrong.
     """
     rows = evaluator.rows[kind]
     names = [short_name(path) for path in evaluator.images.paths]
@@ -984,7 +1019,8 @@ def choose_hardest(evaluator, rows, excess, is_wrong, n):
     chosen = []
     images = set()
     times_shown = Counter()
-    worst_first = np.argsort(-excess, kind="stable")  # wrong pairs, with an excess above 0, lead
+    # No pair that was decided rightly has more excess than a wrong one: the wrong ones lead.
+    worst_first = np.argsort(-excess, kind="stable")
     for k in worst_first[: is_wrong.sum()]:
         a, b = rows[k].tolist()
         family = evaluator.family[a]
@@ -1082,10 +1118,8 @@ def plot_line_with_band(axes, x, entries, label, start):
     axes.vlines(x, *bounds, color=line.get_color(), linewidth=1)
     if start is not None:
         ranges = [entry.get("range") or [None, None] for entry in entries]
-        changes = np.array(ranges, float) - start  # None becomes NaN
-        axes.fill_between(
-            x, changes[:, 0], changes[:, 1], color=line.get_color(), alpha=0.2, linewidth=0
-        )
+        low, high = np.array(ranges, float).T - start  # None becomes NaN
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 # ---- the evaluation ------------------------------------------------------------------------------
@@ -1094,15 +1128,16 @@ def evaluate(args):
     device = pick_device(args.device)
     # All files are read before the alignment, so that a wrong entry does not cost hours.
     images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
-    listed, pairs, warnings = read_people(args, images_flag, "test_pairs")
+    listed, pairs, notes = read_people(args, images_flag, "test_pairs")
     checkpoints = open_checkpoints(args, pairs)
     aligned = listed if args.skip_alignment else align_files(args, "test_pairs")
-    people = People(aligned, pairs, warnings)
+    people = People(aligned, pairs, notes)
     add_overlap_by_images(args, checkpoints, people)
     evaluator = TwinEvaluator(TwinImages(people.id_to_images, pairs), args.seed)
     n_without_crop = (evaluator.images.count == 0).sum()
     if n_without_crop:
         people.warnings.append(f"{n_without_crop} people have no crop; their pairs are not tested")
+    people.warnings += evaluator.warn_of_large_families()
     for warning in people.warnings:
         print(f"warning: {warning}")
     evaluate_checkpoints(args, checkpoints, evaluator, people, device)
@@ -1126,6 +1161,7 @@ def open_checkpoints(args, pairs):
         model = load_checkpoint(path, channels=args.channels)
         config = model.facts.get("config", {})
         seen_ids = {*config.get("train_ids", []), *config.get("val_ids", [])}
+        seen_ids |= {*model.facts.get("seen_ids", [])}  # also those of earlier rounds of training
         overlap = sorted(test_ids & seen_ids)
         if overlap and not args.allow_overlap:
             raise InputError(
@@ -1147,14 +1183,15 @@ def open_checkpoints(args, pairs):
 def add_overlap_by_images(args, checkpoints, people):
     """Add to each checkpoint's overlap the test people of whom it has seen an image in training.
 
-    This finds people who had another ID there. Raises InputError for them without --allow_overlap.
+    This finds people who had another ID there, also by copies of an image. Raises InputError for
+    them without --allow_overlap.
     """
     for checkpoint in checkpoints:
-        seen = set()
-        for image_hash in checkpoint.facts.get("crop_sha256", []):
-            if image_hash in people.owner:
-                name, _ = people.owner[image_hash]
-                seen.add(name)
+        known_hashes = {*checkpoint.facts.get("crop_sha256", [])}
+        hashes_and_owners = zip(people.crops.sha256, people.owner, strict=True)
+        seen = {owner for sha256, owner in hashes_and_owners if sha256 in known_hashes}
+        if "seen_images" in checkpoint.facts:
+            seen |= people.people_on(checkpoint.facts["seen_images"])
         if seen and not args.allow_overlap:
             names = ", ".join(sorted(seen))
             message = f"was trained or validated on images of {names}; test on others"
@@ -1250,7 +1287,7 @@ def parse_args(argv=None):
         "--test_pairs",
         default="test_twin_id_pairs.json",
         metavar="FILE",
-        help='JSON file [["ID", "twin\'s ID"], ...]',
+        help='JSON file [["ID", "twin\'s ID"], ...], or a CSV file of two columns',
     )
     add_alignment_arguments(parser, "test")
     add(

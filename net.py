@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+LONGEST_NAME = 200  # bytes of a file name without its ending; file systems take 255 in all
 CROP_SIZE = 112  # pixels, width and height of an aligned crop
 # Images that pass the network at once. The activations of more would leave a CPU's caches.
 IMAGES_AT_ONCE = {"cuda": 256, "cpu": 8}
@@ -582,7 +583,9 @@ def write_json(path, content):
 
 def write_csv(path, rows):
     """Write dicts that have the same keys as a table, atomically."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    # IDs and paths may hold bytes that are not UTF-8, as Python's surrogates.
+    form = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with replacing(path) as temporary, open(temporary, "w", **form) as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
@@ -591,13 +594,27 @@ def write_csv(path, rows):
 def file_name(text):
     """A file name for any text: never a path, and different for different texts.
 
-    All but letters, digits, "_", "-", "." and space become %XX.
+    All but letters, digits, "_", "-", "." and space become %XX. A name of more bytes than file
+    systems take is cut, and gets "+" and a hash of the whole text.
     """
     if text == "":
         return "%"
     if text in (".", ".."):
         return text.replace(".", "%2E")
-    return re.sub(r"[^\w .-]", lambda found: quote(found[0], safe="", errors="surrogatepass"), text)
+    name = re.sub(r"[^\w .-]", lambda found: quote(found[0], safe="", errors="surrogatepass"), text)
+    encoded = name.encode()
+    if len(encoded) > LONGEST_NAME:
+        digest = hashlib.sha256(encoded).hexdigest()
+        name = f"{encoded[: LONGEST_NAME - 17].decode(errors='ignore')}+{digest[:16]}"
+    return name
+
+
+def relative_path(path, folder):
+    """`path` relative to `folder`; as it is where there is no such path, from drive to drive."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return os.path.abspath(path)
 
 
 def file_names(paths, home="."):
@@ -612,7 +629,7 @@ def file_names(paths, home="."):
     for path, stem in stems.items():
         names[path] = file_name(stem)
         if counts[stem.casefold()] > 1:
-            relative = Path(os.path.relpath(path, home)).as_posix()
+            relative = Path(relative_path(path, home)).as_posix()
             digest = hashlib.sha256(ascii(relative).encode()).hexdigest()
             names[path] += f"+{digest[:8]}"  # no other name has a plus sign
     return names
@@ -713,6 +730,9 @@ def run_script(name, work, interrupted_message, memory_advice="take another --de
     interrupted, told in the line `interrupted_message`. memory_advice: what to do if memory is
     short. Any other exception is a bug and is raised.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name may have letters that the output does not know
+            stream.reconfigure(errors="backslashreplace")
     with interrupt.listening():
         return report_errors(name, work, interrupted_message, memory_advice)
 
@@ -816,6 +836,9 @@ def try_cuda(name):
     return None
 
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+
+
 class Processes:
     """The processes that torchrun started, of which this is one; alone without torchrun.
 
@@ -825,8 +848,11 @@ class Processes:
     """
 
     def __init__(self, device="auto"):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = 0
+        self.world = 1
+        if all(os.environ.get(name) for name in TORCHRUN):  # a scheduler may set some of them
+            self.rank = int(os.environ["RANK"])
+            self.world = int(os.environ["WORLD_SIZE"])
         self.is_main = self.rank == 0
         if self.world == 1:
             self.device = pick_device(device)

@@ -47,6 +47,7 @@ from evaluate_twins import (
 from net import (
     ARCHITECTURES,
     IMAGES_AT_ONCE,
+    LONGEST_NAME,
     Backbone,
     InputError,
     Parser,
@@ -70,7 +71,14 @@ from net import (
     write_checkpoint,
     write_json,
 )
-from triplet_dataset import GROUP_SIZE, People, TwinTripletDataset, read_people, split_pairs
+from triplet_dataset import (
+    GROUP_SIZE,
+    People,
+    TwinTripletDataset,
+    count_triplets,
+    read_people,
+    split_pairs,
+)
 from triplet_loss import DISTANCES, TripletLoss
 
 try:
@@ -184,7 +192,7 @@ def build_parser():
         "--train_pairs",
         default="train_twin_id_pairs.json",
         metavar="FILE",
-        help='JSON file [["ID", "twin\'s ID"], ...]',
+        help='JSON file [["ID", "twin\'s ID"], ...], or a CSV file of two columns',
     )
     add_alignment_arguments(group, "train")
     group.add_argument(
@@ -290,8 +298,8 @@ def build_parser():
 def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     """The settings of each run that a command line asks for.
 
-    Frozen runs come first, and then those with few triplets, since these are the quickest. Raises
-    InputError for wrong flags.
+    The quickest come first: frozen before full, and in each mode those with fewer triplets first.
+    Raises InputError for wrong flags.
     """
     args = build_parser().parse_args(argv)
     swept = {name: values_of(args, name, flag.default) for name, flag in RECIPE.items()}
@@ -303,11 +311,12 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
             setattr(run, name, value)
         run.run_name = args.run_name or default_name(run)
         runs.append(run)
-    names = {run.run_name for run in runs}
-    if len(names) < len(runs) and args.run_name:
+    if len(runs) > 1 and args.run_name:
         raise InputError(f"--run_name {args.run_name}: {len(runs)} runs need names of their own")
-    if len(names) < len(runs):
-        raise InputError(f"{runs[0].run_name}: two runs with this name; their values are too close")
+    names = [run.run_name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}: two runs with this name; their values are too close")
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
 
@@ -333,7 +342,8 @@ def default_name(args):
             run_name += f"_{name}{text}"
     if args.seed != DEFAULT_SEED:
         run_name += f"_seed{args.seed}"
-    return run_name
+    # file_name cuts a name that is too long; others stay as they are, also "1e+06".
+    return file_name(run_name) if len(run_name) > LONGEST_NAME else run_name
 
 
 # ---- the files of a run --------------------------------------------------------------------------
@@ -365,14 +375,15 @@ class RunFolder:
         self.can_continue = False
         self.locks = []
         self.refuse_if_locked()
-        self.seen = self.times_of_change()
+        self.times_at_first = self.times_of_change()
         if args.resume:
             self.look_at_earlier_run()
         if args.epochs is None:
             args.epochs = self.first_config.get("epochs", DEFAULT_EPOCHS)
         if not self.finished and not self.can_continue:
             self.refuse_to_replace()
-        # Early, before alignment. Precision, weights, crops and pairs follow in TwinTrainer.
+        # What is known before alignment is compared here. TwinTrainer compares precision, weights,
+        # crops and pairs when it knows them.
         flags = {name: getattr(args, name) for name in RECIPE if name != "precision"}
         self.refuse_other_recipe(flags)
 
@@ -390,6 +401,7 @@ class RunFolder:
                 self.log = log
                 self.first_config = log["config"]
                 self.finished = True
+                self.find_best_checkpoint()
                 return
         if self.state_file.is_file():
             self.first_config = read_json(self.folder / "config.json", "the settings of the run")
@@ -408,17 +420,21 @@ class RunFolder:
             raise InputError(f"{checkpoints[0]}: {message}; {replace}")
 
     def refuse_other_recipe(self, recipe):
-        """Refuse to go on with another recipe, network, data or seed than at the beginning."""
+        """Refuse to go on with another recipe, network, data or seed than at the beginning.
+
+        recipe: the part of it that is known already.
+        """
         if not self.first_config:
             return
         hashes = ("weights_sha256", "crops_sha256", "pairs_sha256")
         if self.first_config.get("recipe", {}).keys() != {*RECIPE, *hashes}:
             message = "begun by an earlier version of this program; --overwrite replaces it"
             raise InputError(f"{self.folder}: cannot resume: {message}")
-        first = {name: self.first_config[name] for name in ("seed", "arch")}
-        first |= self.first_config["recipe"]
+        config = self.first_config
+        first = {"seed": config["seed"], "arch": config["arch"], **config["recipe"]}
+        now = {"seed": self.args.seed, "arch": self.args.arch, **recipe}
         changes = []
-        for name, value in {"seed": self.args.seed, "arch": self.args.arch, **recipe}.items():
+        for name, value in now.items():
             if first.get(name) == value:
                 continue
             if name.endswith("_sha256"):
@@ -455,7 +471,7 @@ class RunFolder:
         for path in self.lock_files():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.locks.append(lock_file(path))
-        if self.times_of_change() != self.seen:
+        if self.times_of_change() != self.times_at_first:
             message = "another process has trained this run meanwhile; repeat the command"
             raise InputError(f"{self.folder}: {message}")
         if not self.can_continue:
@@ -501,7 +517,7 @@ class RunFolder:
     def find_best_checkpoint(self):
         """Set the path of the best epoch's checkpoint, which may have moved to --output_dir.
 
-        Raises InputError if it is gone.
+        Raises InputError if it is gone and the run is to go on.
         """
         path = self.log["best_checkpoint"]
         if path is None:
@@ -509,7 +525,7 @@ class RunFolder:
         moved = Path(self.args.output_dir, Path(path).name)
         if moved.is_file():
             self.log["best_checkpoint"] = str(moved)
-        elif not Path(path).is_file():
+        elif not Path(path).is_file() and not self.finished:
             way_out = "put it back, or start again with --overwrite"
             raise InputError(f"{path}: the checkpoint of the best epoch so far is gone; {way_out}")
 
@@ -576,19 +592,20 @@ def choose_precision(name, device, frozen, first_precision=None):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = cpu_has_bf16()
-    precision = name
-    if name == "auto" and first_precision:
+    if name != "auto":
+        precision = name
+    elif first_precision:
         precision = first_precision
-    elif name == "auto" and has_bf16 and (is_cuda or not frozen):
+    elif has_bf16 and (is_cuda or not frozen):
         precision = "bf16"  # on a CPU, frozen steps are too small to gain from it
-    elif name == "auto":
+    else:
         precision = "fp16" if is_cuda else "fp32"
     lacks_fp16 = precision == "fp16" and not is_cuda
-    # A CPU without bf16 emulates it, slowly.
+    # Only a GPU can lack bf16: a CPU without it emulates it, slowly.
     lacks_bf16 = precision == "bf16" and is_cuda and not has_bf16
     if lacks_fp16 or lacks_bf16:
         way_out = f"take --precision {'fp32 or fp16' if is_cuda else 'fp32 or bf16'}"
-        if first_precision:
+        if precision == first_precision:
             way_out = "the run began with it: resume it elsewhere, or take another --run_name"
         raise InputError(f"{device} has no {precision}; {way_out}")
     return precision
@@ -615,19 +632,20 @@ def make_optimizer(model, learning_rate, weight_decay):
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
-def mean_statistics(criterion, dataset, embeddings):
-    """{name in TripletLoss.STATISTICS: its mean over all sampled triplets of a data set}.
+def mean_statistics(criterion, images, embeddings):
+    """{name in TripletLoss.STATISTICS: its mean over all triplets of twin pairs, sampled or not}.
 
-    embeddings: (N, 512), of the data set's images.
+    images: TwinImages. embeddings: (N, 512) of them.
     """
-    total = torch.zeros(len(criterion.STATISTICS), device=embeddings.device, dtype=torch.float64)
-    for rows, triplets in dataset.by_pair():
+    sums = torch.zeros(len(criterion.STATISTICS), device=embeddings.device, dtype=torch.float64)
+    n_triplets = 0
+    for a, b in images.pairs:
+        n, m = images.count[a], images.count[b]
+        rows = np.concatenate([images.first[a] + np.arange(n), images.first[b] + np.arange(m)])
         rows = torch.from_numpy(rows).to(embeddings.device)
-        triplets = torch.from_numpy(triplets).to(embeddings.device)
-        to_positive, to_negative = criterion.distances(embeddings[rows], triplets)
-        means = criterion.statistics(to_positive, to_negative)
-        total += means.double() * len(triplets)
-    means = (total / len(dataset)).tolist()
+        sums += criterion.sums_over_all_triplets(criterion.matrix(embeddings[rows]), n)
+        n_triplets += count_triplets(n, m)
+    means = (sums / n_triplets).tolist()
     return dict(zip(criterion.STATISTICS, means, strict=True))
 
 
@@ -642,7 +660,8 @@ def backbone_features(model, people, processes):
         crops = people.crops.pixels
         own_crops = crops[processes.share(len(crops))]
         at_once = IMAGES_AT_ONCE[processes.device.type]
-        # As many rounds in every process: they ask each other in each. The last may have no images.
+        # In each round all processes agree on whether to stop (raise_if_interrupted), so all make
+        # equally many rounds. In the last one a process may have no images.
         n_rounds = math.ceil(math.ceil(len(crops) / processes.world) / at_once)
         hidden = not processes.is_main
         parts = []
@@ -654,6 +673,24 @@ def backbone_features(model, people, processes):
                 parts.append(model.features(images).contiguous().cpu())
         people.features = {key: processes.gather(torch.cat(parts), len(crops))}
     return people.features[key]
+
+
+def lineage_of(facts):
+    """What a checkpoint has been trained on, and has seen in training or validation, in all rounds.
+
+    {"trained_ids", "seen_ids": IDs; "trained_images", "seen_images": (N, 36) perceptual hashes;
+    "crop_sha256": hashes of all images}, all empty for upstream's checkpoints.
+    """
+    config = facts.get("config", {})
+    trained_ids = config.get("train_ids", [])
+    no_images = torch.zeros((0, 36), dtype=torch.uint8)
+    return {
+        "trained_ids": facts.get("trained_ids", trained_ids),
+        "seen_ids": facts.get("seen_ids", [*trained_ids, *config.get("val_ids", [])]),
+        "trained_images": facts.get("trained_images", no_images),
+        "seen_images": facts.get("seen_images", no_images),
+        "crop_sha256": facts.get("crop_sha256", []),
+    }
 
 
 def hash_of_pairs(pairs):
@@ -731,14 +768,16 @@ class TwinTrainer:
             self.say(f"{self.run.name} is finished after {n_epochs} epochs; best: {best}")
             return log
         try:
+            state = self.load_network()
             self.load_data()
-            state = self.make_network()
+            self.prepare_training()
             self.claim_folder()
             if state:
                 self.restore(state)
             self.announce()
             self.place_images()
-            for epoch in range(len(self.run.log["epochs"]), self.args.epochs + 1):
+            next_epoch = len(self.run.log["epochs"])  # 0 in a new run: its log is empty
+            for epoch in range(next_epoch, self.args.epochs + 1):
                 self.processes.raise_if_interrupted()
                 self.run_epoch(epoch)
                 if self.run.log["stopped"]:
@@ -758,7 +797,7 @@ class TwinTrainer:
         return self.people
 
     def load_data(self):
-        """Read the crops, split the pairs, make the triplets, and count the epochs."""
+        """Read the crops, split the pairs and make the triplets."""
         args = self.args
         people = self.load_people()
         id_to_images, pairs = people.id_to_images, people.pairs
@@ -767,9 +806,12 @@ class TwinTrainer:
         if self.n_skipped:
             reason = "no triplet can be made of their crops"
             self.say(f"warning: {self.n_skipped} of {len(pairs)} pairs are skipped: {reason}")
+        # People that the start was trained on cannot validate it.
+        never_validate = {*self.lineage["trained_ids"]}
+        never_validate |= people.people_on(self.lineage["trained_images"])
         # Pairs that are skipped still join people to families.
         train_pairs, val_pairs = split_pairs(
-            usable.pairs, args.validation_split, args.split_seed, related=pairs
+            usable.pairs, args.validation_split, args.split_seed, pairs, never_validate
         )
         self.train_set = TwinTripletDataset(
             id_to_images, train_pairs, args.train_percentage, args.seed
@@ -782,18 +824,20 @@ class TwinTrainer:
             # Seeded by the split, so that runs with other seeds can be compared on the same
             # resamples.
             self.evaluator = TwinEvaluator(self.val_set.images, args.split_seed)
+            # The watched images are embedded after each epoch: here, all validation images.
             self.watched_rows = people.rows(self.val_set.images.paths)
         else:
             # A network that has died must not be saved, so some training images are watched.
             self.watched_rows = self.train_rows[:64]
-            reason = "one family only, or --validation_split 0"
+            reason = "--validation_split 0, one family only, or all were trained on before"
             self.say(f"warning: no validation ({reason}); the last epoch is kept")
-        self.used_triplets = np.zeros(0, np.int64)  # numbers of distinct ones, ascending
+        # The triplets used so far, each once: their train_set.possible_numbers, ascending.
+        self.used_triplets = np.zeros(0, np.int64)
 
-    def make_network(self):
-        """Make the network and its optimizer; returns the state to resume from, None for a new run.
+    def load_network(self):
+        """Load the network to train; returns the state to resume from, None for a new run.
 
-        Raises InputError if this is not the recipe that the run began with.
+        `lineage` then says what the network that the run started from has been trained on.
         """
         args = self.args
         torch.manual_seed(args.seed)
@@ -804,21 +848,30 @@ class TwinTrainer:
             model = network_of(self.run.state_file, {"state_dict": state["state_dict"]})
             self.run.log = state["log"]
             self.run.find_best_checkpoint()
-            weights_hash = self.hash_of_start()
+            self.weights_hash = self.hash_of_start()
+            self.lineage = state["lineage"]
         else:
             model = self.load_start()
-            weights_hash = self.hash_of_start(model)
+            self.weights_hash = self.hash_of_start(model)
+            self.lineage = lineage_of(model.facts)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(not args.freeze_backbone)
         self.model.output_layer.requires_grad_(True)
+        return state
+
+    def prepare_training(self):
+        """Make the optimizer, the average and the recipe.
+
+        Raises InputError if this is not the recipe that the run began with.
+        """
+        args = self.args
         self.optimizer = make_optimizer(self.model, args.learning_rate, args.weight_decay)
         self.make_average()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.start_embeddings = None  # of the training images, before training
         self.watched_embeddings = {}  # {"start", "best"}: of the watched images
-        self.recipe = self.make_recipe(weights_hash)
+        self.recipe = self.make_recipe(self.weights_hash)
         self.run.refuse_other_recipe(self.recipe)
-        return state
 
     def make_average(self):
         """Make the running average of the trained weights, and the network that has them.
@@ -849,7 +902,8 @@ class TwinTrainer:
 
     def claim_folder(self):
         """Take over the run's folder; if the main process may not, no process goes on."""
-        # from_main waits for all processes, so none looks at the folder after this one changed it.
+        # from_main waits for all processes, so all have looked at the folder before the main
+        # process changes it.
         config = self.processes.from_main(self.make_config())
         self.run.log["config"] = config
         problem = None
@@ -989,13 +1043,14 @@ class TwinTrainer:
         """Epoch 0: the mean statistics of the training triplets before training."""
         with torch.no_grad():
             self.start_embeddings = self.embed(self.model, self.train_rows)
-        statistics = mean_statistics(self.criterion, self.train_set, self.start_embeddings)
+        statistics = mean_statistics(self.criterion, self.train_set.images, self.start_embeddings)
         return {**statistics, "steps": 0, "distinct_triplets_used": 0}
 
     def train_epoch(self, epoch):
-        """Make the steps of one epoch; returns the means of their statistics.
+        """Make the steps of one epoch; returns its part of the log entry.
 
-        These are means over the steps, while the weights change, in the precision of the steps.
+        The statistics in it are means over the steps: of weights that change from step to step,
+        and in the precision of the steps.
         """
         args = self.args
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
@@ -1031,21 +1086,21 @@ class TwinTrainer:
     def step(self, triplets):
         """One optimizer step on (T, 3) triplets; returns their statistics, float64.
 
-        Each distinct image is embedded once. The triplets' numbers are rows of the training images,
-        and the result has a value for each name in TripletLoss.STATISTICS.
+        Each distinct image is embedded once. A triplet is three positions in the list of training
+        images. The result has a value for each name in TripletLoss.STATISTICS.
         """
         args, criterion = self.args, self.criterion
-        positions, triplets = np.unique(triplets, return_inverse=True)
-        positions = torch.from_numpy(positions)
-        triplets = torch.from_numpy(triplets.reshape(-1, 3))
-        triplets = triplets.to(self.device, non_blocking=True)
+        positions, inverse = np.unique(triplets, return_inverse=True)
+        positions = torch.from_numpy(positions)  # of the distinct images
+        in_step = torch.from_numpy(inverse.reshape(-1, 3))  # the triplets, as rows of `embeddings`
+        in_step = in_step.to(self.device, non_blocking=True)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             embeddings = self.embed(self.model, self.train_rows[positions])
         self.step_embeddings = embeddings.detach()
         at_start = self.start_embeddings[positions.to(self.device, non_blocking=True)]
 
-        to_positive, to_negative = criterion.distances(embeddings, triplets)
+        to_positive, to_negative = criterion.distances(embeddings, in_step)
         triplet_loss = criterion.loss(to_positive, to_negative)
         quadruplet_loss = criterion.quadruplet_loss(to_positive, to_negative)
         drift = (1 - (embeddings * at_start).sum(1)).mean()
@@ -1063,9 +1118,9 @@ class TwinTrainer:
         return criterion.statistics(to_positive, to_negative).double()
 
     def embed(self, model, rows):
-        """Embeddings (K, 512) float32 of some crops, with gradients; the processes share the work.
+        """Embeddings (K, 512) float32 of some crops; the processes share the work.
 
-        rows: (K,) int64 rows of all crops.
+        rows: (K,) int64, which crops: row numbers in `inputs`. Gradients flow unless in no_grad.
         """
         frozen = self.args.freeze_backbone
         at_once = FROZEN_BATCH if frozen else IMAGES_AT_ONCE[self.device.type]
@@ -1114,20 +1169,19 @@ class TwinTrainer:
         if epoch == 0:
             way_out = "take another checkpoint to start from"
         check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
-        figures = {}
-        statistics = {}
+        of_pairs = {}
+        of_triplets = {}
         if self.val_set is not None:
-            scores = self.evaluator.score(embeddings)
-            figures = self.evaluator.figures(scores)
-            statistics = mean_statistics(self.criterion, self.val_set, embeddings)
-        entry = {}
+            of_pairs = self.evaluator.figures(self.evaluator.score(embeddings))
+            of_triplets = mean_statistics(self.criterion, self.val_set.images, embeddings)
+        figures = {}
         for name in ("eer", "auc", "general_auc"):
-            entry[f"val_{name}"] = figures.get(name)
-        for threshold, _ in OPERATING_POINTS.values():  # the evaluation applies them unchanged
-            entry[f"val_{threshold}"] = figures.get(threshold)
+            figures[f"val_{name}"] = of_pairs.get(name)
+        for name, _ in OPERATING_POINTS.values():  # thresholds, which the evaluation applies
+            figures[f"val_{name}"] = of_pairs.get(name)
         for name in ("loss", "active_triplets", "violated_triplets"):
-            entry[f"val_{name}"] = statistics.get(name)
-        return embeddings, entry
+            figures[f"val_{name}"] = of_triplets.get(name)
+        return embeddings, figures
 
     # -- files
     def save_best(self, entry):
@@ -1140,8 +1194,23 @@ class TwinTrainer:
             config=log["config"],
             metrics=figures_of(entry),
             start_metrics=figures_of(log["epochs"][0]),
-            crop_sha256=self.people.crops.sha256,  # to find a leak under other IDs
+            **self.lineage_after_run(),
         )
+
+    def lineage_after_run(self):
+        """What the network has seen after this run, for its checkpoint."""
+        hashes = self.people.hashes
+        trained_ids = {*self.lineage["trained_ids"], *self.train_set.images.ids}
+        seen_ids = {*self.lineage["seen_ids"], *trained_ids}
+        if self.val_set is not None:
+            seen_ids |= {*self.val_set.images.ids}
+        return {
+            "trained_ids": sorted(trained_ids),
+            "seen_ids": sorted(seen_ids),
+            "trained_images": torch.cat([self.lineage["trained_images"], hashes[self.train_rows]]),
+            "seen_images": torch.cat([self.lineage["seen_images"], hashes]),
+            "crop_sha256": [*self.lineage["crop_sha256"], *self.people.crops.sha256],
+        }
 
     def save_if_due(self):
         """Save the state, unless that was done a short while ago."""
@@ -1165,6 +1234,7 @@ class TwinTrainer:
             start_embeddings=self.start_embeddings.cpu(),
             watched_embeddings=embeddings,
             used_triplets=torch.from_numpy(self.used_triplets),
+            lineage=self.lineage,
         )
 
     def conclude(self):
@@ -1177,7 +1247,8 @@ class TwinTrainer:
         self.say(f"stopped by {stopped}; best epoch {log['best_epoch']}: {path}")
         self.say(f"The run has used {describe_used_triplets(log)}.")
         if stopped == "epochs":
-            self.save_state()  # so that --resume with more --epochs goes on
+            # With "stopped" still None in its log, so that --resume with more --epochs goes on.
+            self.save_state()
         log["stopped"] = stopped
         if self.val_set is not None:
             self.compare_with_start()
@@ -1200,7 +1271,7 @@ class TwinTrainer:
         content = read_checkpoint(log["best_checkpoint"])
         content["against_start"] = log["against_start"]
         samples = estimates["best"].samples
-        if samples is not None:  # with which summarize_runs compares runs
+        if samples is not None:  # rank_settings compares the runs of a sweep by these
             content["val_auc_samples"] = torch.from_numpy(samples["auc"])
         write_checkpoint(log["best_checkpoint"], content)
 
@@ -1264,17 +1335,15 @@ def plot_panels(path, log, title, curves):
         for axes, (key, label) in zip(grid, curves.items(), strict=True):
             values = np.array([entry[key] for entry in log["epochs"]], float)  # None becomes NaN
             axes.plot(values, marker="o")
-            lines = [axes.axhline(values[0], color="grey", linewidth=0.8, linestyle=":")]
-            labels = ["before training"]
+            start_label = "before training"
+            kept_label = f"kept epoch, by {config['monitor']}"
+            if axes is not grid[0]:  # plot_figure makes a legend of labels; one is enough
+                start_label = None
+                kept_label = None
+            thin = {"color": "grey", "linewidth": 0.8}
+            axes.axhline(values[0], linestyle=":", label=start_label, **thin)
             if log["best_epoch"]:
-                at_best = axes.axvline(
-                    log["best_epoch"], color="grey", linewidth=0.8, linestyle="-."
-                )
-                lines.append(at_best)
-                labels.append(f"best epoch, by {config['monitor']}")
-            if axes is grid[0]:  # plot_figure makes a legend of labels; one is enough
-                for line, text in zip(lines, labels, strict=True):
-                    line.set_label(text)
+                axes.axvline(log["best_epoch"], linestyle="-.", label=kept_label, **thin)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylabel(label)
         grid[0].set_title(f"{config['run_name']}\n{title}", fontsize=9)
@@ -1309,15 +1378,18 @@ def run_sweep(runs):
 
     One trainer, the leader, aligns and reads the crops for all; each run then has its own trainer.
     """
-    folders = [RunFolder(args) for args in runs]  # refuse now what would spoil an earlier run
-    finished = [folder for folder in folders if folder.finished]
-    waiting = [folder.args for folder in folders if not folder.finished]
-    logs = {folder.name: folder.log for folder in finished}
-    leader = TwinTrainer((waiting or runs)[0])
+    # All are made now: this refuses what would spoil an earlier run, before any run is trained.
+    run_folders = [RunFolder(args) for args in runs]
+    finished = [run_folder for run_folder in run_folders if run_folder.finished]
+    waiting = [run_folder for run_folder in run_folders if not run_folder.finished]
+    logs = {run_folder.name: run_folder.log for run_folder in finished}
+    # A new run leads, if there is one: it needs the start's file, so a wrong one fails now.
+    candidates = sorted(waiting, key=lambda run_folder: run_folder.can_continue) or finished
+    leader = TwinTrainer(candidates[0].args)
     if finished:
         weights_hash = leader.hash_of_start()
-        for folder in finished:
-            folder.refuse_other_recipe({"weights_sha256": weights_hash})
+        for run_folder in finished:
+            run_folder.refuse_other_recipe({"weights_sha256": weights_hash})
     processes = leader.processes
     people = None
     if waiting:
@@ -1330,7 +1402,8 @@ def run_sweep(runs):
     failed = []
     # Runs differ much in length, so the bar's estimate is made of the last one alone.
     bar = {"smoothing": 1, "disable": not processes.is_main}
-    for args in progress(waiting, "all runs", "run", **bar):
+    args_of_waiting = [run_folder.args for run_folder in waiting]
+    for args in progress(args_of_waiting, "all runs", "run", **bar):
         processes.raise_if_interrupted()
         code = train_one_of_several(args.run_name, partial(train, args))
         if code:
@@ -1393,18 +1466,18 @@ def summarize_runs(logs, pretrained):
 def read_validated_runs(logs):
     """The ValidatedRuns of training logs; [] unless all were validated on the same people."""
     runs = []
-    people = set()
+    validated_on = set()
     for log in logs:
         path = log["best_checkpoint"]
         content = read_checkpoint(path) if Path(path).is_file() else {}
         if "val_auc_samples" not in content:
             return []
         config = log["config"]
-        people.add((config["split_seed"], tuple(config["val_ids"])))
+        validated_on.add((config["split_seed"], tuple(config["val_ids"])))
         val_auc = log["epochs"][log["best_epoch"]]["val_auc"]
         samples = content["val_auc_samples"].numpy()
         runs.append(ValidatedRun(path, config, config["recipe"], val_auc, samples))
-    return runs if len(people) == 1 else []
+    return runs if len(validated_on) == 1 else []
 
 
 def rank_settings(runs):

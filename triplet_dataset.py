@@ -7,27 +7,36 @@
     rows = steps[0]                                   # (T, 3) rows of the first step
 
 A triplet is (A's image i, A's image j != i, an image of A's twin), for both twins of a pair.
-Triplets are numbered, never stored. A percentage takes a prefix of one seeded permutation of the
-numbers, so the 5 % sample lies inside the 10 % sample of the same seed.
+Triplets
+are numbered, never stored. Of each pair, a percentage takes the beginning of one seeded, shuffled
+order of its numbers, so the 5 % sample lies inside the 10 % sample of the same seed.
 """
 
+import csv
 import hashlib
 import math
 import os
 import reprlib
+import unicodedata
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
 from net import CROP_SIZE, InputError, interrupt, progress, read_flag, read_json, to_input
 
+# Two crops are copies if at most this many of the 288 bits of their perceptual hashes differ.
+# Among 2,040 real crops, those of different people differ in at least 40 bits. Of copies saved as
+# JPEG of quality 20, or at half the size, 95 of 100 differ in at most 15.
+MAX_DIFFERING_BITS = 15
 GROUP_SIZE = 8  # images of a person that meet in a grouped step, at most
 TRIPLETS_AT_ONCE = 1 << 20  # in one part of `by_pair`, at most
 
@@ -36,18 +45,33 @@ TRIPLETS_AT_ONCE = 1 << 20  # in one part of `by_pair`, at most
 def resolve(folder, path):
     """The full path of an entry in a JSON file that lies in `folder`.
 
-    A path written on Windows is read with slashes if a file exists only there.
+    If there is no such file, a path written on Windows is tried with slashes, and a name with
+    accents in its other spelling: Macs write them decomposed (NFD), other systems composed (NFC).
     """
-    resolved = os.path.normpath(os.path.join(folder, path))
-    if "\\" in path and not os.path.exists(resolved):
-        with_slashes = os.path.normpath(os.path.join(folder, path.replace("\\", "/")))
-        if os.path.exists(with_slashes):
-            return with_slashes
-    return resolved
+    spellings = [path, path.replace("\\", "/")]
+    for form in ("NFC", "NFD"):
+        spellings += [unicodedata.normalize(form, spelling) for spelling in spellings[:2]]
+    candidates = [os.path.normpath(os.path.join(folder, spelling)) for spelling in spellings]
+    for candidate in dict.fromkeys(candidates):
+        if os.path.exists(candidate):
+            return candidate
+    return candidates[0]
+
+
+def compose_accents(name, where):
+    """An ID with its accents composed (NFC), so that both spellings are one ID.
+
+    where: the file, for the message if it is no string.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"{where}: an ID must be a string, not {reprlib.repr(name)}")
+    return unicodedata.normalize("NFC", name)
 
 
 def read_id_to_images(path):
     """{"ID": ["path", ...]} -> {ID: [path, ...]}; relative paths start at the file's own folder."""
+    if os.path.isdir(path):
+        return list_people(path)
     content = read_json(path, '{"ID": ["path", ...], ...} with at least one ID')
     folder = os.path.dirname(os.path.abspath(path))
     id_to_images = {}
@@ -55,21 +79,79 @@ def read_id_to_images(path):
         is_list = isinstance(images, list)
         if not is_list or not all(isinstance(image, str) and image for image in images):
             raise InputError(f"{path}: the images of ID {name!r} must be a list of paths")
-        id_to_images[name] = [resolve(folder, image) for image in images]
+        spelling = compose_accents(name, path)
+        if spelling in id_to_images:
+            raise InputError(f"{path}: ID {name!r} is there in two spellings; merge the entries")
+        id_to_images[spelling] = [resolve(folder, image) for image in images]
     return id_to_images
 
 
-def read_pairs(path, id_to_images):
+def list_people(folder):
+    """{ID: [path, ...]} of a folder: each folder in it is an ID and holds its images."""
+    id_to_images = {}
+    for person in sorted(Path(folder).iterdir()):
+        if person.is_dir() and not person.name.startswith("."):
+            images = sorted(path for path in person.iterdir() if is_image(path))
+            name = compose_accents(person.name, folder)
+            if name in id_to_images:
+                message = f"ID {name!r} is there in two spellings; merge the folders"
+                raise InputError(f"{folder}: {message}")
+            id_to_images[name] = [os.path.abspath(image) for image in images]
+    if not any(id_to_images.values()):
+        raise InputError(f"{folder}: expected a folder for each ID, with photographs in it")
+    return id_to_images
+
+
+def is_image(path):
+    """Whether a file is an image by its name; those that systems leave behind are not."""
+    is_hidden = path.name.startswith(".")  # .DS_Store, ._photo.jpg
+    return not is_hidden and path.suffix.lower() in Image.registered_extensions()
+
+
+def count_other_files(folder):
+    """How many files there are in a folder of people besides those that `list_people` takes."""
+    count = 0
+    for path in Path(folder).rglob("*"):
+        is_in_place = path.parent.parent == Path(folder) and not path.parent.name.startswith(".")
+        if path.is_file() and not (is_in_place and is_image(path)):
+            count += 1
+    return count
+
+
+def read_csv_pairs(path, id_to_images):
+    """[[ID, ID], ...] of a CSV file of two columns, with or without a line of titles.
+
+    The first line is taken for titles, and left out, if nothing in it is an ID of `id_to_images`.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: {error}; expected a CSV file of two columns") from error
+    if rows and not any(compose_accents(name, path) in id_to_images for name in rows[0]):
+        rows = rows[1:]  # the titles
+    if not rows:
+        raise InputError(f"{path}: expected two columns, ID and twin's ID, with at least one pair")
+    return rows
+
+
+def read_pairs(path, id_to_images, missing="has no images listed; add them or delete the pair"):
     """[["ID", "twin's ID"], ...] -> ([(ID, ID), ...], [warning, ...]).
 
     A pair that is listed twice, in whichever order of its IDs, is used once. Raises InputError
     for an empty list, an ID that is paired with itself, and an ID that `id_to_images` does not
     have.
     """
-    content = read_json(path, '[["ID", "twin\'s ID"], ...] with at least one pair', list)
+    if str(path).lower().endswith(".csv"):
+        content = read_csv_pairs(path, id_to_images)
+    else:
+        content = read_json(path, '[["ID", "twin\'s ID"], ...] with at least one pair', list)
     pairs = {}
     for number, pair in enumerate(content, 1):
-        check_pair(f"{path}: pair {number}", pair, id_to_images)
+        where = f"{path}: pair {number}"
+        if isinstance(pair, list):
+            pair = [compose_accents(name, where) for name in pair]
+        check_pair(where, pair, id_to_images, missing)
         pairs.setdefault(frozenset(pair), tuple(pair))
     repeated = len(content) - len(pairs)
     if not repeated:
@@ -78,10 +160,12 @@ def read_pairs(path, id_to_images):
     return list(pairs.values()), [warning]
 
 
-def check_pair(where, pair, id_to_images):
-    """Raise InputError for an entry that is no pair of two listed people; `where` begins it."""
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    if not is_pair or not all(isinstance(name, str) for name in pair):
+def check_pair(where, pair, id_to_images, missing):
+    """Raise InputError for an entry that is no pair of two listed people.
+
+    where: how the message begins. missing: how it ends for an ID that is not listed.
+    """
+    if not isinstance(pair, list) or len(pair) != 2:
         raise InputError(f"{where} is {reprlib.repr(pair)}; expected two IDs, both strings")
     first, second = pair
     if first == second:
@@ -89,20 +173,32 @@ def check_pair(where, pair, id_to_images):
         raise InputError(f"{where}: {message}")
     for name in pair:
         if name not in id_to_images:
-            message = f"ID {name!r} has no images listed; add them or delete the pair"
-            raise InputError(f"{where}: {message}")
+            raise InputError(f"{where}: ID {name!r} {missing}")
 
 
 def read_people(args, images_flag, pairs_flag):
     """({ID: [path, ...]}, [(ID, ID), ...], [warning, ...]) of the files that two flags name."""
     id_to_images = read_flag(args, images_flag, read_id_to_images)
-    pairs, notes = read_flag(args, pairs_flag, read_pairs, id_to_images)
+    if images_flag != "aligned_json":
+        pairs, notes = read_flag(args, pairs_flag, read_pairs, id_to_images)
+        return id_to_images, pairs, notes
+    missing = (
+        f"is not listed in {args.aligned_json}: if its photographs have not been aligned, leave "
+        "out --skip_alignment; else delete the pair"
+    )
+    pairs, notes = read_flag(args, pairs_flag, read_pairs, id_to_images, missing)
+    names = {name for pair in pairs for name in pair}
+    there = {name: [p for p in id_to_images[name] if os.path.exists(p)] for name in names}
+    n_gone = sum(len(id_to_images[name]) - len(there[name]) for name in names)
+    if n_gone and any(there.values()):  # if all are gone, load_crops names the first as missing
+        notes.append(f"{n_gone} listed crops are gone and are passed over")
+        id_to_images |= there
     return id_to_images, pairs, notes
 
 
 # ---- people, families, crops ---------------------------------------------------------------------
 def find_families(pairs):
-    """{ID: family number}; families, connected components of the pairs, count as they appear."""
+    """{ID: number of its family}: the connected components of the pairs, in order of appearance."""
     neighbours = {}
     for a, b in pairs:
         neighbours.setdefault(a, []).append(b)
@@ -123,14 +219,19 @@ def find_families(pairs):
 
 
 def split_pairs(
-    pairs: list, validation_split: float, seed: int, related: list | tuple = ()
+    pairs: list,
+    validation_split: float,
+    seed: int,
+    related: list | tuple = (),
+    never_validate: set | tuple = (),
 ) -> tuple[list, list]:
     """Split pairs into (train_pairs, val_pairs) by whole families, so that no ID is on both sides.
 
     Families are taken in the seed's order; one goes to validation if that brings the share of
     validation pairs nearer to `validation_split`, in [0, 1). Each side gets at least one family.
     With a single family, or a validation_split of 0, val_pairs is empty. related: further pairs,
-    which are not split themselves, but join people to families.
+    which are not split themselves, but join people to families. never_validate: IDs whose families
+    stay in train_pairs; if these are all families, val_pairs is empty.
     """
     if not 0 <= validation_split < 1:
         message = f"must be at least 0 and below 1, not {validation_split}"
@@ -143,17 +244,19 @@ def split_pairs(
     if validation_split == 0 or len(families) < 2:
         return pairs, []
 
+    # `pairs` stand before `related`, so their families have the numbers 0 to len(families) - 1.
     shuffled = np.random.default_rng(seed).permutation(len(families))
-    families = [families[number] for number in shuffled]
-    n_wanted = validation_split * len(pairs)
+    kept_from_validation = {family_of[name] for name in never_validate if name in family_of}
+    candidates = [families[number] for number in shuffled if number not in kept_from_validation]
+    n_missing = validation_split * len(pairs)  # below 0 if there are too many
     validation = []
-    for family in families:
-        is_nearer = abs(n_wanted - len(family)) < abs(n_wanted)
+    for family in candidates:
+        is_nearer = abs(n_missing - len(family)) < abs(n_missing)
         if is_nearer and len(validation) < len(families) - 1:
             validation.append(family)
-            n_wanted -= len(family)
-    if not validation:
-        validation = [min(families, key=len)]
+            n_missing -= len(family)
+    if candidates and not validation:
+        validation = [min(candidates, key=len)]
     chosen = {pair for family in validation for pair in family}
     train_pairs = [pair for pair in pairs if pair not in chosen]
     val_pairs = [pair for pair in pairs if pair in chosen]
@@ -206,7 +309,7 @@ def read_crop(path):
                 description = "partly transparent"
     except FileNotFoundError:
         hint = "run the alignment stage again"
-        if "\\" in path:
+        if os.sep == "/" and "\\" in path:
             hint = "its path was written on Windows"
         raise InputError(f"{path}: no such aligned crop; {hint}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -218,7 +321,10 @@ def read_crop(path):
 
 
 class Crops(NamedTuple):
-    """Decoded crops: `pixels` (N, 112, 112, 3) uint8 RGB, {path: its row}, and each row's hash."""
+    """Decoded crops.
+
+    `pixels` (N, 112, 112, 3): uint8 RGB. `row`: {path: its row in `pixels`}. `sha256`: of each row.
+    """
 
     pixels: torch.Tensor
     row: dict
@@ -226,7 +332,7 @@ class Crops(NamedTuple):
 
 
 def load_crops(paths):
-    """The Crops of files, each read once, with a progress bar; raises InputError for no crop."""
+    """The Crops of files, each read once, with a progress bar; InputError if one is no crop."""
     row = {path: i for i, path in enumerate(dict.fromkeys(paths))}
     pixels = np.empty((len(row), CROP_SIZE, CROP_SIZE, 3), np.uint8)
 
@@ -242,52 +348,104 @@ def load_crops(paths):
     return Crops(torch.from_numpy(pixels), row, sha256)
 
 
+def perceptual_hashes(pixels):
+    """(N, 112, 112, 3) uint8 crops -> (N, 36) uint8 tensor: 288 bits that copies share.
+
+    A bit says whether one of 12x12 parts of the face is brighter than the one before it, once
+    across and once down (a difference hash). Saving again, resizing and other light change few of
+    them.
+    """
+    hashes = []
+    for chunk in pixels.split(1024):
+        face = chunk[:, 8:-8, 8:-8].float().mean(3)[:, None]  # the border differs between copies
+        across = F.adaptive_avg_pool2d(face, (12, 13)).diff(dim=3) > 0
+        down = F.adaptive_avg_pool2d(face, (13, 12)).diff(dim=2) > 0
+        bits = torch.cat([across.flatten(1), down.flatten(1)], 1)
+        hashes.append(torch.from_numpy(np.packbits(bits.numpy(), axis=1)))
+    return torch.cat(hashes) if hashes else torch.zeros((0, 36), dtype=torch.uint8)
+
+
+def find_copies(hashes, others, earlier=False):
+    """(N,): for each of `hashes` (N, 36), the index of its first copy in `others` (M, 36), or -1.
+
+    earlier: `others` are `hashes` themselves; each row is compared only with the rows before it.
+    """
+
+    def signs(packed):
+        bits = np.unpackbits(packed.numpy(), axis=1)
+        return torch.from_numpy(bits).float() * 2 - 1
+
+    found = torch.full((len(hashes),), -1)
+    if len(others) == 0:
+        return found
+    other_signs = signs(others)
+    for start in range(0, len(hashes), 1024):
+        chunk = signs(hashes[start : start + 1024])
+        n_differing = (chunk.shape[1] - chunk @ other_signs.T) / 2
+        is_copy = n_differing <= MAX_DIFFERING_BITS
+        if earlier:
+            is_copy = is_copy.tril(start - 1)  # in row i of the chunk, columns below start + i
+        first = is_copy.int().argmax(1)
+        found[start : start + len(chunk)] = torch.where(is_copy.any(1), first, -1)
+    return found
+
+
 class People:
     """The people of twin pairs and their crops, decoded once: what all training runs share.
 
     aligned: {ID: [path of a crop, ...]}. An image is what its pixels are: a copy under the same
-    ID is used once, with a warning; InputError if two IDs have the same image.
+    ID, also one that was saved again or resized, is used once, with a warning; InputError if two
+    IDs have the same image.
 
-    `pairs`; `id_to_images` {ID: [path, ...]}, each image once; `crops`, of all paths; `owner` {hash
-    of an image: (ID, path)}; `warnings`, for the user; `features`, the cache of
-    train_twins.backbone_features.
+    `pairs`: [(ID, ID), ...]. `id_to_images`: {ID: [path, ...]}, each image once. `crops`: of all
+    paths; `hashes` (N, 36) and `owner` [ID, ...] are the perceptual hash and the person of each.
+    `warnings`: for the user. `features`: the cache of train_twins.backbone_features.
     """
 
     def __init__(self, aligned, pairs, warnings=()):
         self.pairs = pairs
         self.warnings = list(warnings)
         self.features = {}
-        self.owner = {}
-        self.id_to_images = {}
         names = list(dict.fromkeys(name for pair in pairs for name in pair))
         self.crops = load_crops([path for name in names for path in aligned[name]])
+        self.hashes = perceptual_hashes(self.crops.pixels)
+        first_copy = find_copies(self.hashes, self.hashes, earlier=True).tolist()
+        paths = list(self.crops.row)
+        self.owner = [None] * len(paths)
+        self.id_to_images = {}
+        n_copies = 0
         for name in names:
-            self.id_to_images[name] = self._distinct_images(name, aligned[name])
-        n_listed = sum(len(aligned[name]) for name in names)
-        n_distinct = sum(len(paths) for paths in self.id_to_images.values())
-        if n_listed > n_distinct:
+            rows = [self.crops.row[path] for path in aligned[name]]
+            distinct = []
+            for row in rows:
+                copied = row if first_copy[row] < 0 else first_copy[row]
+                owner = self.owner[copied] or name
+                if owner != name:
+                    raise InputError(
+                        f"{paths[row]}: listed under ID {name!r}, but it is the same image as "
+                        f"{paths[copied]} of ID {owner!r}; keep it under the one whose it is"
+                    )
+                self.owner[row] = name
+                is_copy = row in distinct  # its path is listed twice
+                if first_copy[row] >= 0:
+                    # That image may itself be left out as a copy, so only those in use decide.
+                    is_copy = bool(find_copies(self.hashes[[row]], self.hashes[distinct])[0] >= 0)
+                if not is_copy:
+                    distinct.append(row)
+            self.id_to_images[name] = [paths[row] for row in distinct]
+            n_copies += len(rows) - len(distinct)
+            if len(distinct) == 1 and len(rows) > 2:
+                warning = f"ID {name!r}: all {len(rows)} paths lead to one and the same image"
+                self.warnings.append(warning)
+        if n_copies:
             self.warnings.append(
-                f"{n_listed - n_distinct} images are the same as another of their ID; "
-                "each is used once"
+                f"{n_copies} images are copies of another of their ID; each is used once"
             )
 
-    def _distinct_images(self, name, paths):
-        """The first path of each distinct image among a person's paths."""
-        distinct = []
-        for path in paths:
-            image = self.crops.sha256[self.crops.row[path]]
-            first_name, first_path = self.owner.setdefault(image, (name, path))
-            if first_name != name:
-                raise InputError(
-                    f"{path}: listed under ID {name!r}, but it is the same image as {first_path} "
-                    f"of ID {first_name!r}; keep it under the one whose image it is"
-                )
-            if first_path not in distinct:
-                distinct.append(first_path)
-        if len(distinct) == 1 and len(paths) > 2:
-            warning = f"ID {name!r}: all {len(paths)} paths lead to one and the same image"
-            self.warnings.append(warning)
-        return distinct
+    def people_on(self, hashes):
+        """The set of IDs of which an image is a near copy of one of `hashes` (M, 36)."""
+        copies = find_copies(self.hashes, hashes)
+        return {owner for owner, copy in zip(self.owner, copies.tolist(), strict=True) if copy >= 0}
 
     def rows(self, paths):
         """(N,) int64 rows of `crops.pixels`."""
@@ -336,6 +494,9 @@ class TwinTripletDataset(Dataset):
         self._end = np.cumsum(n_sampled)
         self._begin = self._end - n_sampled
         self.n_possible = int(self._maximum.sum())
+        # Seeded by the IDs, so a pair's sample does not depend on what other pairs there are.
+        codes = [zlib.crc32(f"{a}\0{b}".encode(errors="surrogatepass")) for a, b in self.pairs]
+        self._shuffle = Shuffle(self._maximum, [[seed, code] for code in codes])
 
     def __len__(self) -> int:
         return int(self._end[-1])
@@ -349,35 +510,19 @@ class TwinTripletDataset(Dataset):
     @cached_property
     def pixels(self):
         """All crops, (N, 112, 112, 3) uint8 RGB, decoded once; rows as `images.paths`."""
-        return load_crops(self.images.paths).pixels
-
-    @cached_property
-    def _sample(self):
-        """(len,) numbers of the sampled triplets within their pair, pair after pair, ascending.
-
-        They are drawn when they are first used.
-        """
-        samples = []
-        sizes = self._end - self._begin
-        for (a, b), maximum, size in zip(self.pairs, self._maximum, sizes, strict=True):
-            numbers = np.arange(maximum)
-            if size < maximum:
-                # Seeded by the IDs, so a pair's sample does not depend on what other pairs
-                # there are.
-                names = zlib.crc32(f"{a}\0{b}".encode())
-                generator = np.random.default_rng([self.seed, names])
-                numbers = np.sort(generator.permutation(maximum)[:size])
-            samples.append(numbers.astype(np.min_scalar_type(maximum)))
-        return np.concatenate(samples)
+        crops = load_crops(self.images.paths)
+        if len(crops.row) < len(self.images.paths):  # the rows would not be those of the paths
+            raise InputError("a crop is listed under two IDs; keep it under the right one")
+        return crops.pixels
 
     def triplets(self, numbers):
         """(K,) numbers of sampled triplets, in [0, len) -> (K, 3) int64 rows of `images.paths`."""
         numbers = np.asarray(numbers, np.int64)
         pair = np.searchsorted(self._end, numbers, side="right")
-        if self.percentage == 100:
-            within_pair = numbers - self._begin[pair]
-        else:
-            within_pair = self._sample[numbers].astype(np.int64)
+        place = numbers - self._begin[pair]
+        within_pair = place
+        if self.percentage < 100:  # the sample begins the shuffled order of the pair's triplets
+            within_pair = self._shuffle.number_at(pair, place)
         # The triplets whose anchor is in the first twin come first.
         n, m = self._count[pair].T
         n_of_first = n * (n - 1) * m
@@ -398,8 +543,8 @@ class TwinTripletDataset(Dataset):
     def _pair_keys(self):
         """(ascending keys, order) to look up pairs by the people of anchor and negative.
 
-        A pair has two keys, one for either twin as the anchor's person. `order` holds the pair's
-        number, plus the number of pairs for the second of them.
+        Pair p of P has two keys, one for either twin as the anchor's person. For each key, `order`
+        holds p if the anchor is in the pair's first twin, and P + p if it is in the second.
         """
         n_people = len(self.images.ids)
         first, second = self.images.pairs.T
@@ -417,17 +562,18 @@ class TwinTripletDataset(Dataset):
         n_people = len(self.images.ids)
         key = self.images.person[anchor] * n_people + self.images.person[negative]
         found = order[np.searchsorted(keys, key)]
-        pair = found % len(self.pairs)
-        own = found // len(self.pairs)  # 0 if the anchor is in the pair's first twin, else 1
+        own, pair = np.divmod(found, len(self.pairs))  # own: 0 for the pair's first twin, else 1
         twin = 1 - own
         n_own, n_twin = self._count[pair, own], self._count[pair, twin]
-        a = anchor - self._first[pair, own]
-        p = positive - self._first[pair, own]
-        p -= p > a  # its position among the images besides the anchor
-        within_half = (a * (n_own - 1) + p) * n_twin + negative - self._first[pair, twin]
-        half = own * n_twin * (n_twin - 1) * n_own  # of a first twin's triplets, which come first
+        anchor_at = anchor - self._first[pair, own]
+        positive_at = positive - self._first[pair, own]
+        positive_at -= positive_at > anchor_at  # among the images besides the anchor
+        negative_at = negative - self._first[pair, twin]
+        number = (anchor_at * (n_own - 1) + positive_at) * n_twin + negative_at
+        # The triplets whose anchor is in the first twin come before all of the second's.
+        n_before = own * n_twin * (n_twin - 1) * n_own
         begin = np.cumsum(self._maximum) - self._maximum
-        return begin[pair] + half + within_half
+        return begin[pair] + n_before + number
 
     def triplets_among(self, pair, groups):
         """The sampled triplets of a pair that use only some images: (K, 3) int64 rows.
@@ -435,26 +581,24 @@ class TwinTripletDataset(Dataset):
         pair: the pair's number. groups: for each of its two twins, the positions of these images
         among the twin's own.
         """
-        sampled = None
-        if self.percentage < 100:
-            sampled = self._sample[self._begin[pair] : self._end[pair]]
+        n_sampled = self._end[pair] - self._begin[pair]
         found = []
-        offset = 0  # triplets whose anchor is in the first twin come first
+        n_before = 0  # triplets whose anchor is in the first twin come first
         for own, twin in ((0, 1), (1, 0)):
-            n, m = self._count[pair, own], self._count[pair, twin]
+            n_own, n_twin = self._count[pair, own], self._count[pair, twin]
             grid = np.meshgrid(groups[own], groups[own], groups[twin], indexing="ij")
             anchor, positive, negative = (axis.ravel() for axis in grid)
             keep = anchor != positive
             anchor, positive, negative = anchor[keep], positive[keep], negative[keep]
-            if sampled is not None:
+            if self.percentage < 100:
                 position = positive - (positive > anchor)  # among the images besides the anchor
-                number = offset + (anchor * (n - 1) + position) * m + negative
-                keep = is_in_sorted(number, sampled)
+                number = n_before + (anchor * (n_own - 1) + position) * n_twin + negative
+                keep = self._shuffle.place_of(pair, number) < n_sampled
                 anchor, positive, negative = anchor[keep], positive[keep], negative[keep]
             first_own, first_twin = self._first[pair, own], self._first[pair, twin]
             rows = [first_own + anchor, first_own + positive, first_twin + negative]
             found.append(np.stack(rows, 1))
-            offset = n * (n - 1) * m
+            n_before = n_own * (n_own - 1) * n_twin
         return np.concatenate(found)
 
     def by_pair(self):
@@ -476,6 +620,8 @@ class TwinTripletDataset(Dataset):
         touched = np.zeros(len(self.images.paths), bool)
         for rows, _ in self.by_pair():
             touched[rows] = True
+            if touched.all():  # a small share of many triplets touches all images soon
+                break
         return int(touched.sum())
 
     def steps(self, epoch, images_per_batch, batch_size=None):
@@ -485,10 +631,62 @@ class TwinTripletDataset(Dataset):
         return GroupedSteps(self, epoch, images_per_batch)
 
 
-def is_in_sorted(values, sorted_array):
-    """For each value, whether it is in an ascending array; faster here than numpy's isin."""
-    places = np.searchsorted(sorted_array, values)
-    return sorted_array.take(places, mode="clip") == values
+class Shuffle:
+    """For each pair, a seeded shuffled order of the numbers 0 to n - 1, computed and not stored.
+
+    A Feistel network of keyed hashes permutes the numbers of 2 b bits, where 2 b bits hold n - 1. A
+    result that is not below n is permuted again, until it is (cycle walking: Black and Rogaway,
+    CT-RSA 2002). So the order of a billion triplets takes no memory, and has an inverse.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, sizes, seeds):
+        """sizes (P,): n of each pair; seeds: P lists of ints."""
+        self.sizes = np.asarray(sizes, np.uint64)
+        half_bits = [math.ceil(max(int(n - 1).bit_length(), 2) / 2) for n in sizes]
+        self.half_bits = np.array(half_bits, np.uint64)
+        keys = [np.random.SeedSequence(seed).generate_state(self.ROUNDS) for seed in seeds]
+        self.keys = np.array(keys, np.uint64)
+
+    def number_at(self, pair, place):
+        """The numbers at places (K,) of the shuffled orders; pair: (K,) or one pair's number."""
+        return self._walk(pair, place, range(self.ROUNDS), self._forward)
+
+    def place_of(self, pair, number):
+        """The inverse of `number_at`."""
+        return self._walk(pair, number, range(self.ROUNDS)[::-1], self._backward)
+
+    def _walk(self, pair, values, rounds, step):
+        """Permute values (K,), each of them again until it is below the n of its pair."""
+        values = np.asarray(values).astype(np.uint64)
+        pair = np.broadcast_to(pair, values.shape)
+        unfinished = np.arange(len(values))
+        while len(unfinished):
+            their_pair = pair[unfinished]
+            bits = self.half_bits[their_pair]
+            mask = (np.uint64(1) << bits) - np.uint64(1)
+            left = values[unfinished] >> bits
+            right = values[unfinished] & mask
+            for r in rounds:
+                left, right = step(left, right, self.keys[their_pair, r], mask)
+            values[unfinished] = (left << bits) | right
+            unfinished = unfinished[values[unfinished] >= self.sizes[their_pair]]
+        return values.astype(np.int64)
+
+    def _forward(self, left, right, key, mask):
+        return right, left ^ (mixed(right, key) & mask)
+
+    def _backward(self, left, right, key, mask):
+        return right ^ (mixed(left, key) & mask), left
+
+
+def mixed(values, key):
+    """A hash of uint64 numbers and a key: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    x = values + key * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 # ---- the steps of an epoch -----------------------------------------------------------------------
@@ -501,16 +699,16 @@ class ShuffledSteps:
     def __init__(self, dataset, epoch, batch_size):
         self.dataset = dataset
         self.batch_size = batch_size
-        n = len(dataset)
-        numbers = np.arange(n, dtype=np.min_scalar_type(n))
-        self.order = np.random.default_rng([dataset.seed, epoch]).permutation(numbers)
+        self.shuffle = Shuffle([len(dataset)], [[dataset.seed, epoch]])
 
     def __len__(self):
-        return math.ceil(len(self.order) / self.batch_size)
+        return math.ceil(len(self.dataset) / self.batch_size)
 
     def __getitem__(self, i):
-        start = range(0, len(self.order), self.batch_size)[i]
-        return self.dataset.triplets(self.order[start : start + self.batch_size])
+        places = range(len(self.dataset))
+        start = places[:: self.batch_size][i]
+        numbers = self.shuffle.number_at(0, places[start : start + self.batch_size])
+        return self.dataset.triplets(numbers)
 
 
 class GroupedSteps:

@@ -58,14 +58,17 @@ class TripletLoss(nn.Module):
     def distances(self, embeddings, triplets):
         """(N, D) embeddings and (T, 3) int64 rows of them -> (d(a, p), d(a, n)), (T,) float32."""
         anchor, positive, negative = triplets.unbind(1)
+        matrix = self.matrix(embeddings)
+        return matrix[anchor, positive], matrix[anchor, negative]
+
+    def matrix(self, embeddings):
+        """(N, D) embeddings -> (N, N) float32, the distances of all pairs."""
         with torch.autocast(embeddings.device.type, enabled=False):
             unit = F.normalize(embeddings.float(), dim=1)
             if self.distance == "cosine":
-                matrix = 1 - unit @ unit.T
-            else:
-                # sqrt(2 - 2 cos) would be shorter, but loses half the digits of small distances.
-                matrix = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
-        return matrix[anchor, positive], matrix[anchor, negative]
+                return 1 - unit @ unit.T
+            # sqrt(2 - 2 cos) would be shorter, but loses half the digits of small distances.
+            return torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
 
     def loss(self, to_positive, to_negative):
         """Distances (T,) of the anchors to positives and negatives -> scalar triplet loss."""
@@ -91,6 +94,36 @@ class TripletLoss(nn.Module):
         n_above = n - n_at_most
         total = (n_below * with_margin).sum() - (n_above * to_negative).sum()
         return total / n**2
+
+    def sums_over_all_triplets(self, matrix, n):
+        """(5,) float64: the sums of STATISTICS over all triplets of two twins.
+
+        matrix: (n + m, n + m) distances of the n images of one twin and the m of the other. Each
+        anchor's positives are compared with its sorted negatives, so nothing grows with the number
+        of triplets.
+        """
+        sums = torch.zeros(len(self.STATISTICS), dtype=torch.float64, device=matrix.device)
+        for own, twin in ((slice(0, n), slice(n, None)), (slice(n, None), slice(0, n))):
+            n_own = len(matrix[own])
+            n_twin = len(matrix) - n_own
+            is_other_image = ~torch.eye(n_own, dtype=bool, device=matrix.device)
+            to_positive = matrix[own, own][is_other_image].view(n_own, n_own - 1)
+            to_negative = matrix[own, twin].sort(1).values.contiguous()
+            with_margin = (to_positive + self.margin).contiguous()
+            n_active = torch.searchsorted(to_negative, with_margin)
+            n_violated = torch.searchsorted(to_negative, to_positive.contiguous())
+            # The sum of the negatives that are below each positive with its margin.
+            running_sum = F.pad(to_negative.double().cumsum(1), (1, 0))
+            excess = n_active * with_margin.double() - running_sum.gather(1, n_active)
+            values = (
+                excess,
+                n_twin * to_positive.double(),
+                (n_own - 1) * to_negative.double(),
+                n_active,
+                n_violated,
+            )
+            sums += torch.stack([value.sum().double() for value in values])
+        return sums
 
     def statistics(self, to_positive, to_negative):
         """(5,) tensor without gradients: the means named in STATISTICS, of distances (T,).

@@ -124,6 +124,7 @@ def make_trainer(args, folder, crops, flags):
     trainer = train_twins.TwinTrainer(run)
     trainer.say = lambda text: None
     with mock.patch("triplet_dataset.load_crops", return_value=crops):
+        trainer.load_network()
         trainer.load_data()
     return trainer
 
@@ -210,7 +211,7 @@ class OurTrainer:
         self.precision = self.trainer.precision
         rows, index = np.unique(task.triplets[:BATCH_SIZE], return_inverse=True)
         crop_rows = self.trainer.train_rows[torch.from_numpy(rows)]
-        self.trainer.make_network()
+        self.trainer.prepare_training()
         features = partial(features_of_some, crop_rows)
         with mock.patch("train_twins.backbone_features", features):
             self.trainer.place_images()
@@ -468,7 +469,7 @@ def measure_costs(args, folder, n_pairs):
     measure(row, "first shuffled step", lambda: ShuffledSteps(train_set, 1, BATCH_SIZE)[0])
     embeddings = F.normalize(torch.randn(len(val_set.images.paths), 512))
     criterion, evaluator = trainer.criterion, trainer.evaluator
-    measure(row, "loss", lambda: train_twins.mean_statistics(criterion, val_set, embeddings))
+    measure(row, "loss", lambda: train_twins.mean_statistics(criterion, val_set.images, embeddings))
     measure(row, "figures", lambda: evaluator.figures(evaluator.score(embeddings)))
     return row
 

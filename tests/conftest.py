@@ -39,11 +39,13 @@ def crop_writer(folder):
     """A function that writes crops: write([[3, 2], [2, 2, 2]]) -> (aligned JSON, pairs JSON).
 
     Each list is a family, and its numbers are the images of each person. Crops are coloured
-    noise: a colour per family, a texture per person, noise per image.
+    noise: a colour per family, a texture per person, a weaker texture and noise per image. The
+    images of a person differ too much to be copies of each other.
     """
 
     def write(families, name="train", seed=0):
         rng = np.random.default_rng(seed)
+        rng_of_images = np.random.default_rng([seed, 1])
         images = {}
         pairs = []
         for f, sizes in enumerate(families):
@@ -55,8 +57,9 @@ def crop_writer(folder):
                 texture = np.kron(rng.normal(0, 25, (7, 7, 3)), np.ones((16, 16, 1)))
                 images[person] = []
                 for i in range(size):
+                    shade = np.kron(rng_of_images.normal(0, 6, (14, 14, 1)), np.ones((8, 8, 1)))
                     noise = rng.normal(0, 15, (112, 112, 3))
-                    crop = np.clip(colour + texture + noise, 0, 255).astype(np.uint8)
+                    crop = np.clip(colour + texture + shade + noise, 0, 255).astype(np.uint8)
                     path = folder / f"{name}_aligned" / person / f"{i}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(crop).save(path)

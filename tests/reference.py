@@ -142,14 +142,14 @@ def crop_of_pattern(size, pattern):
     return crop[:, :, 0].astype(float), plain[:, :, 0].astype(float), reference
 
 
-def dlib_landmarks(image):
-    """68 landmarks of the uppermost face of an RGB image, by dlib's networks."""
+def dlib_landmarks(image, model="shape_predictor_68_face_landmarks.dat"):
+    """Landmarks of the uppermost face of an RGB image, by one of dlib's models: 68 or 5."""
     import dlib
 
     # face_recognition_models cannot be imported without pkg_resources. Only its data are needed.
     package = importlib.util.find_spec("face_recognition_models")
     models = Path(package.submodule_search_locations[0]) / "models"
-    predict_shape = dlib.shape_predictor(str(models / "shape_predictor_68_face_landmarks.dat"))
+    predict_shape = dlib.shape_predictor(str(models / model))
     faces = dlib.get_frontal_face_detector()(image, 1)
     # Lower down, dlib takes a badge on her suit for a face.
     uppermost = min(faces, key=lambda face: face.top())

@@ -80,7 +80,7 @@ FILES = {
         "[]",
         PAIR,
         '["p", 1]',
-        "pair 1 is ['p', 1]; expected two IDs",
+        "pair 1: an ID must be a string, not 1",
     ),
     "landmarks": JsonFile(
         "align.py",
@@ -164,13 +164,24 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path, refuses, kind):
     refuses(file.script, {file.flag: path}, *words)
 
 
-@pytest.mark.parametrize("kind", PAIR_LISTS)
-def test_a_pair_with_an_unknown_person_is_refused(tmp_path, refuses, kind):
-    file = FILES[kind]
+def test_a_pair_with_a_person_who_has_no_photographs_is_refused(tmp_path, refuses):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps([["no\nbody", "q"]]))
     words = (f"{path}: ", r"pair 1: ID 'no\nbody' has no images listed; add them")
-    refuses(file.script, {file.flag: path}, *words)
+    refuses("align.py", {"--pairs": path}, *words)
+
+
+@pytest.mark.parametrize("kind", ["training pairs", "test pairs"])
+def test_a_pair_of_people_without_crops_is_told_to_leave_out_skip_alignment(
+    tmp_path, refuses, script_flags, kind
+):
+    file = FILES[kind]
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([["no\nbody", "q"]]))
+    crops = script_flags[file.script]["--aligned_json"]
+    listed = rf"pair 1: ID 'no\nbody' is not listed in {crops}: "
+    way_out = "if its photographs have not been aligned, leave out --skip_alignment"
+    refuses(file.script, {file.flag: path}, f"{path}: ", listed, way_out)
 
 
 @pytest.mark.parametrize("kind", PAIR_LISTS)
@@ -274,9 +285,8 @@ def test_a_value_out_of_range_names_its_flag(refuses, script, flag):
 
 
 # ---- crops ---------------------------------------------------------------------------------------
-# {kind: (the bytes of the file, None for no file; what is said of it)}
+# {kind: (the bytes of the file; what is said of it)}
 CROPS = {
-    "missing": (None, "run the alignment stage again"),
     "empty": (b"", "--realign"),
     "truncated": (png()[:-40], "--realign"),
     "wrong size": (png((112, 111)), "112x111 RGB, but a crop is 112x112 RGB"),
@@ -289,11 +299,27 @@ CROPS = {
 def test_a_wrong_crop_is_refused(tmp_path, refuses, kind):
     content, words = CROPS[kind]
     crop = next((tmp_path / "train_aligned").rglob("1.png"))
-    crop.unlink()
-    if content is not None:
-        crop.write_bytes(content)
+    crop.write_bytes(content)
     for script in ("train_twins.py", "evaluate_twins.py"):
         refuses(script, {}, f"{script}: {crop}: ", words)
+
+
+@pytest.mark.parametrize("script", ["train_twins.py", "evaluate_twins.py"])
+def test_listed_crops_that_are_gone_are_passed_over_with_their_count(
+    tmp_path, run_script, capsys, script
+):
+    for name in ("train0a/1.png", "train1b/0.png"):
+        (tmp_path / "train_aligned" / name).unlink()
+    assert run_script(script) == 0
+    assert "2 listed crops are gone and are passed over" in capsys.readouterr().out
+
+
+def test_if_all_listed_crops_are_gone_the_first_is_named(tmp_path, refuses):
+    first = tmp_path / "train_aligned" / "train0a" / "0.png"
+    for crop in (tmp_path / "train_aligned").rglob("*.png"):
+        crop.unlink()
+    for script in ("train_twins.py", "evaluate_twins.py"):
+        refuses(script, {}, f"{script}: {first}: ", "run the alignment stage again")
 
 
 def test_one_crop_under_two_ids_names_both(tmp_path, refuses):
@@ -532,11 +558,19 @@ def test_a_missing_crop_with_a_path_of_windows_is_named_as_such():
         triplet_dataset.load_crops([r"C:\data\a.png"])
 
 
+@pytest.mark.parametrize("titles", ["", "id,twin\n"])
+def test_the_pairs_to_align_may_be_a_csv_file(tmp_path, run_script, titles):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"{titles}family01B,family01A\n")
+    assert run_script("align.py", {"--pairs": path}) == 0
+    crops = json.loads((tmp_path / "out" / "aligned.json").read_text())
+    assert list(crops) == ["family01B", "family01A"]
+
+
 def test_pairs_as_csv_name_the_form_that_is_expected(tmp_path, refuses):
     path = tmp_path / "pairs.csv"
-    path.write_text("id,twin\na,b\n")
-    words = ('[["ID", "twin\'s ID"], ...]', "--train_pairs")
-    refuses("train_twins.py", {"--train_pairs": path}, *words)
+    path.write_text("id,twin\n")
+    refuses("train_twins.py", {"--train_pairs": path}, "--train_pairs", "expected two columns")
 
 
 def test_checkpoints_by_wildcard_and_folder(tmp_path, tiny_model):

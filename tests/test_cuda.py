@@ -190,8 +190,9 @@ def prepare(flags):
     if trainer.device.type == "cpu":
         trainer.device = META
         trainer.processes.device = META
+    trainer.load_network()
     trainer.load_data()
-    trainer.make_network()
+    trainer.prepare_training()
     trainer.claim_folder()
     trainer.place_images()
     trainer.inputs = trainer.inputs.to(trainer.device)

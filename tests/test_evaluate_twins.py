@@ -710,7 +710,7 @@ def test_the_terminal_describes_each_setting_against_the_baseline(evaluated):
 def test_the_terminal_says_what_was_evaluated_and_what_to_mind(evaluated):
     said = evaluated.said.getvalue()
     assert "57 images of 16 people in 8 families, on cpu:" in said
-    assert "warning: 1 images are the same as another of their ID; each is used once" in said
+    assert "warning: 1 images are copies of another of their ID; each is used once" in said
     assert "warning: 1 people have no crop; their pairs are not tested" in said
     assert "OVERLAP: leak was trained or validated on 2 of the test people" in said
     assert f"Validation would have chosen: {evaluated.content['chosen_by_validation']}." in said
@@ -1005,6 +1005,129 @@ def test_checkpoints_that_share_a_backbone_have_the_results_of_each_alone(traine
             np.testing.assert_equal(together.estimate.samples[name], alone.estimate.samples[name])
 
 
+# ---- test people that were trained on ------------------------------------------------------------
+def save_as_jpeg(path, copy):
+    Image.open(path).save(copy.with_suffix(".jpg"), quality=50)
+    return copy.with_suffix(".jpg")
+
+
+def save_smaller_and_enlarge(path, copy):
+    with Image.open(path) as crop:
+        crop.resize((80, 80)).resize((112, 112)).save(copy.with_suffix(".png"))
+    return copy.with_suffix(".png")
+
+
+class Recompressed(NamedTuple):
+    """A test set that holds the photographs of two trained people once more, under other IDs."""
+
+    flags: list  # that evaluate `checkpoint` on it
+    checkpoint: Path
+    out: Path
+
+
+@pytest.fixture(params=[save_as_jpeg, save_smaller_and_enlarge])
+def recompressed(tmp_path, request):
+    """The other test people are new."""
+    experiment = Experiment(tmp_path)
+    save_again = request.param
+    with quick_scripts():
+        flags = experiment.flags("--freeze_backbone --validation_split 0 --epochs 1")
+        assert train_twins.main(flags) == 0
+        (checkpoint,) = (tmp_path / "models").glob("*.pth")
+        flags = flags_of_test(tmp_path, [[2, 2]] * 3)
+        listed = json.loads((tmp_path / "test.json").read_text())
+        for name, trained in (("test1a", "train0a"), ("test1b", "train0b")):
+            copies = []
+            for number, path in enumerate(experiment.images[trained]):
+                copies.append(str(save_again(path, tmp_path / f"{name}{number}")))
+            listed[name] = copies
+        (tmp_path / "test.json").write_text(json.dumps(listed))
+        yield Recompressed([*flags, str(checkpoint)], checkpoint, tmp_path / "out")
+
+
+def test_a_test_set_of_recompressed_training_photographs_is_refused(recompressed, capsys):
+    assert ev.main(recompressed.flags) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    problem = "was trained or validated on images of test1a, test1b; test on others"
+    way_out = "or say --allow_overlap"
+    assert line == f"evaluate_twins.py: {recompressed.checkpoint}: {problem}, {way_out}"
+    assert not recompressed.out.exists()
+
+
+def test_every_output_says_that_training_photographs_are_tested_on(recompressed, capsys):
+    assert ev.main([*recompressed.flags, "--allow_overlap"]) == 0
+    name = recompressed.checkpoint.stem
+    said = f"OVERLAP: {name} was trained or validated on 2 of the test people"
+    assert said in capsys.readouterr().out
+    metrics = json.loads((recompressed.out / name / "metrics.json").read_text())
+    assert metrics["overlap"] == ["test1a", "test1b"]
+    comparison = json.loads((recompressed.out / "comparison.json").read_text())
+    (entry,) = comparison["checkpoints"]
+    assert entry["overlap"] == ["test1a", "test1b"]
+    assert {row["overlap"] for row in read_csv(recompressed.out / "comparison.csv")} == {"2"}
+
+
+# ---- a family with most of the pairs -------------------------------------------------------------
+def large_families(sizes):
+    """The warnings of large families, of which each has so many images of each person."""
+    id_to_images = {}
+    pairs = []
+    for number, counts in enumerate(sizes):
+        names = [f"{number}{letter}" for letter in "abc"[: len(counts)]]
+        pairs += combinations(names, 2)
+        for name, count in zip(names, counts, strict=True):
+            id_to_images[name] = [f"{name}{i}" for i in range(count)]
+    return ev.TwinEvaluator(TwinImages(id_to_images, pairs)).warn_of_large_families()
+
+
+def test_a_family_with_most_of_the_pairs_is_named_with_its_share():
+    # It has 20 genuine pairs and 25 twin pairs, and each of the others 2 and 4.
+    genuine, twin = large_families([[2, 2], [5, 5], [2, 2], [2, 2]])
+    assert genuine.startswith("77% of the genuine pairs are of one family (1a, 1b)")
+    assert twin.startswith("68% of the twin pairs are of one family (1a, 1b)")
+
+
+def test_a_family_may_hold_many_pairs_of_one_kind_alone():
+    # It has 15 of 31 genuine pairs, and as many twin pairs as each of the others.
+    (warning,) = large_families([[6, 1], [2, 3], [2, 3], [2, 3], [2, 3]])
+    assert "genuine pairs are of one family (0a, 0b)" in warning
+
+
+def test_a_family_that_alone_has_genuine_pairs_is_named():
+    (warning,) = [line for line in large_families([[3, 1], [1, 1]]) if "genuine" in line]
+    assert warning.startswith("100% of the genuine pairs are of one family (0a, 0b)")
+
+
+def test_all_large_families_are_named():
+    families = large_families([[5, 5], [2, 2], [5, 5], [2, 2]])
+    named = [re.search(r"of the (.*) pairs .*\((.*)\)", line).groups() for line in families]
+    people = ("0a, 0b", "2a, 2b")
+    assert named == [*product(["genuine"], people), *product(["twin"], people)]
+
+
+def test_no_family_is_named_if_none_has_more_than_a_quarter():
+    assert large_families([[3, 3]] * 4) == []
+    assert large_families([[4, 4], *[[3, 3]] * 6]) == []
+
+
+def test_a_family_that_is_the_only_one_is_not_named():
+    assert large_families([[3, 3]]) == []
+
+
+@pytest.mark.parametrize(("n_images", "is_named"), [(6, True), (2, False)])
+def test_the_terminal_names_a_family_with_most_of_the_pairs(
+    tmp_path, tiny_model, capsys, n_images, is_named
+):
+    net.save_checkpoint(tmp_path / "a.pth", tiny_model)
+    with quick_scripts():
+        flags = flags_of_test(tmp_path, [[n_images, n_images], *[[2, 2]] * 4])
+        assert ev.main([*flags, str(tmp_path / "a.pth")]) == 0
+    out = capsys.readouterr().out
+    warning = "genuine pairs are of one family (test0a, test0b)"
+    assert (warning in out) == is_named
+    assert ("of one family" in out) == is_named
+
+
 # ---- checkpoints of the earlier version ----------------------------------------------------------
 # The config of a run that the version without recipes wrote, as far as it compared settings by it.
 EARLIER_CONFIG = {
@@ -1139,6 +1262,35 @@ def test_pictures_have_titles_and_both_axes_labels(evaluated):
             # The panels of data_percentage.png, one below the other, have a common x axis.
             lowest = figure.axes[-1] if name == "data_percentage.png" else axes
             assert lowest.get_xlabel()
+
+
+@pytest.fixture
+def not_told_of_letters():
+    """As in a process that has drawn no picture yet."""
+    ev.tell_of_missing_letters.cache_clear()
+    yield
+    ev.tell_of_missing_letters.cache_clear()
+
+
+@pytest.mark.usefixtures("not_told_of_letters")
+def test_letters_that_the_font_lacks_are_told_once(tmp_path, capfd, recwarn):
+    for name in ("first", "second"):
+        with ev.plot_figure(tmp_path / f"{name}.png") as axes:
+            axes.plot([0, 1], label="\u53cc\u5b50")
+            axes.set_title("\u53cc\u5b50 twins")
+        assert (tmp_path / f"{name}.png").is_file()
+    out, error = capfd.readouterr()
+    (line,) = out.splitlines()
+    assert line == "warning: the pictures' font lacks letters of a name; they are boxes there"
+    assert error == ""
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.usefixtures("not_told_of_letters")
+def test_nothing_is_told_of_letters_that_the_font_has(tmp_path, capfd):
+    with ev.plot_figure(tmp_path / "picture.png") as axes:
+        axes.set_title("Zo\u00eb, \u0416\u0435\u043d\u044f")
+    assert capfd.readouterr() == ("", "")
 
 
 def label_in_det(name, figures):

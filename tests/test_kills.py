@@ -598,6 +598,17 @@ def test_a_state_that_cannot_be_replaced_stays_as_it_was(
     assert_same_result(experiment, "parts", "whole")
 
 
+@pytest.fixture
+def the_first_epoch_is_best(monkeypatch):
+    validate = TwinTrainer.validate
+
+    def falling_validate(self, epoch):
+        embeddings, figures = validate(self, epoch)
+        return embeddings, figures | {"val_auc": 0.9 - epoch / 10}
+
+    monkeypatch.setattr(TwinTrainer, "validate", falling_validate)
+
+
 @pytest.mark.parametrize("flag", ["--log_dir", "--output_dir"])
 def test_a_folder_that_cannot_be_written_to_is_one_line(experiment, run, refusal, flag):
     (experiment.folder / "file").write_text("")
@@ -606,19 +617,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(experiment, run, refusal
     assert f"{experiment.folder}/file/x" in refusal()
 
 
-@pytest.fixture
-def ever_worse(monkeypatch):
-    """Validation finds every epoch clearly worse than the one before, so the first is kept."""
-    validate = TwinTrainer.validate
-
-    def pessimistic_validate(self, epoch):
-        embeddings, figures = validate(self, epoch)
-        return embeddings, {**figures, "val_auc": 0.9 - 0.1 * epoch}
-
-    monkeypatch.setattr(TwinTrainer, "validate", pessimistic_validate)
-
-
-@pytest.mark.usefixtures("ever_worse")
+@pytest.mark.usefixtures("the_first_epoch_is_best")
 def test_a_run_that_goes_on_with_another_output_folder_keeps_its_best_checkpoint(
     experiment, run, interrupt, tmp_path
 ):
@@ -629,7 +628,7 @@ def test_a_run_that_goes_on_with_another_output_folder_keeps_its_best_checkpoint
     assert "against_start" in net.read_checkpoint(log["best_checkpoint"])
 
 
-@pytest.mark.usefixtures("ever_worse")
+@pytest.mark.usefixtures("the_first_epoch_is_best")
 def test_a_run_goes_on_with_the_best_checkpoint_that_moved_to_its_output_folder(
     experiment, run, interrupt
 ):
@@ -644,7 +643,7 @@ def test_a_run_goes_on_with_the_best_checkpoint_that_moved_to_its_output_folder(
     assert not models.exists()
 
 
-@pytest.mark.usefixtures("ever_worse")
+@pytest.mark.usefixtures("the_first_epoch_is_best")
 def test_a_run_whose_best_checkpoint_is_gone_does_not_go_on(experiment, run, interrupt, refusal):
     flags = "--epochs 4 --patience 9"
     interrupt(flags, 3)

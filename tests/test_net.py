@@ -626,6 +626,109 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert net.read_json(tmp_path / "x.json", "") == {"a": [0.5, None]}
 
 
+# ---- names ---------------------------------------------------------------------------------------
+
+
+NOT_UTF_8 = os.fsdecode(b"caf\xe9")  # the name of a file, as Python reads it
+
+
+def test_a_table_takes_ids_and_paths_that_are_not_utf_8(tmp_path):
+    net.write_csv(tmp_path / "x.csv", [{"ID": NOT_UTF_8, "name": "\u674e\u4f1f"}])
+    text = (tmp_path / "x.csv").read_text(encoding="utf-8")
+    assert text.splitlines() == ["ID,name", "caf\\udce9,\u674e\u4f1f"]
+
+
+LONG_NAMES = {
+    "letters of one byte": "a" * 250,
+    "letters of three bytes": "\u674e" * 100,
+    "letters that are encoded": "\U0001f600" * 60,
+    "bytes that are not UTF-8": "\udce9" * 90,
+    "letters of both kinds": "a" * 182 + "\u674e" * 9,
+}
+
+
+@pytest.mark.parametrize("text", LONG_NAMES.values(), ids=LONG_NAMES.keys())
+def test_a_long_name_is_cut_to_what_file_systems_take(tmp_path, text):
+    name = net.file_name(text)
+    assert len(name.encode()) <= 200
+    net.write_json(tmp_path / f"{name}+12345678.json", {"a": 1})
+    assert names_in(tmp_path) == [f"{name}+12345678.json"]
+
+
+@pytest.mark.parametrize("text", LONG_NAMES.values(), ids=LONG_NAMES.keys())
+def test_long_names_that_differ_in_their_last_letter_stay_different(text):
+    names = {net.file_name(text), net.file_name(f"{text}b"), net.file_name(f"{text[:-1]}b")}
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("n", range(180, 186))
+def test_a_name_is_not_cut_inside_a_letter(n):
+    text = "a" * n + "\u674e" * 20
+    beginning, digest = net.file_name(text).split("+")
+    assert text.startswith(beginning)
+    assert len(digest) == 16
+
+
+def test_a_name_of_two_hundred_bytes_is_not_cut():
+    assert net.file_name("a" * 200) == "a" * 200
+    assert net.file_name("a" * 201) != "a" * 201
+
+
+@pytest.fixture
+def two_drives(monkeypatch):
+    """Nothing is relative to anything else, as on Windows from drive to drive."""
+
+    def refuse(path, start=None):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(os.path, "relpath", refuse)
+
+
+def test_a_path_on_another_drive_stays_as_it_is(two_drives):
+    path = os.path.abspath("photos/1.jpg")
+    assert net.relative_path(path, "/elsewhere") == path
+
+
+def test_a_path_on_the_same_drive_is_relative(tmp_path):
+    assert net.relative_path(tmp_path / "photos/1.jpg", tmp_path) == os.path.join("photos", "1.jpg")
+
+
+def test_photographs_on_another_drive_have_names_of_their_own(two_drives):
+    names = net.file_names(["/c/x/1.jpg", "/c/y/1.jpg", "/c/2.jpg"], home="/d")
+    assert names["/c/2.jpg"] == "2"
+    assert len(set(names.values())) == 3
+
+
+# ---- what the terminal cannot show ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_script_says_names_that_the_output_cannot_encode(monkeypatch, encoding):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def work():
+        print(f"left out: \u674e\u4f1f/\u0142\u00f3d\u017a.jpg {NOT_UTF_8}")
+        raise net.InputError("\u674e\u4f1f: no photograph")
+
+    assert net.run_script("align.py", work, "interrupted") == 2
+    said = {}
+    for name, stream in streams.items():
+        stream.flush()
+        said[name] = stream.buffer.getvalue().decode(encoding)
+    assert said["stdout"].startswith(r"left out: \u674e\u4f1f/\u0142")
+    assert said["stdout"].endswith("caf\\udce9\n")
+    assert said["stderr"] == "align.py: \\u674e\\u4f1f: no photograph\n"
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_a_script_runs_without_a_terminal(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert net.run_script("align.py", lambda: None, "interrupted") == 0
+
+
 # ---- interrupts ----------------------------------------------------------------------------------
 
 
@@ -867,6 +970,47 @@ def test_a_process_alone_stops_when_it_is_asked_to_and_not_before(alone, monkeyp
     monkeypatch.setattr(net.interrupt, "asked", True)
     with pytest.raises(KeyboardInterrupt):
         alone.raise_if_interrupted()
+
+
+WHOLE_SET = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize("missing", WHOLE_SET)
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_the_whole_set_of_torchruns_variables_there_is_one_process(
+    monkeypatch, missing, value
+):
+    for name, there in WHOLE_SET.items():
+        monkeypatch.setenv(name, there)
+    monkeypatch.delenv(missing)
+    if value is not None:
+        monkeypatch.setenv(missing, value)
+    processes = net.Processes("cpu")
+    assert (processes.rank, processes.world, processes.is_main) == (0, 1, True)
+
+
+@pytest.mark.parametrize("name", WHOLE_SET)
+def test_one_of_torchruns_variables_alone_makes_no_group(monkeypatch, name):
+    for other in WHOLE_SET:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, WHOLE_SET[name])
+    processes = net.Processes("cpu")
+    assert (processes.rank, processes.world, processes.is_main) == (0, 1, True)
+
+
+def test_the_whole_set_of_torchruns_variables_makes_a_group(monkeypatch):
+    for name, value in WHOLE_SET.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(net.Processes, "wait", lambda self: None)
+    processes = net.Processes("cpu")
+    assert (processes.rank, processes.world, processes.is_main) == (1, 2, False)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

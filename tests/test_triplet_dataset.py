@@ -1,14 +1,20 @@
 """Triplets, steps, families, splits, files and crops, against brute force over the definitions."""
 
 import hashlib
+import io
 import itertools
 import json
 import math
 import time
 import tracemalloc
+import unicodedata
+from argparse import Namespace
 from collections import Counter
+from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,9 +22,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.stats import chi2
 
+import align
 import net
 import triplet_dataset as td
 from net import InputError, to_input
+from tests import synthetic
 
 
 def people(sizes):
@@ -227,6 +235,109 @@ def test_a_data_set_of_a_billion_triplets_is_built_in_seconds():
     assert seconds < 5
 
 
+@pytest.mark.parametrize("percentage", [1, 10, 100])
+def test_a_pair_of_a_thousand_images_each_takes_no_memory_per_triplet(percentage):
+    tracemalloc.start()
+    dataset = td.TwinTripletDataset(people([1000, 1000]), couples(1), percentage)
+    for batch_size in (None, 64):
+        steps = dataset.steps(1, 96, batch_size)
+        assert len(steps[0]) > 0
+    n_touched = dataset.count_touched_images()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(dataset) == 2 * 1000 * 999 * 1000 * percentage // 100
+    assert n_touched == 2000
+    assert peak < 500e6
+
+
+def test_ids_that_are_not_utf_8_have_a_sample_of_their_own():
+    images = {"caf\udce9": ["/a/0.png", "/a/1.png"], "\udcff": ["/b/0.png", "/b/1.png"]}
+    dataset = td.TwinTripletDataset(images, [tuple(images)], 50)
+    triplets = all_triplets(dataset)
+    assert len(set(triplets)) == 4
+    assert set(triplets) < brute_force(images, [tuple(images)])
+
+
+# ---- the shuffled order of a sample --------------------------------------------------------------
+
+
+SIZES = [*range(1, 70), 255, 256, 257, 1000, 4097]
+
+
+def order_of(shuffle, pair):
+    """The whole shuffled order of a pair's numbers, as a list."""
+    places = np.arange(int(shuffle.sizes[pair]))
+    return shuffle.number_at(pair, places).tolist()
+
+
+def test_a_shuffle_is_a_bijection_for_every_size():
+    shuffle = td.Shuffle(SIZES, [[1, size] for size in SIZES])
+    for pair, size in enumerate(SIZES):
+        assert sorted(order_of(shuffle, pair)) == list(range(size))
+
+
+def test_the_place_of_a_number_is_the_inverse_of_the_number_at_a_place():
+    shuffle = td.Shuffle(SIZES, [[1, size] for size in SIZES])
+    for pair, size in enumerate(SIZES):
+        places = np.arange(size)
+        numbers = shuffle.number_at(pair, places)
+        assert np.array_equal(shuffle.place_of(pair, numbers), places)
+        assert np.array_equal(shuffle.number_at(pair, shuffle.place_of(pair, places)), places)
+
+
+def test_a_shuffle_takes_the_places_of_several_pairs_at_once():
+    sizes = [5, 1000, 17]
+    shuffle = td.Shuffle(sizes, [[1], [2], [3]])
+    pairs = np.array([0, 2, 1, 1, 0])
+    places = np.array([4, 16, 999, 0, 2])
+    expected = []
+    for pair, place in zip(pairs, places, strict=True):
+        expected.append(order_of(shuffle, pair)[place])
+    numbers = shuffle.number_at(pairs, places)
+    assert numbers.tolist() == expected
+    assert shuffle.place_of(pairs, numbers).tolist() == places.tolist()
+
+
+def test_a_shuffle_works_on_numbers_beyond_32_bits():
+    n = 10**13 + 7
+    shuffle = td.Shuffle([n], [[1]])
+    places = np.concatenate([np.arange(1000), n - 1 - np.arange(1000)])
+    numbers = shuffle.number_at(0, places)
+    assert numbers.min() >= 0
+    assert numbers.max() < n
+    assert len(set(numbers.tolist())) == len(places)
+    assert np.array_equal(shuffle.place_of(0, numbers), places)
+
+
+def test_the_seed_decides_the_shuffled_order():
+    shuffle = td.Shuffle([50, 50, 50], [[1, 7], [1, 7], [1, 8]])
+    assert order_of(shuffle, 0) == order_of(shuffle, 1)
+    assert order_of(shuffle, 0) != order_of(shuffle, 2)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 12, 17])
+def test_every_number_is_equally_likely_at_every_place(size):
+    n_seeds = 2000
+    shuffle = td.Shuffle([size] * n_seeds, [[seed] for seed in range(n_seeds)])
+    for place in (0, size // 2, size - 1):
+        numbers = shuffle.number_at(np.arange(n_seeds), np.full(n_seeds, place))
+        assert come_up_equally_often(Counter(numbers.tolist()), range(size))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_every_two_numbers_are_equally_likely_to_be_sampled_together(size):
+    n_seeds = 2000
+    shuffle = td.Shuffle([size] * n_seeds, [[seed] for seed in range(n_seeds)])
+    seeds = np.arange(n_seeds)
+    first = shuffle.number_at(seeds, np.zeros(n_seeds, int))
+    second = shuffle.number_at(seeds, np.ones(n_seeds, int))
+    samples = Counter(zip(first.tolist(), second.tolist(), strict=True))
+    assert come_up_equally_often(samples, list(itertools.permutations(range(size), 2)))
+
+
+# ---- the triplets of one pair after another ------------------------------------------------------
+
+
 @pytest.fixture
 def three_pairs(monkeypatch):
     """A dataset whose pairs come in parts of at most ten triplets."""
@@ -253,6 +364,9 @@ def test_touched_images_are_those_of_sampled_triplets(percentage):
     dataset = td.TwinTripletDataset(people([4, 3, 2, 5]), couples(2), percentage)
     touched = set(itertools.chain(*all_triplets(dataset)))
     assert dataset.count_touched_images() == len(touched)
+
+
+# ---- items ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -631,6 +745,33 @@ def test_related_pairs_join_families_without_being_split(seed):
     assert (("p0", "p1") in train) == (("p2", "p3") in train)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
+def test_people_who_must_not_validate_never_do(share, seed):
+    train, val = td.split_pairs(couples(5), share, seed, never_validate={"p1", "p4", "stranger"})
+    assert sorted(train + val) == couples(5)
+    assert {("p0", "p1"), ("p4", "p5")} <= set(train)
+    assert val
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_person_in_a_related_pair_keeps_the_family_from_validation(seed):
+    related = [("p1", "sister")]
+    train, val = td.split_pairs(couples(3), 0.5, seed, related, never_validate={"sister"})
+    assert ("p0", "p1") in train
+    assert val
+
+
+def test_other_families_validate_as_before_where_nobody_is_kept_from_it():
+    expected = td.split_pairs(couples(20), 0.3, 1)
+    assert td.split_pairs(couples(20), 0.3, 1, never_validate={"stranger"}) == expected
+
+
+def test_if_nobody_may_validate_there_is_no_validation():
+    everyone = {name for pair in couples(3) for name in pair}
+    assert td.split_pairs(couples(3), 0.5, 1, never_validate=everyone) == (couples(3), [])
+
+
 @pytest.mark.parametrize("share", [-0.1, 1, 2, float("nan")])
 def test_wrong_shares_are_refused(share):
     with pytest.raises(InputError, match="validation_split must be at least 0 and below 1"):
@@ -671,7 +812,7 @@ def test_a_missing_image_list_is_refused_with_file_and_form(tmp_path):
         ({}, r"expected \[\["),
         ([], "expected .* at least one pair"),
         ([["a", "b"], ["a"]], r"pair 2 is \['a'\]; expected two IDs"),
-        ([["a", 1]], "pair 1 .*both strings"),
+        ([["a", 1]], "pair 1: an ID must be a string, not 1"),
         ([["a", "b"], ["b", "b"]], "pair 2: ID 'b' is paired with itself"),
         ([["a", "nobody"]], "pair 1: ID 'nobody' has no images listed"),
     ],
@@ -699,6 +840,165 @@ def test_paths_are_relative_to_the_file(tmp_path):
 def test_a_byte_order_mark_is_fine(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"a": ["/d.png"]}), encoding="utf-8-sig")
     assert td.read_id_to_images(tmp_path / "x.json") == {"a": ["/d.png"]}
+
+
+COMPOSED = unicodedata.normalize("NFC", "Zo\u00eb")
+DECOMPOSED = unicodedata.normalize("NFD", "Zo\u00eb")  # as names from a Mac are spelled
+
+
+@pytest.mark.parametrize("there", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("listed", [COMPOSED, DECOMPOSED])
+def test_a_path_with_accents_is_found_in_either_spelling(tmp_path, there, listed):
+    (tmp_path / there).mkdir()
+    (tmp_path / there / f"{there}.png").write_bytes(b"")
+    (tmp_path / "x.json").write_text(json.dumps({"a": [f"{listed}/{listed}.png"]}))
+    (path,) = td.read_id_to_images(tmp_path / "x.json")["a"]
+    assert path == str(tmp_path / there / f"{there}.png")
+
+
+def test_of_two_files_that_look_the_same_the_one_that_is_listed_is_taken(tmp_path):
+    for name in (COMPOSED, DECOMPOSED):
+        (tmp_path / name).write_bytes(b"")
+    for name in (COMPOSED, DECOMPOSED):
+        assert td.resolve(tmp_path, name) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", ["json", "csv"])
+@pytest.mark.parametrize("listed", [COMPOSED, DECOMPOSED])
+@pytest.mark.parametrize("paired", [COMPOSED, DECOMPOSED])
+def test_an_id_with_accents_is_one_id_in_either_spelling(tmp_path, listed, paired, ending):
+    (tmp_path / "images.json").write_text(json.dumps({listed: ["x.png"], "b": ["y.png"]}))
+    images = td.read_id_to_images(tmp_path / "images.json")
+    assert list(images) == [COMPOSED, "b"]
+    content = {"json": json.dumps([[paired, "b"]]), "csv": f"{paired},b\n"}[ending]
+    (tmp_path / f"pairs.{ending}").write_text(content, encoding="utf-8")
+    assert td.read_pairs(tmp_path / f"pairs.{ending}", images) == ([(COMPOSED, "b")], [])
+
+
+def test_the_first_line_of_a_csv_file_is_no_title_if_its_ids_are_decomposed(tmp_path):
+    (tmp_path / "x.csv").write_text(f"{DECOMPOSED},{DECOMPOSED}2\na,b\n", encoding="utf-8")
+    images = dict.fromkeys([COMPOSED, f"{COMPOSED}2", "a", "b"], ())
+    pairs, _ = td.read_pairs(tmp_path / "x.csv", images)
+    assert pairs == [(COMPOSED, f"{COMPOSED}2"), ("a", "b")]
+
+
+def test_an_id_in_both_spellings_is_refused_for_the_user_to_merge(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({COMPOSED: ["x"], DECOMPOSED: ["y"]}))
+    with pytest.raises(InputError, match=r"x\.json: ID .* is there in two spellings; merge"):
+        td.read_id_to_images(tmp_path / "x.json")
+
+
+# ---- folders and tables --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_of_people(tmp_path):
+    """Two people with photographs, one with none, and what systems and people leave beside them."""
+    names = ["Anna/2.JPG", "Anna/1.png", "Berta/x.webp", "Berta/.DS_Store", "Berta/._x.jpg"]
+    names += ["Anna/notes.txt", "Anna/raw/1.jpg", "Carla/readme.md", "group.jpg", ".trash/1.jpg"]
+    for name in names:
+        path = tmp_path / "people" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return tmp_path / "people"
+
+
+def test_a_folder_of_people_lists_each_folder_as_an_id_with_its_images(folder_of_people):
+    assert td.read_id_to_images(folder_of_people) == {
+        "Anna": [str(folder_of_people / "Anna/1.png"), str(folder_of_people / "Anna/2.JPG")],
+        "Berta": [str(folder_of_people / "Berta/x.webp")],
+        "Carla": [],
+    }
+
+
+def test_a_folder_of_people_gives_full_paths(folder_of_people, monkeypatch):
+    monkeypatch.chdir(folder_of_people.parent)
+    expected = td.read_id_to_images(folder_of_people)
+    assert td.read_id_to_images("people") == expected
+
+
+def test_all_other_files_of_a_folder_of_people_are_counted(folder_of_people):
+    listed = td.read_id_to_images(folder_of_people)
+    n_listed = sum(len(images) for images in listed.values())
+    n_files = sum(path.is_file() for path in folder_of_people.rglob("*"))
+    assert (n_files, n_listed) == (10, 3)
+    assert td.count_other_files(folder_of_people) == 7
+
+
+def test_a_folder_without_a_photograph_of_anyone_is_refused(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    (tmp_path / "Anna").mkdir()
+    with pytest.raises(InputError, match="expected a folder for each ID, with photographs in it"):
+        td.read_id_to_images(tmp_path)
+
+
+def test_a_folder_with_a_name_in_both_spellings_is_refused(tmp_path):
+    for name in (COMPOSED, DECOMPOSED):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="is there in two spellings; merge the folders"):
+        td.read_id_to_images(tmp_path)
+
+
+@pytest.mark.parametrize("titles", ["", "ID,twin's ID\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])  # the byte order mark that Excel writes
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_pairs_are_read_from_a_table_with_or_without_titles(tmp_path, titles, mark, end):
+    text = f'{mark}{titles}a,b\n\n"c, the second", 007\nb,a\n'
+    (tmp_path / "x.CSV").write_bytes(text.replace("\n", end).encode())
+    images = {"a": [], "b": [], "c, the second": [], "007": []}
+    pairs, warnings = td.read_pairs(tmp_path / "x.CSV", images)
+    assert pairs == [("a", "b"), ("c, the second", "007")]
+    assert warnings == ["1 of 3 pairs are listed more than once; each is used once"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected two columns, ID and twin's ID, with at least one pair"),
+        (b"ID,twin\n", "expected two columns, ID and twin's ID, with at least one pair"),
+        (b"a;b\nb;a\n", r"pair 1 is \['b;a'\]; expected two IDs"),
+        (b"a,b,c\n", r"pair 1 is \['a', 'b', 'c'\]; expected two IDs"),
+        (b"a,nobody\n", "pair 1: ID 'nobody' has no images listed"),
+        ("a,b\né,b".encode("latin-1"), "expected a CSV file of two columns"),
+    ],
+)
+def test_wrong_tables_are_refused_with_file_entry_and_form(tmp_path, content, message):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(InputError, match=rf"x\.csv: .*{message}"):
+        td.read_pairs(tmp_path / "x.csv", {"a": [], "b": []})
+
+
+def test_a_missing_table_is_refused_with_its_form(tmp_path):
+    with pytest.raises(InputError, match=r"x\.csv: .*No such file.*; expected a CSV file"):
+        td.read_pairs(tmp_path / "x.csv", {"a": []})
+
+
+# ---- lists of crops ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed_crops(tmp_path):
+    """Flags for a list of crops, of which one is gone, and for pairs."""
+    (tmp_path / "there.png").write_bytes(b"")
+    images = {"a": ["there.png", "gone.png"], "b": ["there.png"], "other": ["also_gone.png"]}
+    (tmp_path / "aligned.json").write_text(json.dumps(images))
+    (tmp_path / "pairs.json").write_text('[["a", "b"]]')
+    return Namespace(aligned_json=tmp_path / "aligned.json", pairs=tmp_path / "pairs.json")
+
+
+def test_listed_crops_that_are_gone_are_passed_over_with_a_count(listed_crops):
+    images, pairs, warnings = td.read_people(listed_crops, "aligned_json", "pairs")
+    assert [Path(path).name for path in images["a"]] == ["there.png"]
+    assert pairs == [("a", "b")]
+    assert warnings == ["1 listed crops are gone and are passed over"]
+
+
+def test_people_whom_the_alignment_has_not_met_are_told_how_to_align_them(listed_crops):
+    listed_crops.pairs.write_text('[["a", "nobody"]]')
+    message = r"--pairs .*'nobody' is not listed in .*aligned\.json: .*leave out --skip_alignment"
+    with pytest.raises(InputError, match=message):
+        td.read_people(listed_crops, "aligned_json", "pairs")
 
 
 # ---- crops ---------------------------------------------------------------------------------------
@@ -786,7 +1086,7 @@ def people_of(path):
 def test_a_copy_under_one_id_is_used_once_with_a_count(path, people_of):
     both = people_of(one=["A", "B", "Aa", "A"], two=["C"])
     assert both.id_to_images == {"one": [path["A"], path["B"]], "two": [path["C"]]}
-    assert both.warnings == ["2 images are the same as another of their ID; each is used once"]
+    assert both.warnings == ["2 images are copies of another of their ID; each is used once"]
 
 
 @pytest.mark.parametrize("others", [["C"], []])
@@ -797,7 +1097,7 @@ def test_people_without_copies_give_no_warning(people_of, others):
 def test_a_person_all_of_whose_images_are_one_is_named(people_of):
     warnings = people_of(one=["A", "Aa", "Aaa"], two=["B", "Bb"]).warnings
     assert warnings[0] == "ID 'one': all 3 paths lead to one and the same image"
-    assert warnings[1].startswith("3 images are the same")
+    assert warnings[1].startswith("3 images are copies")
     assert len(warnings) == 2
 
 
@@ -805,6 +1105,231 @@ def test_one_image_under_two_ids_is_refused_with_both(people_of):
     message = r"Aa\.png: .*ID 'two', but it is the same image as .*/A\.png of ID 'one'"
     with pytest.raises(InputError, match=message):
         people_of(one=["A", "B"], two=["Aa"])
+
+
+# ---- near copies ---------------------------------------------------------------------------------
+
+
+def photo_of(person, shot):
+    """A crop, a Pillow image, with light and shade of many sizes, as photographs have them.
+
+    Half of it is the person's, half the shot's.
+    """
+    of_person = np.random.default_rng([person])
+    of_shot = np.random.default_rng([person, shot])
+    picture = np.full((112, 112), 128.0)
+    for cells, strength in ((4, 28), (7, 18), (14, 8), (28, 6)):
+        for rng in (of_person, of_shot):
+            values = rng.normal(0, strength, (cells, cells))
+            picture += cv2.resize(values, (112, 112), interpolation=cv2.INTER_CUBIC)
+    coloured = picture[:, :, None] + of_shot.normal(0, 4, (112, 112, 3))
+    return Image.fromarray(np.clip(coloured, 0, 255).astype(np.uint8))
+
+
+def drawn_faces(person, n):
+    """n crops of a drawn face; the persons 2 k and 2 k + 1 are twins."""
+    family = np.random.default_rng([person // 2])
+    drawn = synthetic.draw_person(family)
+    if person % 2:
+        drawn = synthetic.draw_twin(drawn, family)
+    rng = np.random.default_rng([person])
+    photos = [synthetic.draw_photo(drawn, rng) for _ in range(n)]
+    return [align.align_face(photo, landmarks) for photo, landmarks in photos]
+
+
+def hash_images(images):
+    pixels = np.stack([np.array(image) for image in images])
+    return td.perceptual_hashes(torch.from_numpy(pixels))
+
+
+def saved_as_jpeg(image, quality):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+COPIES = {
+    "JPEG": lambda image: saved_as_jpeg(image, 75),
+    "small JPEG": lambda image: saved_as_jpeg(image, 30),
+    "half the size": lambda image: image.resize((56, 56)).resize((112, 112)),
+    "brighter": lambda image: image.point(lambda value: min(255, 1.15 * value + 5)),
+    "darker": lambda image: image.point(lambda value: 0.8 * value),
+    "messenger": lambda image: saved_as_jpeg(image.resize((80, 80)).resize((112, 112)), 60),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_an_image_that_was_changed_on_its_way_is_found(kind):
+    originals = [photo_of(person, shot) for person in range(4) for shot in range(3)]
+    copied = [COPIES[kind](original) for original in originals]
+    assert all(np.any(np.array(a) != np.array(b)) for a, b in zip(originals, copied, strict=True))
+    found = td.find_copies(hash_images(copied), hash_images(originals))
+    assert found.tolist() == list(range(len(originals)))
+
+
+def test_different_images_of_one_person_are_no_copies():
+    for person in range(4):
+        for shots in (drawn_faces(person, 8), [photo_of(person, shot) for shot in range(8)]):
+            hashes = hash_images(shots)
+            assert td.find_copies(hashes, hashes, earlier=True).tolist() == [-1] * 8
+
+
+def test_images_of_twins_and_strangers_are_no_copies():
+    of_one = hash_images(drawn_faces(0, 8))
+    for other in (1, 2, 5):
+        assert td.find_copies(of_one, hash_images(drawn_faces(other, 8))).tolist() == [-1] * 8
+
+
+def test_the_crops_of_tests_are_no_copies_of_each_other(write_crops):
+    aligned, _ = write_crops([[5, 4], [4, 4, 3]])
+    paths = itertools.chain(*td.read_id_to_images(aligned).values())
+    hashes = td.perceptual_hashes(td.load_crops(paths).pixels)
+    assert td.find_copies(hashes, hashes, earlier=True).max() == -1
+
+
+def slow_hash(crop):
+    """The 288 bits of a crop, by the words of the definition, in exact fractions."""
+    inner = crop[8:-8, 8:-8].astype(int).sum(2)
+
+    def part(rows, columns, i, j):
+        """The mean of part (i, j) of a face that is cut into rows times columns parts.
+
+        A pixel that two parts share is in both.
+        """
+        top, bottom = i * 96 // rows, -(-(i + 1) * 96 // rows)
+        left, right = j * 96 // columns, -(-(j + 1) * 96 // columns)
+        pixels = inner[top:bottom, left:right]
+        return Fraction(int(pixels.sum()), pixels.size)
+
+    bits = []
+    for i, j in itertools.product(range(12), range(12)):
+        bits.append(part(12, 13, i, j + 1) > part(12, 13, i, j))
+    for i, j in itertools.product(range(12), range(12)):
+        bits.append(part(13, 12, i + 1, j) > part(13, 12, i, j))
+    return bits
+
+
+def test_a_perceptual_hash_equals_its_definition_bit_for_bit():
+    crops = [np.array(photo_of(0, 0)), drawn_faces(3, 1)[0], random_pixels(seed=1)]
+    hashes = td.perceptual_hashes(torch.from_numpy(np.stack(crops)))
+    assert hashes.shape == (3, 36)
+    assert hashes.dtype == torch.uint8
+    for crop, packed in zip(crops, hashes, strict=True):
+        assert np.unpackbits(packed.numpy()).tolist() == slow_hash(crop)
+
+
+def test_hashes_do_not_depend_on_the_images_beside_them():
+    pixels = torch.from_numpy(np.stack([random_pixels(seed) for seed in range(3)] * 400))
+    assert torch.equal(td.perceptual_hashes(pixels)[:3], td.perceptual_hashes(pixels[:3]))
+    assert torch.equal(td.perceptual_hashes(pixels)[-3:], td.perceptual_hashes(pixels[:3]))
+
+
+def test_no_crops_have_no_hashes_and_no_copies():
+    nothing = td.perceptual_hashes(torch.zeros((0, 112, 112, 3), dtype=torch.uint8))
+    assert nothing.shape == (0, 36)
+    assert td.find_copies(nothing, nothing).tolist() == []
+    assert td.find_copies(random_hashes(2), nothing).tolist() == [-1, -1]
+
+
+def random_hashes(n, seed=0):
+    bits = np.random.default_rng(seed).integers(0, 256, (n, 36), np.uint8)
+    return torch.from_numpy(bits)
+
+
+def with_flipped_bits(hashes, n):
+    """Hashes of which the first n bits are turned round."""
+    bits = np.unpackbits(hashes.numpy(), axis=1)
+    bits[:, :n] ^= 1
+    return torch.from_numpy(np.packbits(bits, axis=1))
+
+
+@pytest.mark.parametrize(("n_differing", "is_copy"), [(0, 1), (1, 1), (15, 1), (16, 0), (288, 0)])
+def test_a_copy_differs_in_fifteen_bits_at_most(n_differing, is_copy):
+    assert td.MAX_DIFFERING_BITS == 15
+    hashes = random_hashes(1)
+    found = td.find_copies(with_flipped_bits(hashes, n_differing), hashes)
+    assert found.tolist() == [0 if is_copy else -1]
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_copies_equal_a_slow_loop_over_all_pairs(earlier):
+    distinct = random_hashes(1200)
+    order = np.random.default_rng(1).integers(0, 1200, 2500)  # several parts of 1,024 rows
+    hashes = with_flipped_bits(distinct, 7)[order]
+    others = hashes if earlier else distinct
+    expected = []
+    first_row = {}
+    for row, number in enumerate(order.tolist()):
+        expected.append(first_row.get(number, -1) if earlier else number)
+        first_row.setdefault(number, row)
+    assert td.find_copies(hashes, others, earlier).tolist() == expected
+
+
+@pytest.fixture
+def people_of_photos(tmp_path):
+    """people_of_photos(one={name: image}, two=...): the People of a pair, whose crops are files."""
+
+    def make(**images):
+        aligned = {}
+        for person, named in images.items():
+            aligned[person] = []
+            for name, image in named.items():
+                image.save(tmp_path / name)
+                aligned[person].append(str(tmp_path / name))
+        return td.People(aligned, [tuple(images)])
+
+    return make
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_near_copy_under_one_id_is_used_once_with_a_count(people_of_photos, kind):
+    copied = COPIES[kind](photo_of(0, 0))
+    ours = {"0.png": photo_of(0, 0), "1.png": photo_of(0, 1), "again.png": copied}
+    both = people_of_photos(one=ours, two={"2.png": photo_of(1, 0)})
+    assert [Path(path).name for path in both.id_to_images["one"]] == ["0.png", "1.png"]
+    assert both.warnings == ["1 images are copies of another of their ID; each is used once"]
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_near_copy_under_two_ids_is_refused_with_both_files(people_of_photos, kind):
+    copied = COPIES[kind](photo_of(0, 1))
+    message = r"again\.png: .*ID 'two', but it is the same image as .*/1\.png of ID 'one'"
+    ours = {"0.png": photo_of(0, 0), "1.png": photo_of(0, 1)}
+    with pytest.raises(InputError, match=message):
+        people_of_photos(one=ours, two={"2.png": photo_of(1, 0), "again.png": copied})
+
+
+def test_four_recompressions_of_one_photograph_are_one_image(people_of_photos):
+    again = {
+        f"{quality}.png": saved_as_jpeg(photo_of(0, 0), quality) for quality in (90, 75, 60, 45)
+    }
+    both = people_of_photos(one=again, two={"2.png": photo_of(1, 0)})
+    assert [len(images) for images in both.id_to_images.values()] == [1, 1]
+    assert both.warnings[0] == "ID 'one': all 4 paths lead to one and the same image"
+
+
+def test_no_image_that_is_used_is_a_copy_of_another_and_all_others_are(people_of, monkeypatch):
+    """Each image is a copy of the one before it, but not of the one before that, as in a film."""
+    film = torch.cat([with_flipped_bits(random_hashes(1), 10 * shot) for shot in range(6)])
+    monkeypatch.setattr(td, "perceptual_hashes", lambda pixels: film[: len(pixels)])
+    both = people_of(one=["A", "Aa", "Aaa", "B", "Bb"], two=[])
+    names = [Path(path).stem for path in both.id_to_images["one"]]
+    assert names == ["A", "Aaa", "Bb"]
+    assert both.warnings == ["2 images are copies of another of their ID; each is used once"]
+
+
+def test_people_are_known_again_by_a_copy_of_one_of_their_images(people_of_photos):
+    ours = {"0.png": photo_of(0, 0), "1.png": photo_of(0, 1)}
+    both = people_of_photos(one=ours, two={"2.png": photo_of(1, 0)})
+    assert both.owner == ["one", "one", "two"]
+    assert both.people_on(hash_images([photo_of(4, 0), saved_as_jpeg(photo_of(0, 1), 75)])) == {
+        "one"
+    }
+    assert both.people_on(hash_images([photo_of(4, 0)])) == set()
+    assert both.people_on(random_hashes(0)) == set()
+
+
+# ---- files that are crops, and others ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])

@@ -1,5 +1,10 @@
 """The losses equal slow loops over their definitions and the losses of two libraries."""
 
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.reducers import MeanReducer
 
+import triplet_loss
 from triplet_loss import TripletLoss
 
 KINDS = ["cosine", "euclidean"]
@@ -232,6 +238,84 @@ def test_statistics_carry_no_gradients():
     to_negative = torch.tensor([0.9, 0.3], requires_grad=True)
     values = TripletLoss(MARGIN).statistics(to_positive, to_negative)
     assert not values.requires_grad
+
+
+def slow_sums(matrix, n, margin):
+    """The sums of the statistics over all triplets of two twins, from one triplet after another."""
+    twins = [range(n), range(n, len(matrix))]
+    sums = np.zeros(5)
+    for own, twin in (twins, twins[::-1]):
+        for anchor, positive in itertools.permutations(own, 2):
+            for negative in twin:
+                to_positive = matrix[anchor, positive].item()
+                to_negative = matrix[anchor, negative].item()
+                excess = to_positive - to_negative + margin
+                is_violated = to_positive > to_negative
+                sums += [max(0, excess), to_positive, to_negative, excess > 0, is_violated]
+    return sums
+
+
+SIZES_OF_TWINS = [(5, 3), (2, 7), (4, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), SIZES_OF_TWINS)
+def test_sums_over_all_triplets_equal_a_slow_loop(kind, n, m):
+    criterion = TripletLoss(MARGIN, kind)
+    # People of two dimensions, so that triplets of all kinds come up.
+    embeddings = torch.nn.functional.pad(torch.randn(n + m, 2), (0, 510))
+    matrix = criterion.matrix(embeddings)
+    sums = criterion.sums_over_all_triplets(matrix, n)
+    assert sums.dtype == torch.float64
+    np.testing.assert_allclose(sums, slow_sums(matrix, n, MARGIN), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES_OF_TWINS)
+def test_sums_over_all_triplets_are_exact_where_distances_tie(n, m):
+    """Distances and the margin are multiples of 1/4, so many losses are exactly zero."""
+    values = torch.randint(0, 5, (n + m, n + m)) / 4
+    matrix = values.triu(1) + values.triu(1).T
+    sums = TripletLoss(0.25).sums_over_all_triplets(matrix, n)
+    assert sums.tolist() == slow_sums(matrix, n, 0.25).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_over_all_triplets_are_those_of_the_statistics(kind):
+    criterion = TripletLoss(MARGIN, kind)
+    embeddings = torch.randn(9, 3)
+    anchors = itertools.chain(
+        itertools.product(range(5), range(5), range(5, 9)),
+        itertools.product(range(5, 9), range(5, 9), range(5)),
+    )
+    triplets = torch.tensor([triplet for triplet in anchors if triplet[0] != triplet[1]])
+    means = criterion.statistics(*criterion.distances(embeddings, triplets))
+    sums = criterion.sums_over_all_triplets(criterion.matrix(embeddings), 5)
+    torch.testing.assert_close(sums / len(triplets), means.double(), rtol=1e-5, atol=1e-6)
+
+
+ALL_TRIPLETS_OF_A_THOUSAND_IMAGES_EACH = """
+import resource, time, torch
+from triplet_loss import TripletLoss
+criterion = TripletLoss(0.3)
+embeddings = torch.randn(2000, 512)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.process_time()
+sums = criterion.sums_over_all_triplets(criterion.matrix(embeddings), 1000)
+seconds = time.process_time() - start
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(seconds, (after - before) / 1024, sums[3].item() / 2e9)
+"""
+
+
+def test_all_triplets_of_a_thousand_images_each_take_little_time_and_memory():
+    """They are two billion."""
+    command = [sys.executable, "-c", ALL_TRIPLETS_OF_A_THOUSAND_IMAGES_EACH]
+    folder = Path(triplet_loss.__file__).parent
+    output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    seconds, megabytes, share_active = map(float, output.split())
+    assert seconds < 2
+    assert megabytes < 500
+    assert share_active > 0.9  # random embeddings are as far from each other as from the twin's
 
 
 @pytest.mark.parametrize(
