@@ -11,6 +11,7 @@ ISO/IEC 19795-1. `train_twins.py` validates with the same functions.
 
 import json
 import os
+import textwrap
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -859,8 +860,8 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
             handles, _ = axes.get_legend_handles_labels()
             if handles:
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
-            figure.savefig(temporary, format="png")
+    with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
+        figure.savefig(temporary, format="png")
     if any("missing from font" in str(warning.message) for warning in caught):
         tell_of_missing_letters()
 
@@ -943,7 +944,9 @@ def plot_distributions(path, checkpoint):
             if threshold is not None:
                 label = f"threshold at {what}\n{describe_rates(scores, threshold)}"
                 axes.axvline(threshold, color="grey", linewidth=1.5, linestyle=style, label=label)
-        axes.set(xlim=(LOWEST_SCORE, 1), yscale="log", title=checkpoint.name)
+        axes.set(xlim=(LOWEST_SCORE, 1), yscale="log")
+        label_logarithmic_axis(axes.yaxis)
+        axes.set_title(textwrap.fill(checkpoint.name, 60), fontsize=9)
         axes.set_xlabel("score (cosine similarity)")
         axes.set_ylabel("share of the image pairs per bin (%)")
 
@@ -973,7 +976,7 @@ def plot_hardest(path, evaluator, checkpoint, crops):
         for kind, part in (("twin", grid[:2]), ("genuine", grid[2:])):
             plot_mistakes(part, evaluator, checkpoint, crops, kind, excess[kind], is_wrong[kind])
         heading = f"mistakes at the EER threshold {threshold:.3f}, the worst first"
-        grid[0, 0].figure.suptitle(f"{checkpoint.name}: {heading}", fontsize=9)
+        grid[0, 0].figure.suptitle(f"{checkpoint.name}\n{heading}", fontsize=9)
 
 
 def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):

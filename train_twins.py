@@ -1319,7 +1319,7 @@ def plot_curves(folder, log):
     title = f"{config['n_val_pairs']} validation pairs"
     if "against_start" in log:
         verdict = describe(log["against_start"])
-        title += "\n" + textwrap.fill(f"best epoch against the start: {verdict}", 80)
+        title += "\n" + textwrap.fill(f"kept epoch against the start: {verdict}", 80)
     figures = {
         "val_eer": "EER, twins",
         "val_auc": "AUC, twins",

@@ -1526,3 +1526,11 @@ def test_photographs_to_metrics(tmp_path, tiny_model, monkeypatch):
     assert metrics["counts"] == counts
     assert metrics["flip"] is True
     assert metrics["general_pairs_drawn"] is True
+
+
+@pytest.mark.parametrize("picture", ["score_distributions.png", "det_curve.png"])
+def test_logarithmic_axes_have_plain_numbers(evaluated, picture):
+    (axes,) = evaluated.figures["b", picture].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert "1" in labels
+    assert not any("$" in label for label in labels)
