@@ -862,7 +862,7 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
         figure.savefig(temporary, format="png")
-    if any("missing from font" in str(warning.message) for warning in caught):
+    if any("missing from" in str(warning.message) for warning in caught):
         tell_of_missing_letters()
 
 
