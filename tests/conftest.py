@@ -18,6 +18,9 @@ import net
 import train_twins
 from tests.synthetic import set_batchnorm_statistics, write_photos
 
+# As in tests/runner.py, so that runs in other processes end with the same bits as runs in this one.
+torch.set_num_threads(1)
+
 # A network of AdaFace's kind, small enough that a test trains it in a second. Its channels are
 # not (8, 8, 16, 16): the backward pass of Conv2d(8, 16, 1, stride=2) on channels_last corrupts
 # the heap in PyTorch 2.14 on CPUs with AVX-512.
