@@ -46,7 +46,7 @@ from net import (
     write_csv,
     write_json,
 )
-from triplet_dataset import People, TwinImages, read_people
+from triplet_dataset import People, TwinImages, deal_into_folds, read_people
 
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)  # of twin impostors, for TAR at FAR
 GENERAL_MATCH_RATES = (0.001, 0.0001)  # of general impostors, where NIST IR 8439 sets thresholds
@@ -59,6 +59,7 @@ OPERATING_POINTS = {
 RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each general threshold and operating point
 MAX_GENERAL_PAIRS = 2_000_000  # if there are more general impostor pairs, they are sampled
 MIN_FAMILIES = 6  # with fewer families there is no interval and no verdict
+N_FOLDS = 10  # of accuracy_10_fold
 LARGE_SHARE = 0.25  # of the genuine or twin pairs; a family with more is named in a warning
 PAIRS_AT_ONCE = 1 << 12  # pairs scored at once, so that their embeddings stay in the cache
 
@@ -68,7 +69,7 @@ class Metric(NamedTuple):
     """One figure of an evaluation."""
 
     name: str
-    better: str | None  # "higher" or "lower"; None for a threshold, which is neither
+    better: str | None  # "higher" or "lower"; None for a threshold or a spread: neither
     # A figure at a given FMR needs at least 1 / rate impostor pairs of this kind.
     impostors: str | None = None  # "twin" or "general"
     rate: float | None = None
@@ -77,7 +78,7 @@ class Metric(NamedTuple):
         """The value as text, in percent except for areas and thresholds."""
         if value is None:
             return "-"
-        if self.better is None or self.name.endswith("auc"):
+        if "threshold" in self.name or self.name.endswith("auc"):
             return f"{value:.4f}"
         return f"{100 * value:.2f}"
 
@@ -89,6 +90,8 @@ def all_metrics():
     yield Metric("auc", "higher")
     yield Metric("best_accuracy", "higher")
     yield Metric("accuracy_at_eer", "higher")
+    yield Metric("accuracy_10_fold", "higher")
+    yield Metric("accuracy_10_fold_std", None)
     for rate in FALSE_ACCEPT_RATES:
         yield Metric(f"tar_at_far_{rate:g}", "higher", "twin", rate)
     yield Metric("general_auc", "higher")
@@ -109,13 +112,15 @@ class ScoredPairs:
     """Image pairs of one kind, by ascending score.
 
     `scores` (K,). `code` (K,) int says whom a pair belongs to: family f for genuine and twin pairs,
-    and f * F + g for a general pair of families f and g, F being the number of families.
+    and f * F + g for a general pair of families f and g, F being the number of families. `fold`
+    (K,) int: the fold of a genuine or twin pair, from 0 to N_FOLDS - 1; None without folds.
     """
 
-    def __init__(self, scores, code):
+    def __init__(self, scores, code, fold=None):
         order = np.argsort(scores, kind="stable")
         self.scores = scores[order]
         self.code = code[order]
+        self.fold = None if fold is None else fold[order]
         self._sums = np.zeros(len(code) + 1, np.int64)
 
     def cumulative_weights(self, weight_of_code):
@@ -149,6 +154,12 @@ class RankedPairs:
         # For each genuine pair, the number of general pairs that score lower, or no higher.
         self.general_below = np.searchsorted(general.scores, genuine.scores, "left")
         self.general_not_above = np.searchsorted(general.scores, genuine.scores, "right")
+        if genuine.fold is not None:
+            # Where a threshold first rejects each genuine and each twin pair, fold after fold.
+            fold = np.concatenate([genuine.fold, twin.fold])
+            scores = np.concatenate([genuine.scores, twin.scores])
+            first_above = np.searchsorted(self.thresholds, scores, "right")
+            self.rejected_at = fold * len(self.thresholds) + first_above
 
     def metrics(self, weights, given_thresholds):
         """{name: value}; see `verification_metrics`. Figures without pairs are not in it."""
@@ -165,6 +176,10 @@ class RankedPairs:
             result |= metrics_against_twins(
                 sums["genuine"][self.genuine_below], sums["twin"][self.twin_below], self.thresholds
             )
+            if self.genuine.fold is not None:
+                accuracy = self.accuracy_of_folds(weights)
+                result["accuracy_10_fold"] = np.nanmean(accuracy)
+                result["accuracy_10_fold_std"] = np.nanstd(accuracy)
         if n_genuine and n_general:
             result["general_auc"] = area_under_curve(
                 np.diff(sums["genuine"]),
@@ -182,6 +197,28 @@ class RankedPairs:
             for name, value in self.rates_at(threshold, sums).items():
                 result[f"{name}_{point}"] = value
         return result
+
+    def accuracy_of_folds(self, weights):
+        """(N_FOLDS,): the share of right decisions in each fold, NaN for a fold without pairs.
+
+        Each fold is judged at the threshold with the most right decisions in the other folds, the
+        lowest one on a tie.
+        """
+        genuine_weights = weights[self.genuine.code]
+        twin_weights = weights[self.twin.code]
+        # At the lowest threshold all pairs are accepted, which is right for the genuine ones. From
+        # there on, each pair that is rejected makes one right decision less, or one more.
+        n_genuine = np.bincount(self.genuine.fold, genuine_weights, N_FOLDS)
+        n_twin = np.bincount(self.twin.fold, twin_weights, N_FOLDS)
+        gains = np.concatenate([-genuine_weights, twin_weights])
+        n_thresholds = len(self.thresholds)
+        gained = np.bincount(self.rejected_at, gains, N_FOLDS * n_thresholds)
+        n_right = n_genuine[:, None] + gained.reshape(N_FOLDS, n_thresholds).cumsum(1)
+        n_right_elsewhere = n_right.sum(0) - n_right
+        chosen = n_right_elsewhere.argmax(1)
+        n_pairs = n_genuine + n_twin
+        n_pairs[n_pairs == 0] = np.nan
+        return n_right[np.arange(N_FOLDS), chosen] / n_pairs
 
     def rates_at(self, threshold, sums):
         """{name of RATES: value} at a threshold; sums: {kind: cumulative weights of its pairs}."""
@@ -206,10 +243,12 @@ def verification_metrics(genuine, twin, general, weightings, given_thresholds=No
     "eer_threshold" is the lowest score for which |FMR - FNMR|, compared exactly, is least, and
     "eer" the mean of both there. "auc" and "general_auc" are the probability that a genuine score
     exceeds an impostor score, where ties count one half. "best_accuracy" is the largest share of
-    right decisions over all thresholds. "tar_at_far_<rate>" is the largest 1 - FNMR with a twin
-    FMR of at most that rate. "general_threshold_<rate>" is the lowest threshold with a general
-    FMR of at most that rate. "twin_fmr_<point>", "general_fmr_<point>" and "fnmr_<point>" are the
-    rates at such a threshold, and at those of `given_thresholds`.
+    right decisions over all thresholds. "accuracy_10_fold" is the mean, and
+    "accuracy_10_fold_std" the population standard deviation, of `RankedPairs.accuracy_of_folds`.
+    "tar_at_far_<rate>" is the largest 1 - FNMR with a twin FMR of at most that rate.
+    "general_threshold_<rate>" is the lowest threshold with a general FMR of at most that rate.
+    "twin_fmr_<point>", "general_fmr_<point>" and "fnmr_<point>" are the rates at such a
+    threshold, and at those of `given_thresholds`.
     """
     ranked = RankedPairs(genuine, twin, general)
     results = []
@@ -296,9 +335,12 @@ class TwinEvaluator:
     `rows` {kind: (K, 2) int64}: the images of each pair of the kinds "genuine", "twin" and
     "general". If there are more than MAX_GENERAL_PAIRS general pairs, at most so many are drawn by
     the seed, with replacement (`general_is_sampled`). `family` (N,): the family of each image,
-    numbered without those that have no image. `weightings` (R, F): how often each resample draws
-    each family, the same for all networks. `counts`: how many images, pairs of each kind and
-    families there are. Raises InputError if there is no genuine or no twin pair.
+    numbered from 0 to `n_families` - 1, without those that have no image. `weightings` (R, F): how
+    often each resample draws each family, the same for all networks. `counts`: how many images,
+    pairs of each kind and families there are. `folds` {kind: (K,)}: the fold of each genuine and
+    twin pair, {} if fewer than N_FOLDS families have pairs. Whole families are dealt by the seed,
+    so that folds have about equally many pairs. Raises InputError if there is no genuine or no twin
+    pair.
     """
 
     def __init__(self, images: TwinImages, seed: int = 42, resamples: int = 1000):
@@ -315,14 +357,14 @@ class TwinEvaluator:
             raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
         n_images = len(self.family)
         family_sizes = np.bincount(self.family)
-        n_families = len(family_sizes)
+        self.n_families = len(family_sizes)
         n_in_both_orders = n_images**2 - (family_sizes**2).sum()
         self.counts = {
             "images": n_images,
             "genuine": len(self.rows["genuine"]),
             "twin": len(self.rows["twin"]),
             "general": int(n_in_both_orders) // 2,
-            "families": n_families,
+            "families": self.n_families,
         }
         self.general_is_sampled = self.counts["general"] > MAX_GENERAL_PAIRS
         if self.general_is_sampled:
@@ -332,17 +374,26 @@ class TwinEvaluator:
         families = self.family[candidates]
         of_two_families = families[:, 0] != families[:, 1]
         self.rows["general"] = candidates[of_two_families][:MAX_GENERAL_PAIRS]
-        equal = np.full(n_families, 1 / n_families)
-        self.weightings = generator.multinomial(n_families, equal, resamples)
+        self.folds = self._deal_into_folds(seed)
+        equal = np.full(self.n_families, 1 / self.n_families)
+        self.weightings = generator.multinomial(self.n_families, equal, resamples)
+
+    def _deal_into_folds(self, seed):
+        """The value of `folds`."""
+        family_of_pair = {kind: self.family[self.rows[kind][:, 0]] for kind in ("genuine", "twin")}
+        n_pairs = np.bincount(np.concatenate(list(family_of_pair.values())))
+        if np.count_nonzero(n_pairs) < N_FOLDS:
+            return {}
+        fold = deal_into_folds(n_pairs, N_FOLDS, seed)
+        return {kind: fold[family] for kind, family in family_of_pair.items()}
 
     def warn_of_large_families(self):
         """Warnings that name a family with more than LARGE_SHARE of the genuine or twin pairs."""
         notes = []
-        n_families = self.counts["families"]
-        if n_families == 1:
+        if self.n_families == 1:
             return notes
         for kind in ("genuine", "twin"):
-            n_pairs = np.bincount(self.family[self.rows[kind][:, 0]], minlength=n_families)
+            n_pairs = np.bincount(self.family[self.rows[kind][:, 0]], minlength=self.n_families)
             shares = n_pairs / n_pairs.sum()
             for family in np.flatnonzero(shares > LARGE_SHARE):
                 people = np.unique(self.images.person[self.family == family])
@@ -368,9 +419,9 @@ class TwinEvaluator:
         genuine_family = self.family[self.rows["genuine"][:, 0]]
         twin_family = self.family[self.rows["twin"][:, 0]]
         family_1, family_2 = self.family[self.rows["general"]].T
-        general_code = family_1 * self.counts["families"] + family_2
-        genuine = ScoredPairs(scores["genuine"], genuine_family)
-        twin = ScoredPairs(scores["twin"], twin_family)
+        general_code = family_1 * self.n_families + family_2
+        genuine = ScoredPairs(scores["genuine"], genuine_family, self.folds.get("genuine"))
+        twin = ScoredPairs(scores["twin"], twin_family, self.folds.get("twin"))
         general = ScoredPairs(scores["general"], general_code)
         return verification_metrics(genuine, twin, general, weightings, given_thresholds)
 
@@ -379,7 +430,7 @@ class TwinEvaluator:
 
         given_thresholds: see `verification_metrics`.
         """
-        each_family_once = np.ones((1, self.counts["families"]), np.int64)
+        each_family_once = np.ones((1, self.n_families), np.int64)
         figures = {}
         for name, values in self._metrics(scores, each_family_once, given_thresholds).items():
             metric = METRICS[name]
@@ -529,6 +580,7 @@ class Checkpoint:
     overlap: list  # test IDs that it was trained or validated on
     scores: dict | None = None  # see TwinEvaluator.score
     estimate: Estimate | None = None
+    families: list | tuple = ()  # the rows of families.csv
 
     @property
     def config(self):
@@ -646,7 +698,7 @@ def chosen_by_validation(settings):
 
 # ---- results: files and the table ----------------------------------------------------------------
 def write_result(folder, evaluator, checkpoint, crops, home, flip):
-    """Write metrics.json, pair_scores.csv and the pictures of one checkpoint into `folder`.
+    """Write the tables and pictures of one checkpoint into `folder`.
 
     crops: of all images. home: the folder to which the paths in pair_scores.csv are relative.
     """
@@ -660,6 +712,7 @@ def write_result(folder, evaluator, checkpoint, crops, home, flip):
     }
     write_json(folder / "metrics.json", content)
     write_csv(folder / "pair_scores.csv", list_pair_scores(evaluator, checkpoint, home))
+    write_csv(folder / "families.csv", checkpoint.families)
     for kind in ("roc", "det"):
         with plot_figure(folder / f"{kind}_curve.png", 8.2) as axes:
             curve = (checkpoint.name, checkpoint.scores, checkpoint.estimate.figures)
@@ -689,6 +742,39 @@ def list_pair_scores(evaluator, checkpoint, home):
             }
             rows.append(row)
     return rows
+
+
+def list_families(evaluator, checkpoint):
+    """The rows of families.csv: the family with the lowest twin AUC first, those without one last.
+
+    The rates are those at the EER threshold of all families together.
+    """
+    images = evaluator.images
+    threshold = checkpoint.estimate.figures["eer_threshold"]
+    rows = []
+    for family in range(evaluator.n_families):
+        people = np.unique(images.person[evaluator.family == family])
+        scores = {}
+        for kind in ("genuine", "twin"):
+            is_own = evaluator.family[evaluator.rows[kind][:, 0]] == family
+            scores[kind] = np.sort(checkpoint.scores[kind][is_own])
+        genuine, twin = scores["genuine"], scores["twin"]
+        row = {
+            "ids": " + ".join(images.ids[person] for person in people),
+            "images": int((evaluator.family == family).sum()),
+            "genuine_pairs": len(genuine),
+            "twin_pairs": len(twin),
+            "twin_auc": None,
+            "fnmr": float((genuine < threshold).mean()) if len(genuine) else None,
+            "twin_fmr": float((twin >= threshold).mean()) if len(twin) else None,
+        }
+        if len(genuine) and len(twin):
+            n_below = np.searchsorted(twin, genuine, "left")
+            n_not_above = np.searchsorted(twin, genuine, "right")
+            one_each = np.ones(len(genuine))
+            row["twin_auc"] = float(area_under_curve(one_each, n_below, n_not_above, len(twin)))
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["twin_auc"] is None, row["twin_auc"]))
 
 
 def write_comparison(folder, checkpoints, settings, chosen):
@@ -752,6 +838,7 @@ TABLE_COLUMNS = {
     "EER %": "eer",
     "AUC": "auc",
     "best acc %": "best_accuracy",
+    "10-fold %": "accuracy_10_fold",
     "TAR@FAR1%": "tar_at_far_0.01",
     "twin FMR %": "twin_fmr_0.001",
     "FNMR %": "fnmr_0.001",
@@ -763,14 +850,18 @@ def comparison_table(settings, chosen):
     """Text for the terminal: the figures, the differences to the baseline, and what to mind."""
     baseline = settings[0]
     width = max(len("setting"), *(len(setting.name) for setting in settings))
-    titles = "".join(f"  {title:>11}" for title in TABLE_COLUMNS)
+    titles = "".join(f"  {title:>13}" for title in TABLE_COLUMNS)
     lines = [f"{'setting':{width}}{titles}"]
     for setting in settings:
         cells = []
         for name in TABLE_COLUMNS.values():
             text = METRICS[name].as_text(setting.figures[name]["value"])
-            cells.append(f"  {text:>11}")
+            spread = setting.figures.get(f"{name}_std")
+            if spread and spread["value"] is not None:
+                text += f" ± {100 * spread['value']:.2f}"
+            cells.append(f"  {text:>13}")
         lines.append(f"{setting.name:{width}}{''.join(cells)}")
+    lines.append("10-fold: accuracy on ten folds of families, mean and standard deviation.")
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.")
     lines.append("A dash means that there are too few pairs to say.")
     for setting in settings:
@@ -784,6 +875,9 @@ def comparison_table(settings, chosen):
                     "people, so its figures look better than they are."
                 )
         lines += describe_operating_points(setting)
+        hardest = describe_hardest_families(setting)
+        if hardest:
+            lines.append(f"  {setting.name}, hardest families: {hardest}.")
     if len(settings) > 1:
         if chosen:
             lines.append(f"Validation would have chosen: {chosen}.")
@@ -825,6 +919,18 @@ def describe_operating_points(setting):
         if texts:
             lines.append(f"  {setting.name}, {at}: {', '.join(texts)}.")
     return lines
+
+
+def describe_hardest_families(setting, n=3):
+    """The families with the lowest twin AUC, a mean over the setting's checkpoints, as text."""
+    values = {}
+    for checkpoint in setting.checkpoints:
+        for row in checkpoint.families:
+            if row["twin_auc"] is not None:
+                values.setdefault(row["ids"], []).append(row["twin_auc"])
+    means = {ids: sum(of_seeds) / len(of_seeds) for ids, of_seeds in values.items()}
+    hardest = sorted(means, key=means.get)[:n]
+    return ", ".join(f"{ids} (twin AUC {means[ids]:.3f})" for ids in hardest)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -1235,13 +1341,14 @@ def evaluate_checkpoints(args, checkpoints, evaluator, people, device):
 
 
 def measure(args, checkpoint, checkpoints, evaluator, embeddings):
-    """Fill in the scores and the estimate of a checkpoint."""
+    """Fill in the scores, the estimate and the families of a checkpoint."""
     checkpoint.scores = evaluator.score(embeddings)
     thresholds = {}
     if not args.flip:  # validation thresholds hold for plain embeddings, not for fused ones
         thresholds = validation_thresholds(checkpoint, checkpoints)
     label = f"resampling {checkpoint.name}"
     checkpoint.estimate = evaluator.estimate(checkpoint.scores, thresholds, label)
+    checkpoint.families = list_families(evaluator, checkpoint)
 
 
 def validation_thresholds(checkpoint, checkpoints):

@@ -218,6 +218,20 @@ def find_families(pairs):
     return family
 
 
+def deal_into_folds(sizes, n_folds, seed):
+    """(F,) the fold of each of F families, from 0 to n_folds - 1.
+
+    Families come in an order that the seed decides, and each goes to the fold with the smallest
+    sum of `sizes` (F,) so far.
+    """
+    folds = np.zeros(len(sizes), np.int64)
+    filled = np.zeros(n_folds)
+    for family in np.random.default_rng(seed).permutation(len(sizes)):
+        folds[family] = filled.argmin()
+        filled[folds[family]] += sizes[family]
+    return folds
+
+
 def split_pairs(
     pairs: list,
     validation_split: float,

@@ -376,7 +376,7 @@ def tuned(seed=1, train_ids=("x",), **recipe):
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluated(tmp_path_factory):
     """One evaluation of upstream's start and four tuned networks.
 
