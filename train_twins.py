@@ -75,7 +75,6 @@ from triplet_dataset import (
     GROUP_SIZE,
     People,
     TwinTripletDataset,
-    count_triplets,
     read_people,
     split_pairs,
 )
@@ -632,20 +631,21 @@ def make_optimizer(model, learning_rate, weight_decay):
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
-def mean_statistics(criterion, images, embeddings):
-    """{name in TripletLoss.STATISTICS: its mean over all triplets of twin pairs, sampled or not}.
+def mean_statistics(criterion, dataset, embeddings):
+    """{name in TripletLoss.STATISTICS: its mean over all possible triplets, sampled or not}.
 
-    images: TwinImages. embeddings: (N, 512) of them.
+    embeddings: (N, 512) of dataset.images.
     """
-    sums = torch.zeros(len(criterion.STATISTICS), device=embeddings.device, dtype=torch.float64)
-    n_triplets = 0
+    device = embeddings.device
+    images = dataset.images
+    sums = torch.zeros(len(criterion.STATISTICS), device=device, dtype=torch.float64)
     for a, b in images.pairs:
         n, m = images.count[a], images.count[b]
         rows = np.concatenate([images.first[a] + np.arange(n), images.first[b] + np.arange(m)])
-        rows = torch.from_numpy(rows).to(embeddings.device)
-        sums += criterion.sums_over_all_triplets(criterion.matrix(embeddings[rows]), n)
-        n_triplets += count_triplets(n, m)
-    means = (sums / n_triplets).tolist()
+        block = torch.from_numpy(dataset.positives.block[rows]).to(device)
+        matrix = criterion.matrix(embeddings[torch.from_numpy(rows).to(device)])
+        sums += criterion.sums_over_all_triplets(matrix, n, block)
+    means = (sums / dataset.n_possible).tolist()
     return dict(zip(criterion.STATISTICS, means, strict=True))
 
 
@@ -1043,7 +1043,7 @@ class TwinTrainer:
         """Epoch 0: the mean statistics of the training triplets before training."""
         with torch.no_grad():
             self.start_embeddings = self.embed(self.model, self.train_rows)
-        statistics = mean_statistics(self.criterion, self.train_set.images, self.start_embeddings)
+        statistics = mean_statistics(self.criterion, self.train_set, self.start_embeddings)
         return {**statistics, "steps": 0, "distinct_triplets_used": 0}
 
     def train_epoch(self, epoch):
@@ -1173,7 +1173,7 @@ class TwinTrainer:
         of_triplets = {}
         if self.val_set is not None:
             of_pairs = self.evaluator.figures(self.evaluator.score(embeddings))
-            of_triplets = mean_statistics(self.criterion, self.val_set.images, embeddings)
+            of_triplets = mean_statistics(self.criterion, self.val_set, embeddings)
         figures = {}
         for name in ("eer", "auc", "general_auc"):
             figures[f"val_{name}"] = of_pairs.get(name)

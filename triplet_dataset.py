@@ -306,6 +306,12 @@ class TwinImages:
         index = {name: i for i, name in enumerate(self.ids)}
         self.pairs = np.array([(index[a], index[b]) for a, b in pairs], np.int64)
 
+    def count_triplets(self, positives):
+        """(P,) the number of ordered triplets of each pair, of both twins."""
+        n_positives = positives.count[self.pairs]
+        n_negatives = self.count[self.pairs[:, ::-1]]
+        return (n_positives * n_negatives).sum(1)
+
 
 def read_crop(path):
     """The (112, 112, 3) uint8 RGB array of an aligned crop.
@@ -467,9 +473,48 @@ class People:
 
 
 # ---- triplets ------------------------------------------------------------------------------------
-def count_triplets(n, m):
-    """The number of ordered triplets of two twins with n and m images: n(n-1)m + m(m-1)n."""
-    return n * (n - 1) * m + m * (m - 1) * n
+class Positives:
+    """The (anchor, positive) pairs of images, numbered person after person, anchor after anchor.
+
+    A positive shows the anchor's person and is not in the anchor's block: without values that is
+    the anchor alone, else all images of the person with the anchor's value, which must be
+    consecutive rows of `images`.
+
+    `block` (N,): the number of each image's block. `before` (N + 1,): how many of the pairs have
+    their anchor before each image.
+    """
+
+    def __init__(self, images: TwinImages, value_of: dict | None = None):
+        n_images = len(images.paths)
+        self.block = np.arange(n_images)
+        if value_of:
+            values = np.array([value_of[path] for path in images.paths])
+            is_next = np.ones(n_images, bool)
+            is_same_person = images.person[1:] == images.person[:-1]
+            is_next[1:] = ~(is_same_person & (values[1:] == values[:-1]))
+            self.block = np.cumsum(is_next) - 1
+        sizes = np.bincount(self.block)
+        self._block_size = sizes[self.block]
+        self._block_begin = (np.cumsum(sizes) - sizes)[self.block]
+        self._person_begin = images.first[images.person]
+        n_positives = images.count[images.person] - self._block_size
+        self.before = np.append(0, np.cumsum(n_positives))
+        # Of each person: where their pairs begin, and how many there are.
+        self.begin = self.before[images.first]
+        self.count = self.before[images.first + images.count] - self.begin
+
+    def pair_at(self, number):
+        """(anchors, positives), rows of the images, of the pairs with these numbers."""
+        anchor = np.searchsorted(self.before, number, side="right") - 1
+        positive = self._person_begin[anchor] + number - self.before[anchor]
+        is_behind_block = positive >= self._block_begin[anchor]
+        return anchor, positive + self._block_size[anchor] * is_behind_block
+
+    def number_of(self, anchor, positive):
+        """The inverse of `pair_at`."""
+        is_behind_block = positive > self._block_begin[anchor]
+        place = positive - self._block_size[anchor] * is_behind_block
+        return self.before[anchor] + place - self._person_begin[anchor]
 
 
 class TwinTripletDataset(Dataset):
@@ -478,32 +523,50 @@ class TwinTripletDataset(Dataset):
     Each of the three is a network input, (3, 112, 112) float32, as `net.to_input` makes it.
     id_to_images: {ID: [path of an aligned crop, ...]}. pairs: [[ID, twin's ID], ...]. percentage:
     an integer from 1 to 100; of every pair with `maximum` triplets, `(percentage * maximum + 99)
-    // 100` are sampled. Raises InputError for another percentage, or if there is no triplet at
-    all.
+    // 100` are sampled. value_of: {path: value}; if it is given, a positive has another value than
+    its anchor, such as another session, and `maximum` counts the triplets that this leaves. Raises
+    InputError for another percentage, or if there is no triplet at all.
 
     `pairs`: those that make triplets; `n_skipped`: how many others there are; `images`:
-    TwinImages of `pairs`; `n_possible`: how many triplets there are to sample from.
+    TwinImages of `pairs`, each person's images in the order of their values; `positives`: the
+    Positives of `images`; `n_possible`: how many triplets there are to sample from.
     """
 
     def __init__(
-        self, id_to_images: dict, pairs: list, percentage: int = 100, seed: int = 42
+        self,
+        id_to_images: dict,
+        pairs: list,
+        percentage: int = 100,
+        seed: int = 42,
+        value_of: dict | None = None,
     ) -> None:
         if type(percentage) is not int or not 1 <= percentage <= 100:
             raise InputError(f"percentage must be an integer from 1 to 100, not {percentage}")
         self.percentage = percentage
         self.seed = seed
-        count = {name: len(set(id_to_images[name])) for pair in pairs for name in pair}
-        self.pairs = [(a, b) for a, b in pairs if count_triplets(count[a], count[b])]
+        self.has_values = value_of is not None
+        if self.has_values:
+            names = {name for pair in pairs for name in pair}
+            id_to_images = {name: sorted(id_to_images[name], key=value_of.get) for name in names}
+        everyone = TwinImages(id_to_images, pairs)
+        n_triplets = everyone.count_triplets(Positives(everyone, value_of))
+        self.pairs = [tuple(pair) for pair, n in zip(pairs, n_triplets, strict=True) if n]
         self.n_skipped = len(pairs) - len(self.pairs)
         if not self.pairs:
             reason = "one twin needs two images and the other at least one"
+            if self.has_values:
+                reason = "one twin needs images with two values and the other at least one image"
             raise InputError(f"no pair makes a triplet: {reason}")
         self.images = TwinImages(id_to_images, self.pairs)
-        # Of both twins of each pair, (P, 2): the first row and the number of images.
+        self.positives = Positives(self.images, value_of)
+        # Of both twins of each pair, (P, 2): the first row and the number of images, and where
+        # their (anchor, positive) pairs begin and how many there are.
         self._first = self.images.first[self.images.pairs]
         self._count = self.images.count[self.images.pairs]
+        self._begin_of_positives = self.positives.begin[self.images.pairs]
+        self._n_positives = self.positives.count[self.images.pairs]
         # Of each pair, (P,): the possible triplets, and where its sampled ones begin and end.
-        self._maximum = count_triplets(self._count[:, 0], self._count[:, 1])
+        self._maximum = self.images.count_triplets(self.positives)
         n_sampled = (percentage * self._maximum + 99) // 100
         self._end = np.cumsum(n_sampled)
         self._begin = self._end - n_sampled
@@ -538,20 +601,14 @@ class TwinTripletDataset(Dataset):
         if self.percentage < 100:  # the sample begins the shuffled order of the pair's triplets
             within_pair = self._shuffle.number_at(pair, place)
         # The triplets whose anchor is in the first twin come first.
-        n, m = self._count[pair].T
-        n_of_first = n * (n - 1) * m
-        is_second = within_pair >= n_of_first
-        number = within_pair - n_of_first * is_second
-        n_own = np.where(is_second, m, n)
-        n_twin = np.where(is_second, n, m)
-        first, second = self._first[pair].T
-        first_own = np.where(is_second, second, first)
-        first_twin = np.where(is_second, first, second)
-        # number = (anchor * (n_own - 1) + positive) * n_twin + negative; positives skip the anchor.
-        rest, negative = np.divmod(number, n_twin)
-        anchor, positive = np.divmod(rest, n_own - 1)
-        positive += positive >= anchor
-        return np.stack([first_own + anchor, first_own + positive, first_twin + negative], 1)
+        n_of_first = self._n_positives[pair, 0] * self._count[pair, 1]
+        own = (within_pair >= n_of_first).astype(np.int64)  # 0: the first twin, 1: the second
+        twin = 1 - own
+        number = within_pair - n_of_first * own
+        # number = positive pair * n_twin + negative.
+        place, negative = np.divmod(number, self._count[pair, twin])
+        anchor, positive = self.positives.pair_at(self._begin_of_positives[pair, own] + place)
+        return np.stack([anchor, positive, self._first[pair, twin] + negative], 1)
 
     @cached_property
     def _pair_keys(self):
@@ -578,14 +635,11 @@ class TwinTripletDataset(Dataset):
         found = order[np.searchsorted(keys, key)]
         own, pair = np.divmod(found, len(self.pairs))  # own: 0 for the pair's first twin, else 1
         twin = 1 - own
-        n_own, n_twin = self._count[pair, own], self._count[pair, twin]
-        anchor_at = anchor - self._first[pair, own]
-        positive_at = positive - self._first[pair, own]
-        positive_at -= positive_at > anchor_at  # among the images besides the anchor
+        place = self.positives.number_of(anchor, positive) - self._begin_of_positives[pair, own]
         negative_at = negative - self._first[pair, twin]
-        number = (anchor_at * (n_own - 1) + positive_at) * n_twin + negative_at
+        number = place * self._count[pair, twin] + negative_at
         # The triplets whose anchor is in the first twin come before all of the second's.
-        n_before = own * n_twin * (n_twin - 1) * n_own
+        n_before = own * self._n_positives[pair, 0] * self._count[pair, 1]
         begin = np.cumsum(self._maximum) - self._maximum
         return begin[pair] + n_before + number
 
@@ -599,20 +653,19 @@ class TwinTripletDataset(Dataset):
         found = []
         n_before = 0  # triplets whose anchor is in the first twin come first
         for own, twin in ((0, 1), (1, 0)):
-            n_own, n_twin = self._count[pair, own], self._count[pair, twin]
-            grid = np.meshgrid(groups[own], groups[own], groups[twin], indexing="ij")
-            anchor, positive, negative = (axis.ravel() for axis in grid)
-            keep = anchor != positive
-            anchor, positive, negative = anchor[keep], positive[keep], negative[keep]
-            if self.percentage < 100:
-                position = positive - (positive > anchor)  # among the images besides the anchor
-                number = n_before + (anchor * (n_own - 1) + position) * n_twin + negative
-                keep = self._shuffle.place_of(pair, number) < n_sampled
-                anchor, positive, negative = anchor[keep], positive[keep], negative[keep]
             first_own, first_twin = self._first[pair, own], self._first[pair, twin]
-            rows = [first_own + anchor, first_own + positive, first_twin + negative]
-            found.append(np.stack(rows, 1))
-            n_before = n_own * (n_own - 1) * n_twin
+            rows = (first_own + groups[own], first_own + groups[own], first_twin + groups[twin])
+            triplets = np.stack(np.meshgrid(*rows, indexing="ij"), -1).reshape(-1, 3)
+            block = self.positives.block[triplets]
+            triplets = triplets[block[:, 0] != block[:, 1]]
+            if self.percentage < 100:
+                anchor, positive, negative = triplets.T
+                place = self.positives.number_of(anchor, positive)
+                place -= self._begin_of_positives[pair, own]
+                number = n_before + place * self._count[pair, twin] + negative - first_twin
+                triplets = triplets[self._shuffle.place_of(pair, number) < n_sampled]
+            found.append(triplets)
+            n_before = self._n_positives[pair, 0] * self._count[pair, 1]
         return np.concatenate(found)
 
     def by_pair(self):
@@ -763,8 +816,9 @@ class GroupedSteps:
             )
             for i in range(max(len(first), len(second))):
                 groups = (first[i % len(first)], second[i % len(second)])
-                # A small sample may have no triplet inside a block.
-                if dataset.percentage == 100 or len(dataset.triplets_among(pair, groups)):
+                # A small sample may have no triplet inside a block, nor may images of one value.
+                has_all = dataset.percentage == 100 and not dataset.has_values
+                if has_all or len(dataset.triplets_among(pair, groups)):
                     blocks.append((pair, groups))
         return blocks
 

@@ -95,34 +95,36 @@ class TripletLoss(nn.Module):
         total = (n_below * with_margin).sum() - (n_above * to_negative).sum()
         return total / n**2
 
-    def sums_over_all_triplets(self, matrix, n):
+    def sums_over_all_triplets(self, matrix, n, block=None):
         """(5,) float64: the sums of STATISTICS over all triplets of two twins.
 
-        matrix: (n + m, n + m) distances of the n images of one twin and the m of the other. Each
-        anchor's positives are compared with its sorted negatives, so nothing grows with the number
-        of triplets.
+        matrix: (n + m, n + m) distances of the n images of one twin and the m of the other. block
+        (n + m,): an anchor's positives are the images of its person in another block; without it,
+        all but the anchor. Each anchor's positives are compared with its sorted negatives, so
+        nothing grows with the number of triplets.
         """
+        if block is None:
+            block = torch.arange(len(matrix), device=matrix.device)
         sums = torch.zeros(len(self.STATISTICS), dtype=torch.float64, device=matrix.device)
         for own, twin in ((slice(0, n), slice(n, None)), (slice(n, None), slice(0, n))):
-            n_own = len(matrix[own])
-            n_twin = len(matrix) - n_own
-            is_other_image = ~torch.eye(n_own, dtype=bool, device=matrix.device)
-            to_positive = matrix[own, own][is_other_image].view(n_own, n_own - 1)
+            is_positive = block[own, None] != block[own]
+            n_twin = matrix[own, twin].shape[1]
+            to_positive = matrix[own, own].contiguous()
             to_negative = matrix[own, twin].sort(1).values.contiguous()
             with_margin = (to_positive + self.margin).contiguous()
             n_active = torch.searchsorted(to_negative, with_margin)
-            n_violated = torch.searchsorted(to_negative, to_positive.contiguous())
+            n_violated = torch.searchsorted(to_negative, to_positive)
             # The sum of the negatives that are below each positive with its margin.
             running_sum = F.pad(to_negative.double().cumsum(1), (1, 0))
             excess = n_active * with_margin.double() - running_sum.gather(1, n_active)
-            values = (
+            of_each_positive = (
                 excess,
                 n_twin * to_positive.double(),
-                (n_own - 1) * to_negative.double(),
+                to_negative.double().sum(1, keepdim=True).expand_as(excess),
                 n_active,
                 n_violated,
             )
-            sums += torch.stack([value.sum().double() for value in values])
+            sums += torch.stack([values[is_positive].sum().double() for values in of_each_positive])
         return sums
 
     def statistics(self, to_positive, to_negative):

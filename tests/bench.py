@@ -469,7 +469,7 @@ def measure_costs(args, folder, n_pairs):
     measure(row, "first shuffled step", lambda: ShuffledSteps(train_set, 1, BATCH_SIZE)[0])
     embeddings = F.normalize(torch.randn(len(val_set.images.paths), 512))
     criterion, evaluator = trainer.criterion, trainer.evaluator
-    measure(row, "loss", lambda: train_twins.mean_statistics(criterion, val_set.images, embeddings))
+    measure(row, "loss", lambda: train_twins.mean_statistics(criterion, val_set, embeddings))
     measure(row, "figures", lambda: evaluator.figures(evaluator.score(embeddings)))
     return row
 

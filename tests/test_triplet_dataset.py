@@ -1350,3 +1350,76 @@ def test_what_is_no_crop_is_refused_with_its_size_and_mode(tmp_path, mode, size)
     message = rf"x\.png: {width}x{height} {shown_mode}, but a crop is 112x112 RGB"
     with pytest.raises(InputError, match=message):
         td.read_crop(tmp_path / "x.png")
+
+
+# ---- positives of other values -------------------------------------------------------------------
+@pytest.fixture(params=range(6))
+def sessions(request):
+    """(images, pairs, {path: session}) of six people; p5 has one session, p2 one image."""
+    rng = np.random.default_rng(request.param)
+    images = people([5, 4, 1, 6, 3, 4])
+    value_of = {path: f"s{rng.integers(3)}" for paths in images.values() for path in paths}
+    value_of |= dict.fromkeys(images["p5"], "s1")
+    return images, [*couples(3), ("p1", "p3")], value_of
+
+
+def with_other_values(triplets, value_of):
+    """The triplets whose positive has another value than the anchor."""
+    return {triplet for triplet in triplets if value_of[triplet[0]] != value_of[triplet[1]]}
+
+
+def test_with_values_all_triplets_are_those_across_values(sessions):
+    images, pairs, value_of = sessions
+    dataset = td.TwinTripletDataset(images, pairs, value_of=value_of)
+    triplets = all_triplets(dataset)
+    assert set(triplets) == with_other_values(brute_force(images, pairs), value_of)
+    assert len(set(triplets)) == len(triplets) == dataset.n_possible
+
+
+def test_with_values_the_numbers_of_triplets_have_an_inverse(sessions):
+    images, pairs, value_of = sessions
+    dataset = td.TwinTripletDataset(images, pairs, 50, value_of=value_of)
+    numbers = dataset.possible_numbers(dataset.triplets(np.arange(len(dataset))))
+    assert len(set(numbers.tolist())) == len(dataset)
+    whole = td.TwinTripletDataset(images, pairs, value_of=value_of)
+    assert paths_of(whole, whole.triplets(numbers)) == all_triplets(dataset)
+
+
+def test_percentages_hold_exactly_for_what_the_values_leave(sessions):
+    images, pairs, value_of = sessions
+    dataset = td.TwinTripletDataset(images, pairs, 30, value_of=value_of)
+    expected = 0
+    for pair in pairs:
+        left = with_other_values(brute_force(images, [pair]), value_of)
+        expected += (30 * len(left) + 99) // 100
+    assert len(dataset) == expected
+    assert len(set(all_triplets(dataset))) == expected
+
+
+@pytest.mark.parametrize("percentage", [40, 100])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_steps_have_positives_of_other_values_alone(sessions, percentage, batch_size):
+    images, pairs, value_of = sessions
+    dataset = td.TwinTripletDataset(images, pairs, percentage, value_of=value_of)
+    steps = dataset.steps(1, 16, batch_size)
+    triplets = [triplet for rows in steps for triplet in paths_of(dataset, rows)]
+    assert triplets
+    assert set(triplets) <= set(all_triplets(dataset))
+
+
+def test_a_person_with_one_value_is_a_negative_only():
+    images = people([3, 2])
+    value_of = dict(zip(images["p0"], "aab", strict=True)) | dict.fromkeys(images["p1"], "a")
+    triplets = all_triplets(td.TwinTripletDataset(images, couples(1), value_of=value_of))
+    assert {anchor for anchor, _, _ in triplets} == set(images["p0"])
+    assert {negative for _, _, negative in triplets} == set(images["p1"])
+
+
+def test_one_value_everywhere_leaves_no_triplet():
+    images = people([3, 2])
+    value_of = dict.fromkeys([*images["p0"], *images["p1"]], "a")
+    with pytest.raises(InputError, match="one twin needs images with two values"):
+        td.TwinTripletDataset(images, couples(1), value_of=value_of)
+
+
+# ---- folds ---------------------------------------------------------------------------------------

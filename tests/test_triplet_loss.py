@@ -279,6 +279,20 @@ def test_sums_over_all_triplets_are_exact_where_distances_tie(n, m):
     assert sums.tolist() == slow_sums(matrix, n, 0.25).tolist()
 
 
+def test_sums_with_blocks_are_those_of_the_triplets_across_blocks():
+    criterion = TripletLoss(MARGIN)
+    embeddings = torch.randn(9, 3)
+    block = torch.tensor([0, 0, 1, 2, 2, 0, 0, 1, 1])
+    triplets = []
+    for own, twin in ((range(5), range(5, 9)), (range(5, 9), range(5))):
+        for anchor, positive, negative in itertools.product(own, own, twin):
+            if block[anchor] != block[positive]:
+                triplets.append((anchor, positive, negative))
+    means = criterion.statistics(*criterion.distances(embeddings, torch.tensor(triplets)))
+    sums = criterion.sums_over_all_triplets(criterion.matrix(embeddings), 5, block)
+    torch.testing.assert_close(sums / len(triplets), means.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_over_all_triplets_are_those_of_the_statistics(kind):
     criterion = TripletLoss(MARGIN, kind)
