@@ -43,6 +43,7 @@ from net import (
     is_out_of_memory,
     number_between,
     progress,
+    read_csv,
     read_flag,
     read_json,
     relative_path,
@@ -675,15 +676,19 @@ def align_files(args, pairs_flag="pairs", processes=None):
     return mapping
 
 
+def home_of_photographs(args):
+    """The folder that the paths of --id_to_images are relative to."""
+    home = os.path.abspath(args.id_to_images)
+    return home if os.path.isdir(home) else os.path.dirname(home)
+
+
 def read_jobs(args, pairs_flag):
     """(IDs, Jobs, whether landmarks were given): the people to align and their photographs."""
     photos = read_flag(args, "id_to_images", read_id_to_images)
     if getattr(args, pairs_flag):
         pairs, _ = read_flag(args, pairs_flag, read_pairs, photos)
         photos = {name: photos[name] for pair in pairs for name in pair}
-    home = os.path.abspath(args.id_to_images)
-    if not os.path.isdir(home):
-        home = os.path.dirname(home)
+    home = home_of_photographs(args)
     landmarks = {}
     if args.landmarks:
         landmarks = read_flag(args, "landmarks", read_landmarks, home)
@@ -770,6 +775,115 @@ def write_mapping(path, mapping):
     for identity, crops in mapping.items():
         relative[identity] = [Path(relative_path(crop, folder)).as_posix() for crop in crops]
     write_json(path, relative)
+
+
+# ---- lists that others have made of the images ---------------------------------------------------
+class CropFinder:
+    """Finds the crop that a path in a pair list or in metadata means.
+
+    `finder(path, where)` returns (ID, crop). The path may be that of the crop, as in
+    --aligned_json, or that of its photograph, as in --id_to_images; the crop is None if the
+    photograph gave none. aligned: {ID: [crop, ...]}. Raises InputError for an unknown path, with
+    the file and the entry of `where`.
+    """
+
+    def __init__(self, args, aligned):
+        self.known = {}
+        self.files = args.aligned_json
+        self.folders = [os.path.dirname(os.path.abspath(args.aligned_json))]
+        for identity, crops in aligned.items():
+            self.known |= {os.path.abspath(crop): (identity, crop) for crop in crops}
+        if os.path.exists(args.id_to_images):
+            self.files = f"{args.id_to_images} or {args.aligned_json}"
+            self.folders.insert(0, home_of_photographs(args))
+            self._add_photographs(args, aligned)
+
+    def _add_photographs(self, args, aligned):
+        for identity, sources in read_flag(args, "id_to_images", read_id_to_images).items():
+            crops = {Path(crop).stem: crop for crop in aligned.get(identity, [])}
+            names = file_names(dict.fromkeys(sources), home_of_photographs(args))
+            for source, name in names.items():
+                self.known.setdefault(source, (identity, crops.get(name)))
+
+    def __call__(self, path, where):
+        for folder in self.folders:
+            full_path = resolve(folder, path)
+            if full_path in self.known:
+                return self.known[full_path]
+        raise InputError(f"{where}: no image {path!r} in {self.files}; correct or delete the entry")
+
+
+class ListedPair(NamedTuple):
+    """Two images that a pair list names."""
+
+    where: str  # the file and the number of the entry
+    ids: tuple  # whom they show
+    crops: tuple  # None for a photograph that gave no crop
+    same: bool  # one person, by the list
+    fold: str | None
+
+
+def read_pair_list(path, finder):
+    """The ListedPairs of a file.
+
+    It is a CSV file with the columns path_1, path_2, same, and perhaps fold; or it has a line of
+    two paths and 0 or 1 for each pair, as LFW's lists do. Raises InputError for wrong entries.
+    """
+    if str(path).lower().endswith(".csv"):
+        rows = read_csv(path, ("path_1", "path_2", "same"))
+    else:
+        rows = read_lines_of_pairs(path)
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: pair {number}"
+        if row["same"].strip() not in ("0", "1"):
+            raise InputError(f"{where}: same must be 1 or 0, not {row['same']!r}")
+        same = row["same"].strip() == "1"
+        found = [finder(row[column], where) for column in ("path_1", "path_2")]
+        ids, crops = zip(*found, strict=True)
+        if same != (ids[0] == ids[1]):
+            names = " and ".join(repr(name) for name in ids)
+            raise InputError(f"{where}: same is {row['same']}, but the images are of {names}")
+        pairs.append(ListedPair(where, ids, crops, same, row.get("fold")))
+    return pairs
+
+
+def read_lines_of_pairs(path):
+    """The rows of a file with two paths and 0 or 1 in each line."""
+    expected = "expected two paths and 0 or 1 in each line, or a .csv file"
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; {expected}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if words and len(words) != 3:
+            raise InputError(f"{path}: line {number} has {len(words)} words; {expected}")
+        if words:
+            rows.append(dict(zip(("path_1", "path_2", "same"), words, strict=True)))
+    if not rows:
+        raise InputError(f"{path}: no pair in it; {expected}")
+    return rows
+
+
+def read_metadata(path, columns, finder):
+    """{column: {crop: value}} of a CSV file with the column `path` and these columns."""
+    values = {column: {} for column in columns}
+    for number, row in enumerate(read_csv(path, ("path", *columns)), 1):
+        _, crop = finder(row["path"], f"{path}: row {number}")
+        for column in columns:
+            if crop and row[column].strip():
+                values[column][crop] = row[column].strip()
+    return values
+
+
+def refuse_missing_values(path, column, value_of, crops):
+    """Raise InputError if the metadata has no value for one of the crops."""
+    missing = [crop for crop in crops if crop not in value_of]
+    if missing:
+        message = f"{len(missing)} images have no {column}, such as {missing[0]}; add it"
+        raise InputError(f"--metadata {path}: {message}")
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ different families. A threshold t accepts a pair with score >= t; FMR and FNMR a
 ISO/IEC 19795-1. `train_twins.py` validates with the same functions.
 """
 
+import copy
 import json
 import os
 import textwrap
@@ -25,12 +26,20 @@ import torch
 from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 
-from align import add_alignment_arguments, align_files
+from align import (
+    CropFinder,
+    add_alignment_arguments,
+    align_files,
+    read_metadata,
+    read_pair_list,
+    refuse_missing_values,
+)
 from net import (
     InputError,
     Parser,
     check_alive,
     embed,
+    file_name,
     file_names,
     interrupt,
     list_checkpoints,
@@ -38,6 +47,7 @@ from net import (
     number_between,
     pick_device,
     progress,
+    read_flag,
     relative_path,
     replacing,
     run_main,
@@ -341,14 +351,28 @@ class TwinEvaluator:
     twin pair, {} if fewer than N_FOLDS families have pairs. Whole families are dealt by the seed,
     so that folds have about equally many pairs. Raises InputError if there is no genuine or no twin
     pair.
+
+    listed: ListedPairs; the genuine and twin pairs are these alone, in their folds if they have
+    some. group_of: {ID: group}; general pairs are only of people of one group, which no family
+    may exceed.
     """
 
-    def __init__(self, images: TwinImages, seed: int = 42, resamples: int = 1000):
+    def __init__(
+        self,
+        images: TwinImages,
+        seed: int = 42,
+        resamples: int = 1000,
+        listed: list | None = None,
+        group_of: dict | None = None,
+    ):
         self.images = images
         generator = np.random.default_rng(seed)
         # Renumbered: families without an image do not count.
         _, self.family = np.unique(images.family, return_inverse=True)
         self.rows = {"genuine": genuine_pairs(images), "twin": twin_pairs(images)}
+        self.folds = {}
+        if listed:
+            self.rows, self.folds = rows_of_list(listed, images)
         if len(self.rows["genuine"]) == 0:
             reason = "none of the people has two images"
             raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
@@ -358,7 +382,11 @@ class TwinEvaluator:
         n_images = len(self.family)
         family_sizes = np.bincount(self.family)
         self.n_families = len(family_sizes)
-        n_in_both_orders = n_images**2 - (family_sizes**2).sum()
+        group = np.zeros(n_images, np.int64)
+        if group_of:
+            group = np.array([group_of[images.ids[person]] for person in images.person])
+        group_sizes = np.bincount(group)
+        n_in_both_orders = (group_sizes**2).sum() - (family_sizes**2).sum()
         self.counts = {
             "images": n_images,
             "genuine": len(self.rows["genuine"]),
@@ -373,8 +401,9 @@ class TwinEvaluator:
             candidates = np.stack(np.triu_indices(n_images, 1), 1)
         families = self.family[candidates]
         of_two_families = families[:, 0] != families[:, 1]
-        self.rows["general"] = candidates[of_two_families][:MAX_GENERAL_PAIRS]
-        self.folds = self._deal_into_folds(seed)
+        of_one_group = group[candidates[:, 0]] == group[candidates[:, 1]]
+        self.rows["general"] = candidates[of_two_families & of_one_group][:MAX_GENERAL_PAIRS]
+        self.folds = self.folds or self._deal_into_folds(seed)
         equal = np.full(self.n_families, 1 / self.n_families)
         self.weightings = generator.multinomial(self.n_families, equal, resamples)
 
@@ -386,6 +415,34 @@ class TwinEvaluator:
             return {}
         fold = deal_into_folds(n_pairs, N_FOLDS, seed)
         return {kind: fold[family] for kind, family in family_of_pair.items()}
+
+    def part(self, keep):
+        """The TwinEvaluator of some of these pairs; keep: {kind: (K,) bool}, for one or two kinds.
+
+        It has the same general pairs and resamples. Its "families" are those that have such pairs.
+        """
+        part = copy.copy(self)
+        part.rows = dict(self.rows)
+        part.folds = dict(self.folds)
+        part.counts = dict(self.counts)
+        for kind, mask in keep.items():
+            part.rows[kind] = self.rows[kind][mask]
+            part.counts[kind] = len(part.rows[kind])
+            if self.folds:
+                part.folds[kind] = self.folds[kind][mask]
+            families = np.unique(self.family[part.rows[kind][:, 0]])
+            part.counts["families"] = min(part.counts["families"], len(families))
+        return part
+
+    def across(self, value_of):
+        """The part whose genuine pairs have different values; value_of: {path: value}."""
+        first, second = self.values_of_pairs("genuine", value_of)
+        return self.part({"genuine": first != second})
+
+    def values_of_pairs(self, kind, value_of):
+        """Two (K,) arrays: the values of the first and of the second images of pairs."""
+        values = np.array([value_of[path] for path in self.images.paths])
+        return values[self.rows[kind]].T
 
     def warn_of_large_families(self):
         """Warnings that name a family with more than LARGE_SHARE of the genuine or twin pairs."""
@@ -468,6 +525,38 @@ def genuine_pairs(images):
     for first, count in zip(images.first, images.count, strict=True):
         parts.append(first + np.stack(np.triu_indices(count, 1), 1))
     return np.concatenate(parts)
+
+
+def rows_of_list(listed, images):
+    """({kind: (K, 2) rows}, {kind: (K,) fold}) of ListedPairs; without folds in the list, {}.
+
+    Pairs of which an image has no crop, or is the copy of another, are left out. Raises InputError
+    for wrong entries.
+    """
+    row_of = {path: row for row, path in enumerate(images.paths)}
+    family_of = dict(zip(images.ids, images.family_of_person, strict=True))
+    names = sorted({pair.fold for pair in listed})
+    if names != [None] and len(names) != N_FOLDS:
+        raise InputError(f"{listed[0].where}: the column fold must have {N_FOLDS} different values")
+    rows = {"genuine": [], "twin": []}
+    folds = {"genuine": [], "twin": []}
+    for pair in listed:
+        for name in pair.ids:
+            if name not in family_of:
+                raise InputError(f"{pair.where}: ID {name!r} is in no pair of --test_pairs")
+        if family_of[pair.ids[0]] != family_of[pair.ids[1]]:
+            message = f"{' and '.join(pair.ids)} are no twins by --test_pairs"
+            raise InputError(f"{pair.where}: {message}; delete the entry")
+        if pair.crops[0] == pair.crops[1] and pair.crops[0]:
+            raise InputError(f"{pair.where}: an image is paired with itself; delete the entry")
+        kind = "genuine" if pair.same else "twin"
+        if all(crop in row_of for crop in pair.crops):
+            rows[kind].append([row_of[crop] for crop in pair.crops])
+            folds[kind].append(names.index(pair.fold))
+    rows = {kind: np.array(found, np.int64).reshape(-1, 2) for kind, found in rows.items()}
+    if names == [None]:
+        return rows, {}
+    return rows, {kind: np.array(found, np.int64) for kind, found in folds.items()}
 
 
 def twin_pairs(images):
@@ -570,7 +659,11 @@ def describe(comparison):
 
 @dataclass
 class Checkpoint:
-    """One checkpoint: what its file says, and then what its evaluation finds."""
+    """One checkpoint: what its file says, and then what its evaluation finds.
+
+    The runs of a cross-validation (train_twins.py --folds) are one Checkpoint together: each of
+    its `parts` embeds the people of the fold that it has not seen.
+    """
 
     path: str
     name: str  # of the folder of its results
@@ -578,13 +671,20 @@ class Checkpoint:
     weights_hash: str  # of the whole network
     backbone_hash: str  # of all but the embedding layer
     overlap: list  # test IDs that it was trained or validated on
+    parts: list | tuple = ()  # the Checkpoints of a cross-validation, one for each fold
     scores: dict | None = None  # see TwinEvaluator.score
     estimate: Estimate | None = None
+    strata: dict | None = None  # {label: Estimate}, see make_strata
     families: list | tuple = ()  # the rows of families.csv
 
     @property
     def config(self):
         return self.facts.get("config", {})
+
+    @property
+    def fold_ids(self):
+        """The IDs of the fold that a run of a cross-validation left out; empty for others."""
+        return {*self.config.get("fold_ids", [])}
 
     @property
     def recipe(self):
@@ -593,8 +693,8 @@ class Checkpoint:
 
     @property
     def validation(self):
-        """The figures of the validation people, {} for none."""
-        return self.facts.get("metrics", {})
+        """The figures of the validation people, {} for none: each fold had others."""
+        return {} if self.parts else self.facts.get("metrics", {})
 
 
 class Setting(NamedTuple):
@@ -604,6 +704,7 @@ class Setting(NamedTuple):
     parts: dict  # what tells its recipe from the others', {flag: its value in words}
     checkpoints: list
     figures: dict  # of `compare`: their means, against the baseline
+    strata: dict | None = None  # {label: figures of the stratum, likewise}
 
 
 def group_settings(checkpoints):
@@ -613,7 +714,8 @@ def group_settings(checkpoints):
     their number; else, or if that name is taken, by its first checkpoint.
     """
     baseline, *others = checkpoints
-    settings = [Setting(baseline.name, {}, [baseline], compare([baseline.estimate]))]
+    figures, strata = compare_group([baseline])
+    settings = [Setting(baseline.name, {}, [baseline], figures, strata)]
     differing = differing_flags(others)
     taken = {baseline.name}
     for group in group_by_recipe(others):
@@ -625,9 +727,19 @@ def group_settings(checkpoints):
         if not name or name in taken:
             name = group[0].name
         taken.add(name)
-        figures = compare([checkpoint.estimate for checkpoint in group], baseline.estimate)
-        settings.append(Setting(name, parts, group, figures))
+        figures, strata = compare_group(group, baseline)
+        settings.append(Setting(name, parts, group, figures, strata))
     return settings
+
+
+def compare_group(group, baseline=None):
+    """(figures, {label of a stratum: figures}) of Checkpoints that are one setting."""
+    figures = compare([checkpoint.estimate for checkpoint in group], baseline and baseline.estimate)
+    strata = {}
+    for label in group[0].strata or {}:
+        estimates = [checkpoint.strata[label] for checkpoint in group]
+        strata[label] = compare(estimates, baseline and baseline.strata[label])
+    return figures, strata
 
 
 def group_by_recipe(checkpoints):
@@ -697,10 +809,11 @@ def chosen_by_validation(settings):
 
 
 # ---- results: files and the table ----------------------------------------------------------------
-def write_result(folder, evaluator, checkpoint, crops, home, flip):
+def write_result(folder, evaluator, strata, checkpoint, crops, home, flip):
     """Write the tables and pictures of one checkpoint into `folder`.
 
-    crops: of all images. home: the folder to which the paths in pair_scores.csv are relative.
+    strata: {label: TwinEvaluator}. crops: of all images. home: the folder to which the paths in
+    pair_scores.csv are relative.
     """
     content = {
         "checkpoint": checkpoint.path,
@@ -710,6 +823,13 @@ def write_result(folder, evaluator, checkpoint, crops, home, flip):
         "flip": flip,
         "overlap": checkpoint.overlap,
     }
+    if checkpoint.parts:
+        content["folds"] = [part.path for part in checkpoint.parts]
+    if checkpoint.strata:
+        content["strata"] = {}
+        for label, estimate in checkpoint.strata.items():
+            counts = strata[label].counts
+            content["strata"][label] = {"counts": counts, "figures": compare([estimate])}
     write_json(folder / "metrics.json", content)
     write_csv(folder / "pair_scores.csv", list_pair_scores(evaluator, checkpoint, home))
     write_csv(folder / "families.csv", checkpoint.families)
@@ -804,6 +924,7 @@ def write_comparison(folder, checkpoints, settings, chosen):
                 "name": setting.name,
                 "checkpoints": [checkpoint.name for checkpoint in setting.checkpoints],
                 "figures": setting.figures,
+                "strata": setting.strata,
             }
             for setting in settings
         ],
@@ -813,6 +934,8 @@ def write_comparison(folder, checkpoints, settings, chosen):
     write_csv(folder / "comparison.csv", table)
     plot_comparison(folder / "comparison.png", settings)
     plot_data_percentage(folder / "data_percentage.png", settings)
+    if settings[0].strata:
+        plot_strata(folder / "strata.png", settings)
 
 
 def comparison_row(checkpoint, name, figure):
@@ -834,6 +957,7 @@ def comparison_row(checkpoint, name, figure):
     }
 
 
+SHORT_TITLES = {"auc": "AUC", "eer": "EER %", "fnmr_0.001": "FNMR %"}
 TABLE_COLUMNS = {
     "EER %": "eer",
     "AUC": "auc",
@@ -919,6 +1043,28 @@ def describe_operating_points(setting):
         if texts:
             lines.append(f"  {setting.name}, {at}: {', '.join(texts)}.")
     return lines
+
+
+def strata_table(settings, strata):
+    """Text for the terminal: the figures of each stratum; strata: {label: TwinEvaluator}."""
+    names = ("auc", "eer", "fnmr_0.001")
+    width = max(len(setting.name) for setting in settings)
+    lines = []
+    for label, part in strata.items():
+        n_genuine, n_twin = part.counts["genuine"], part.counts["twin"]
+        n_families = part.counts["families"]
+        title = f"{n_genuine} genuine and {n_twin} twin pairs, {n_families} families"
+        lines.append(f"{label}: {title}")
+        for setting in settings:
+            cells = []
+            for name in names:
+                figure = setting.strata[label][name]
+                low, high = figure["interval"] or (None, None)
+                text = METRICS[name].as_text
+                bounds = f" [{text(low)}, {text(high)}]" if figure["interval"] else ""
+                cells.append(f"{SHORT_TITLES[name]} {text(figure['value'])}{bounds}")
+            lines.append(f"  {setting.name:{width}}  {', '.join(cells)}")
+    return "\n".join(lines)
 
 
 def describe_hardest_families(setting, n=3):
@@ -1183,6 +1329,28 @@ def plot_comparison(path, settings):
             right.set_title("DET: figures are means over seeds, curves are of the first seed")
 
 
+def plot_strata(path, settings):
+    """Twin AUC and FNMR of all settings in each stratum, with 95 % intervals."""
+    panels = {"auc": "twin AUC", "fnmr_0.001": "FNMR at a general FMR of 0.1 % (%)"}
+    labels = list(settings[0].strata)
+    height = 2 + 0.25 * len(labels) * len(settings)
+    with plot_figure(path, 13.0, height, 1, 2) as grid:
+        for axes, (name, title) in zip(grid, panels.items(), strict=True):
+            scale = 1 if name == "auc" else 100
+            for number, setting in enumerate(settings):
+                figures = [setting.strata[label][name] for label in labels]
+                values = np.array([figure["value"] for figure in figures], float)
+                bounds = [figure["interval"] or [None, None] for figure in figures]
+                offset = 0.8 * ((number + 0.5) / len(settings) - 0.5)  # beside each other
+                y = np.arange(len(labels)) + offset
+                label = setting.name if axes is grid[-1] else None
+                (dots,) = axes.plot(scale * values, y, "o", label=label)
+                low, high = scale * np.array(bounds, float).T
+                axes.hlines(y, low, high, color=dots.get_color(), linewidth=1.2)
+            axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+            axes.set_xlabel(f"{title}, with 95 % interval")
+
+
 def plot_data_percentage(path, settings):
     """The differences of both AUCs to the baseline by the share of triplets.
 
@@ -1234,6 +1402,8 @@ def plot_line_with_band(axes, x, entries, label, start):
 # ---- the evaluation ------------------------------------------------------------------------------
 def evaluate(args):
     """The whole evaluation of the command line; returns its Checkpoints, the baseline first."""
+    if (args.cross or args.by) and not args.metadata:
+        raise InputError("--cross and --by need --metadata, the file with those columns")
     device = pick_device(args.device)
     # All files are read before the alignment, so that a wrong entry does not cost hours.
     images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
@@ -1242,22 +1412,84 @@ def evaluate(args):
     aligned = listed if args.skip_alignment else align_files(args, "test_pairs")
     people = People(aligned, pairs, notes)
     add_overlap_by_images(args, checkpoints, people)
-    evaluator = TwinEvaluator(TwinImages(people.id_to_images, pairs), args.seed)
-    n_without_crop = (evaluator.images.count == 0).sum()
-    if n_without_crop:
-        people.warnings.append(f"{n_without_crop} people have no crop; their pairs are not tested")
-    people.warnings += evaluator.warn_of_large_families()
+    checkpoints = pool_folds(checkpoints, people)
+    evaluator, strata = make_evaluators(args, people, checkpoints)
     for warning in people.warnings:
         print(f"warning: {warning}")
-    evaluate_checkpoints(args, checkpoints, evaluator, people, device)
-    report(args, checkpoints, evaluator, device)
+    evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device)
+    report(args, checkpoints, evaluator, strata, device)
     return checkpoints
+
+
+def make_evaluators(args, people, checkpoints):
+    """(the TwinEvaluator of the main figures, {label: that of a stratum}); adds warnings."""
+    images = TwinImages(people.id_to_images, people.pairs)
+    finder = CropFinder(args, people.id_to_images)
+    listed = None
+    if args.pair_list:
+        listed = read_flag(args, "pair_list", read_pair_list, finder)
+    group_of = {}  # {ID: its fold in a cross-validation}
+    for checkpoint in checkpoints:
+        for number, part in enumerate(checkpoint.parts):
+            group_of |= dict.fromkeys(part.fold_ids, number)
+    evaluator = TwinEvaluator(images, args.seed, listed=listed, group_of=group_of)
+    n_without_crop = (images.count == 0).sum()
+    if n_without_crop:
+        people.warnings.append(f"{n_without_crop} people have no crop; their pairs are not tested")
+    if listed:
+        n_left_out = len(listed) - evaluator.counts["genuine"] - evaluator.counts["twin"]
+        if n_left_out:
+            reason = "an image has no crop, or is the copy of another"
+            people.warnings.append(f"{n_left_out} pairs of --pair_list are left out: {reason}")
+    people.warnings += evaluator.warn_of_large_families()
+    if not args.metadata:
+        return evaluator, {}
+    columns = dict.fromkeys([*args.by, *([args.cross] if args.cross else [])])
+    metadata = read_flag(args, "metadata", read_metadata, columns, finder)
+    for column, value_of in metadata.items():
+        refuse_missing_values(args.metadata, column, value_of, images.paths)
+    return make_strata(args, evaluator, metadata)
+
+
+def make_strata(args, evaluator, metadata):
+    """(the TwinEvaluator of the main figures, {label: that of a stratum}) of --cross and --by.
+
+    metadata: {column: {path: value}}. Strata without genuine or without twin pairs are left out.
+    """
+    strata = {}
+    main = evaluator
+    if args.cross:
+        value_of = metadata[args.cross]
+        main = evaluator.across(value_of)
+        if not main.counts["genuine"]:
+            message = f"nobody has images with two values of {args.cross}"
+            raise InputError(f"--cross {args.cross}: {message}")
+        first, second = evaluator.values_of_pairs("genuine", value_of)
+        strata[f"genuine pairs of two values of {args.cross}"] = main
+        strata[f"genuine pairs of one {args.cross}"] = evaluator.part({"genuine": first == second})
+        strata["all genuine pairs"] = evaluator
+    for column in args.by:
+        value_of = metadata[column]
+        values = {kind: main.values_of_pairs(kind, value_of) for kind in ("genuine", "twin")}
+        for value in sorted(set(value_of.values())):
+            keep = {}
+            for kind, (first, second) in values.items():
+                keep[kind] = (first == value) & (second == value)
+            strata[f"{column}: {value}"] = main.part(keep)
+        differs = {kind: first != second for kind, (first, second) in values.items()}
+        strata[f"{column}: different"] = main.part(differs)
+    filled = {}
+    for label, part in strata.items():
+        if part.counts["genuine"] and part.counts["twin"]:
+            filled[label] = part
+    return main, filled
 
 
 def open_checkpoints(args, pairs):
     """The Checkpoints that the flags name, each file once, the baseline first.
 
-    Raises InputError for one that was trained or validated on a test person, by its ID.
+    Raises InputError for one that was trained or validated on a test person, by its ID. The runs of
+    a cross-validation are tested on the people of their own fold, if those are test people.
     """
     test_ids = {name for pair in pairs for name in pair}
     names = list(args.checkpoints)
@@ -1268,23 +1500,25 @@ def open_checkpoints(args, pairs):
     checkpoints = []
     for path in paths:
         model = load_checkpoint(path, channels=args.channels)
-        config = model.facts.get("config", {})
-        seen_ids = {*config.get("train_ids", []), *config.get("val_ids", [])}
-        seen_ids |= {*model.facts.get("seen_ids", [])}  # also those of earlier rounds of training
-        overlap = sorted(test_ids & seen_ids)
-        if overlap and not args.allow_overlap:
-            raise InputError(
-                f"{path}: was trained or validated on {len(overlap)} of the {len(test_ids)} test "
-                f"people: {', '.join(overlap)}; test on others, or say --allow_overlap"
-            )
         checkpoint = Checkpoint(
             path,
             folders[path],
             model.facts,
             weights_hash=weights_sha256(model),
             backbone_hash=weights_sha256(model, backbone_only=True),
-            overlap=overlap,
+            overlap=[],
         )
+        config = checkpoint.config
+        seen_ids = {*config.get("train_ids", []), *config.get("val_ids", [])}
+        seen_ids |= {*model.facts.get("seen_ids", [])}  # also those of earlier rounds of training
+        tested_ids = (test_ids & checkpoint.fold_ids) or test_ids
+        checkpoint.overlap = sorted(tested_ids & seen_ids)
+        if checkpoint.overlap and not args.allow_overlap:
+            raise InputError(
+                f"{path}: was trained or validated on {len(checkpoint.overlap)} of the "
+                f"{len(test_ids)} test people: {', '.join(checkpoint.overlap)}; test on others, "
+                "or say --allow_overlap"
+            )
         checkpoints.append(checkpoint)
     return checkpoints
 
@@ -1295,12 +1529,14 @@ def add_overlap_by_images(args, checkpoints, people):
     This finds people who had another ID there, also by copies of an image. Raises InputError for
     them without --allow_overlap.
     """
+    test_ids = {*people.id_to_images}
     for checkpoint in checkpoints:
         known_hashes = {*checkpoint.facts.get("crop_sha256", [])}
         hashes_and_owners = zip(people.crops.sha256, people.owner, strict=True)
         seen = {owner for sha256, owner in hashes_and_owners if sha256 in known_hashes}
         if "seen_images" in checkpoint.facts:
             seen |= people.people_on(checkpoint.facts["seen_images"])
+        seen &= (test_ids & checkpoint.fold_ids) or test_ids
         if seen and not args.allow_overlap:
             names = ", ".join(sorted(seen))
             message = f"was trained or validated on images of {names}; test on others"
@@ -1308,40 +1544,104 @@ def add_overlap_by_images(args, checkpoints, people):
         checkpoint.overlap = sorted({*checkpoint.overlap, *seen})
 
 
-def evaluate_checkpoints(args, checkpoints, evaluator, people, device):
-    """Embed the images with all checkpoints, measure each, and write its results.
+def pool_folds(checkpoints, people):
+    """The Checkpoints, in which the runs of each cross-validation on the test people are one.
+
+    Raises InputError if a fold's run is missing.
+    """
+    test_ids = {*people.id_to_images}
+    pooled = {}
+    for checkpoint in checkpoints:
+        key = checkpoint.path
+        if checkpoint.fold_ids & test_ids:
+            recipe = json.dumps(checkpoint.recipe, sort_keys=True)
+            key = (recipe, checkpoint.config["seed"], checkpoint.config["folds"])
+        pooled.setdefault(key, []).append(checkpoint)
+    result = []
+    for key, parts in pooled.items():
+        first = parts[0]
+        if key == first.path:
+            result.append(first)
+            continue
+        n_folds = first.config["folds"]
+        parts = {part.config["fold"]: part for part in parts}
+        missing = [fold for fold in range(1, n_folds + 1) if fold not in parts]
+        strangers = test_ids - {name for part in parts.values() for name in part.fold_ids}
+        if missing or strangers:
+            problem = f"the runs of folds {missing} of {n_folds} are missing"
+            if not missing:
+                problem = f"{len(strangers)} of the test people are in none of its folds"
+            raise InputError(f"{first.path}: {problem}; name all {n_folds}, and their own pairs")
+        run_name = first.config["run_name"].removesuffix(f"_fold{first.config['fold']}of{n_folds}")
+        overlap = {name for part in parts.values() for name in part.overlap}
+        name = file_name(f"{run_name}_{n_folds}folds")
+        facts, weights, backbone = first.facts, first.weights_hash, first.backbone_hash
+        parts = list(parts.values())
+        result.append(
+            Checkpoint(first.path, name, facts, weights, backbone, sorted(overlap), parts)
+        )
+    return result
+
+
+def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
+    """Embed the images with all checkpoints, measure each, and write its results."""
+    images = evaluator.images
+    crops = people.crops.pixels[people.rows(images.paths)]
+    home = os.path.dirname(os.path.abspath(args.aligned_json))
+    for checkpoint, embeddings in embed_images(args, checkpoints, images, crops, device):
+        measure(args, checkpoint, checkpoints, evaluator, strata, embeddings)
+        folder = Path(args.output_dir, checkpoint.name)
+        write_result(folder, evaluator, strata, checkpoint, crops, home, args.flip)
+
+
+def embed_images(args, checkpoints, images, crops, device):
+    """Yield (Checkpoint, embeddings (N, 512)) of images; in a cross-validation, each by its fold.
 
     Networks with the same backbone, which differ in the embedding layer alone, run it once.
     """
-    crops = people.crops.pixels[people.rows(evaluator.images.paths)]
     groups = {}
     for checkpoint in checkpoints:
-        groups.setdefault(checkpoint.backbone_hash, []).append(checkpoint)
+        for part in checkpoint.parts or [checkpoint]:
+            groups.setdefault(part.backbone_hash, []).append((checkpoint, part))
+    of_folds = {}  # {name of a cross-validation: [(which images, their embeddings), ...]}
     for group in groups.values():
-        model = load_checkpoint(group[0].path, channels=args.channels)
-        heads = [model.output_layer]
-        for checkpoint in group[1:]:
-            # Nothing but the head is kept, so that one backbone at a time is in memory.
-            heads.append(load_checkpoint(checkpoint.path, channels=args.channels).output_layer)
-        results = embed(
-            model,
-            crops,
-            device,
-            heads,
-            batch_size=args.batch_size,
-            description=f"embedding with {', '.join(checkpoint.name for checkpoint in group)}"[:60],
-            flip=args.flip,
-        )
-        for checkpoint, embeddings in zip(group, results, strict=True):
-            check_alive(embeddings, checkpoint.path)
-            measure(args, checkpoint, checkpoints, evaluator, embeddings)
-            folder = Path(args.output_dir, checkpoint.name)
-            home = os.path.dirname(os.path.abspath(args.aligned_json))
-            write_result(folder, evaluator, checkpoint, crops, home, args.flip)
+        parts = [part for _, part in group]
+        results = embed_with_common_backbone(args, parts, crops, device)
+        for (checkpoint, part), embeddings in zip(group, results, strict=True):
+            check_alive(embeddings, part.path)
+            if not checkpoint.parts:
+                yield checkpoint, embeddings
+                continue
+            is_tested = np.isin(images.ids, list(part.fold_ids))[images.person]
+            folds = of_folds.setdefault(checkpoint.name, [])
+            folds.append((torch.from_numpy(is_tested), embeddings))
+            if len(folds) == len(checkpoint.parts):
+                pooled = torch.zeros_like(embeddings)
+                for is_tested, of_part in of_folds.pop(checkpoint.name):
+                    pooled[is_tested] = of_part[is_tested]
+                yield checkpoint, pooled
 
 
-def measure(args, checkpoint, checkpoints, evaluator, embeddings):
-    """Fill in the scores, the estimate and the families of a checkpoint."""
+def embed_with_common_backbone(args, checkpoints, crops, device):
+    """The embeddings (N, 512) of crops for each of Checkpoints that differ in the last layer."""
+    model = load_checkpoint(checkpoints[0].path, channels=args.channels)
+    heads = [model.output_layer]
+    for checkpoint in checkpoints[1:]:
+        # Nothing but the head is kept, so that one backbone at a time is in memory.
+        heads.append(load_checkpoint(checkpoint.path, channels=args.channels).output_layer)
+    return embed(
+        model,
+        crops,
+        device,
+        heads,
+        batch_size=args.batch_size,
+        description=f"embedding with {', '.join(part.name for part in checkpoints)}"[:60],
+        flip=args.flip,
+    )
+
+
+def measure(args, checkpoint, checkpoints, evaluator, strata, embeddings):
+    """Fill in the scores, the estimates and the families of a checkpoint."""
     checkpoint.scores = evaluator.score(embeddings)
     thresholds = {}
     if not args.flip:  # validation thresholds hold for plain embeddings, not for fused ones
@@ -1349,6 +1649,10 @@ def measure(args, checkpoint, checkpoints, evaluator, embeddings):
     label = f"resampling {checkpoint.name}"
     checkpoint.estimate = evaluator.estimate(checkpoint.scores, thresholds, label)
     checkpoint.families = list_families(evaluator, checkpoint)
+    checkpoint.strata = {}
+    for stratum, part in strata.items():
+        scores = part.score(embeddings)
+        checkpoint.strata[stratum] = part.estimate(scores, thresholds, f"{label}, {stratum}")
 
 
 def validation_thresholds(checkpoint, checkpoints):
@@ -1360,7 +1664,7 @@ def validation_thresholds(checkpoint, checkpoints):
     sources = [checkpoint.validation]
     for other in checkpoints:
         start_hash = other.recipe.get("weights_sha256")  # of the network that it started from
-        if start_hash == checkpoint.weights_hash:
+        if start_hash == checkpoint.weights_hash and not other.parts:
             sources.append(other.facts.get("start_metrics", {}))
     for metrics in sources:
         thresholds = {}
@@ -1373,7 +1677,7 @@ def validation_thresholds(checkpoint, checkpoints):
     return {}
 
 
-def report(args, checkpoints, evaluator, device):
+def report(args, checkpoints, evaluator, strata, device):
     """Write the comparison of all checkpoints and print it."""
     settings = group_settings(checkpoints)
     chosen = chosen_by_validation(settings)
@@ -1386,6 +1690,8 @@ def report(args, checkpoints, evaluator, device):
         f"{counts['general']} general impostor pairs"
     )
     print(comparison_table(settings, chosen))
+    if strata:
+        print(strata_table(settings, strata))
     print(f"results in {args.output_dir}")
 
 
@@ -1410,6 +1716,31 @@ def parse_args(argv=None):
         choices=("RGB", "BGR"),
         help="colour order that a network of CVLface (keys net.*) takes, "
         "if no yaml beside its file says it",
+    )
+    add(
+        "--pair_list",
+        metavar="FILE",
+        help="score only these genuine and twin pairs of images: a CSV file with the columns "
+        "path_1, path_2, same (1 or 0), and perhaps fold; or lines of two paths and 1 or 0",
+    )
+    add(
+        "--metadata",
+        metavar="FILE",
+        help="CSV file with a column path, as in --id_to_images, and columns for --cross and --by",
+    )
+    add(
+        "--cross",
+        metavar="COLUMN",
+        help="count only genuine pairs whose images differ in this column, such as session, and "
+        "show the others beside",
+    )
+    add(
+        "--by",
+        metavar="COLUMN",
+        nargs="+",
+        default=[],
+        help="also give the figures of pairs with the same value of such a column, for each value, "
+        "and of pairs with different ones",
     )
     add(
         "--checkpoints",

@@ -566,6 +566,25 @@ def read_json(path, expected, kind=dict):
     return content
 
 
+def read_csv(path, columns):
+    """The rows of a CSV file as dicts, which have at least these columns; InputError otherwise."""
+    expected = f"expected a CSV file with the columns {', '.join(columns)}"
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, skipinitialspace=True, restval="")
+            rows = list(table)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; {expected}") from error
+    except (ValueError, csv.Error) as error:  # ValueError: what is not UTF-8
+        raise InputError(f"{path}: {error}; {expected}") from error
+    titles = table.fieldnames or []
+    missing = [column for column in columns if column not in titles]
+    if missing or not rows:
+        found = ", ".join(titles) or "none"
+        raise InputError(f"{path}: {expected} and at least one row; its columns are: {found}")
+    return rows
+
+
 def dict_without_repeated_keys(entries):
     """The dict of a JSON object's entries [(key, value), ...]; ValueError if a key comes twice."""
     for key, count in Counter(key for key, _ in entries).items():

@@ -30,7 +30,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from align import add_alignment_arguments, align_files
+from align import (
+    CropFinder,
+    add_alignment_arguments,
+    align_files,
+    read_metadata,
+    refuse_missing_values,
+)
 from evaluate_twins import (
     METRICS,
     OPERATING_POINTS,
@@ -75,6 +81,7 @@ from triplet_dataset import (
     GROUP_SIZE,
     People,
     TwinTripletDataset,
+    deal_people_into_folds,
     read_people,
     split_pairs,
 )
@@ -163,6 +170,11 @@ RECIPE = {
         "share of the training pairs that is kept for validation, in whole families",
     ),
     "split_seed": RecipeFlag(42, seed_number, "seed of the validation split"),
+    "cross": RecipeFlag(
+        None,
+        str,
+        "column of --metadata in which a positive must differ from its anchor, such as session",
+    ),
     "monitor": RecipeFlag(
         "val_auc",
         str,
@@ -198,6 +210,18 @@ def build_parser():
         "--skip_alignment",
         action="store_true",
         help="use the crops that --aligned_json lists, instead of aligning photographs",
+    )
+    group.add_argument(
+        "--metadata",
+        metavar="FILE",
+        help="CSV file with a column path, as in --id_to_images, and columns for --cross",
+    )
+    group.add_argument(
+        "--folds",
+        type=number_between(int, 2, 1000),
+        metavar="K",
+        help="cross-validation: deal the pairs into K folds of whole families and make K runs, "
+        "each without one fold, which evaluate_twins.py then tests it on",
     )
 
     group = parser.add_argument_group("the network to start from")
@@ -297,21 +321,29 @@ def build_parser():
 def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     """The settings of each run that a command line asks for.
 
-    The quickest come first: frozen before full, and in each mode those with fewer triplets first.
-    Raises InputError for wrong flags.
+    `fold` of a run is the one that it leaves out, None without --folds. The quickest come first:
+    frozen before full, and in each mode those with fewer triplets first. Raises InputError for
+    wrong flags.
     """
     args = build_parser().parse_args(argv)
     swept = {name: values_of(args, name, flag.default) for name, flag in RECIPE.items()}
     swept["seed"] = values_of(args, "seed", DEFAULT_SEED)
+    if args.cross and not args.metadata:
+        raise InputError("--cross needs --metadata, the file with that column")
+    folds = range(1, args.folds + 1) if args.folds else [None]
+    settings = list(itertools.product(*swept.values()))
+    if len(settings) > 1 and args.run_name:
+        message = f"{len(settings)} runs need names of their own"
+        raise InputError(f"--run_name {args.run_name}: {message}")
     runs = []
-    for values in itertools.product(*swept.values()):
-        run = argparse.Namespace(**vars(args))
+    for values, fold in itertools.product(settings, folds):
+        run = argparse.Namespace(**vars(args), fold=fold)
         for name, value in zip(swept, values, strict=True):
             setattr(run, name, value)
         run.run_name = args.run_name or default_name(run)
+        if fold:
+            run.run_name = file_name(f"{run.run_name}_fold{fold}of{args.folds}")
         runs.append(run)
-    if len(runs) > 1 and args.run_name:
-        raise InputError(f"--run_name {args.run_name}: {len(runs)} runs need names of their own")
     names = [run.run_name for run in runs]
     for name in names:
         if names.count(name) > 1:
@@ -430,8 +462,9 @@ class RunFolder:
             message = "begun by an earlier version of this program; --overwrite replaces it"
             raise InputError(f"{self.folder}: cannot resume: {message}")
         config = self.first_config
-        first = {"seed": config["seed"], "arch": config["arch"], **config["recipe"]}
-        now = {"seed": self.args.seed, "arch": self.args.arch, **recipe}
+        besides_recipe = ("seed", "arch", "folds", "fold")
+        first = {name: config[name] for name in besides_recipe} | config["recipe"]
+        now = {name: getattr(self.args, name) for name in besides_recipe} | recipe
         changes = []
         for name, value in now.items():
             if first.get(name) == value:
@@ -698,11 +731,13 @@ def hash_of_pairs(pairs):
     return hashlib.sha256(repr([tuple(pair) for pair in pairs]).encode()).hexdigest()
 
 
-def hash_of_crops(people):
-    """A hash of who has which images, by their pixels."""
+def hash_of_crops(people, value_of=None):
+    """A hash of who has which images, by their pixels, and of the images' values for --cross."""
     content = {}
     for name, paths in people.id_to_images.items():
         content[name] = [people.crops.sha256[people.crops.row[path]] for path in paths]
+        if value_of:
+            content[name].append([value_of[path] for path in paths])
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
@@ -794,38 +829,66 @@ class TwinTrainer:
             self.people = People(*read_people(self.args, "aligned_json", "train_pairs"))
             for warning in self.people.warnings:
                 self.say(f"warning: {warning}")
+        self.fold_ids = set()  # the people of the fold that this run leaves out
+        if self.args.folds:
+            fold_of = deal_people_into_folds(
+                self.people.pairs, self.args.folds, self.args.split_seed
+            )
+            self.fold_ids = {name for name, fold in fold_of.items() if fold == self.args.fold}
         return self.people
+
+    def read_values(self):
+        """{crop: value} of the column that --cross names; None without it."""
+        args = self.args
+        if not args.cross:
+            return None
+        finder = CropFinder(args, self.people.id_to_images)
+        value_of = read_metadata(args.metadata, [args.cross], finder)[args.cross]
+        crops = itertools.chain(*self.people.id_to_images.values())
+        refuse_missing_values(args.metadata, args.cross, value_of, crops)
+        return value_of
 
     def load_data(self):
         """Read the crops, split the pairs and make the triplets."""
         args = self.args
         people = self.load_people()
         id_to_images, pairs = people.id_to_images, people.pairs
-        usable = TwinTripletDataset(id_to_images, pairs)  # without the pairs that make no triplet
+        self.value_of = self.read_values()
+        # Without the pairs that make no triplet.
+        usable = TwinTripletDataset(id_to_images, pairs, value_of=self.value_of)
         self.n_skipped = usable.n_skipped
+        if self.value_of:
+            self.say(describe_values(args.cross, usable, TwinTripletDataset(id_to_images, pairs)))
         if self.n_skipped:
             reason = "no triplet can be made of their crops"
             self.say(f"warning: {self.n_skipped} of {len(pairs)} pairs are skipped: {reason}")
         # People that the start was trained on cannot validate it.
         never_validate = {*self.lineage["trained_ids"]}
         never_validate |= people.people_on(self.lineage["trained_images"])
+        pairs_of_run = [pair for pair in usable.pairs if pair[0] not in self.fold_ids]
+        if not pairs_of_run:
+            raise InputError(f"{args.run_name}: the other folds have no pair that makes a triplet")
         # Pairs that are skipped still join people to families.
         train_pairs, val_pairs = split_pairs(
-            usable.pairs, args.validation_split, args.split_seed, pairs, never_validate
+            pairs_of_run, args.validation_split, args.split_seed, pairs, never_validate
         )
         self.train_set = TwinTripletDataset(
-            id_to_images, train_pairs, args.train_percentage, args.seed
+            id_to_images, train_pairs, args.train_percentage, args.seed, self.value_of
         )
         self.train_rows = people.rows(self.train_set.images.paths)
+        self.seen_rows = self.train_rows
         self.val_set = None
         self.evaluator = None
         if val_pairs:
-            self.val_set = TwinTripletDataset(id_to_images, val_pairs)
+            self.val_set = TwinTripletDataset(id_to_images, val_pairs, value_of=self.value_of)
             # Seeded by the split, so that runs with other seeds can be compared on the same
             # resamples.
             self.evaluator = TwinEvaluator(self.val_set.images, args.split_seed)
+            if self.value_of:
+                self.evaluator = self.evaluator.across(self.value_of)
             # The watched images are embedded after each epoch: here, all validation images.
             self.watched_rows = people.rows(self.val_set.images.paths)
+            self.seen_rows = torch.cat([self.train_rows, self.watched_rows])
         else:
             # A network that has died must not be saved, so some training images are watched.
             self.watched_rows = self.train_rows[:64]
@@ -967,7 +1030,7 @@ class TwinTrainer:
         recipe = {flag: getattr(self.args, flag) for flag in RECIPE}
         recipe["precision"] = self.precision
         recipe["weights_sha256"] = weights_hash
-        recipe["crops_sha256"] = hash_of_crops(self.people)
+        recipe["crops_sha256"] = hash_of_crops(self.people, self.value_of)
         recipe["pairs_sha256"] = hash_of_pairs(self.people.pairs)
         return recipe
 
@@ -992,6 +1055,7 @@ class TwinTrainer:
             "n_touched_images": train.count_touched_images(),
             "train_ids": train.images.ids,
             "val_ids": val.images.ids if val is not None else [],
+            "fold_ids": sorted(self.fold_ids),
             "trainable_parameters": [name for name, p in parameters if p.requires_grad],
             "used_device": str(self.device),
             "device_name": device_name,
@@ -1200,6 +1264,7 @@ class TwinTrainer:
     def lineage_after_run(self):
         """What the network has seen after this run, for its checkpoint."""
         hashes = self.people.hashes
+        sha256 = self.people.crops.sha256
         trained_ids = {*self.lineage["trained_ids"], *self.train_set.images.ids}
         seen_ids = {*self.lineage["seen_ids"], *trained_ids}
         if self.val_set is not None:
@@ -1208,8 +1273,11 @@ class TwinTrainer:
             "trained_ids": sorted(trained_ids),
             "seen_ids": sorted(seen_ids),
             "trained_images": torch.cat([self.lineage["trained_images"], hashes[self.train_rows]]),
-            "seen_images": torch.cat([self.lineage["seen_images"], hashes]),
-            "crop_sha256": [*self.lineage["crop_sha256"], *self.people.crops.sha256],
+            "seen_images": torch.cat([self.lineage["seen_images"], hashes[self.seen_rows]]),
+            "crop_sha256": [
+                *self.lineage["crop_sha256"],
+                *(sha256[row] for row in self.seen_rows.tolist()),
+            ],
         }
 
     def save_if_due(self):
@@ -1286,6 +1354,16 @@ def fits_into_gpu(images, device):
 def figures_of(entry):
     """The figures of a log entry, without its epoch and time."""
     return {key: value for key, value in entry.items() if key not in ("epoch", "timing")}
+
+
+def describe_values(column, dataset, whole):
+    """What is left if a positive must differ from its anchor in a column of the metadata."""
+    n_negatives_only = (dataset.positives.count == 0).sum()
+    return (
+        f"--cross {column}: {dataset.n_possible} of {whole.n_possible} triplets have a positive "
+        f"with another {column} than the anchor; {n_negatives_only} people with one {column} alone "
+        "serve as negatives only"
+    )
 
 
 def describe_epoch(entry, is_kept):
@@ -1458,8 +1536,15 @@ def summarize_runs(logs, pretrained):
     if pretrained != "none":
         checkpoints.insert(0, pretrained)
     lines.append("The validation people chose the epochs, so these figures flatter them.")
-    lines.append("This command gives the figures of other people:")
-    lines.append(f"python evaluate_twins.py --checkpoints {shlex.join(checkpoints)}")
+    config = logs[0]["config"]
+    command = ["python", "evaluate_twins.py"]
+    if config["folds"]:
+        lines.append("This command tests each run on the fold that it has not seen:")
+        command += ["--skip_alignment", "--aligned_json", config["aligned_json"]]
+        command += ["--test_pairs", config["train_pairs"]]
+    else:
+        lines.append("This command gives the figures of other people:")
+    lines.append(shlex.join([*command, "--checkpoints", *checkpoints]))
     return "\n".join(lines)
 
 

@@ -232,6 +232,20 @@ def deal_into_folds(sizes, n_folds, seed):
     return folds
 
 
+def deal_people_into_folds(pairs, n_folds, seed):
+    """{ID: fold, from 1 to n_folds}: whole families, with about as many pairs in each fold.
+
+    The people, the pairs and the seed decide, not the order of the list. Raises InputError if there
+    are fewer families than folds.
+    """
+    family_of = find_families(sorted(tuple(sorted(pair)) for pair in pairs))
+    n_pairs = np.bincount([family_of[first] for first, _ in pairs])
+    if len(n_pairs) < n_folds:
+        raise InputError(f"--folds {n_folds}: the pairs make only {len(n_pairs)} families")
+    folds = deal_into_folds(n_pairs, n_folds, seed)
+    return {name: int(folds[family]) + 1 for name, family in family_of.items()}
+
+
 def split_pairs(
     pairs: list,
     validation_split: float,
@@ -285,6 +299,7 @@ class TwinImages:
     `first`, `count`: the first image and the number of images of each person.
     `person` (N,): the person on each image, as an index of `ids`.
     `family` (N,): the number of that person's family.
+    `family_of_person`: that number of each person, also of those without an image.
     `pairs` (P, 2): the pairs, as indices of `ids`.
     """
 
@@ -302,7 +317,8 @@ class TwinImages:
         self.count = np.array(counts, np.int64)
         self.first = np.cumsum(self.count) - self.count
         self.person = np.repeat(np.arange(len(self.ids)), self.count)
-        self.family = np.repeat(np.array(families, np.int64), self.count)
+        self.family_of_person = np.array(families, np.int64)
+        self.family = np.repeat(self.family_of_person, self.count)
         index = {name: i for i, name in enumerate(self.ids)}
         self.pairs = np.array([(index[a], index[b]) for a, b in pairs], np.int64)
 

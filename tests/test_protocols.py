@@ -1,12 +1,25 @@
-"""Protocols of papers: ten folds, the figures of single families."""
+"""Protocols of papers: ten folds, single families, pair lists, sessions, cross-validation."""
+
+import csv
+import hashlib
+import itertools
+import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, roc_auc_score
 from sklearn.model_selection import PredefinedSplit
 
+import align
 import evaluate_twins as ev
-from tests.conftest import read_csv
+import net
+import train_twins
+import triplet_dataset as td
+from tests.conftest import Experiment, crop_writer, quick_features, read_csv
 from tests.reference import people
 
 
@@ -134,3 +147,469 @@ def test_the_three_hardest_families_are_named(evaluated):
     rows = read_csv(evaluated.out / "start" / "families.csv")
     hardest = [f"{row['ids']} (twin AUC {float(row['twin_auc']):.3f})" for row in rows[:3]]
     assert f"start, hardest families: {', '.join(hardest)}." in evaluated.said.getvalue()
+
+
+# ---- pair lists and metadata ---------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Crops of twelve families, a network, photographs' names, and all pairs' scores."""
+    folder = tmp_path_factory.mktemp("protocols")
+    aligned, pairs = crop_writer(folder)([[3, 3]] * 10 + [[4, 3], [3, 1, 2]], "test")
+    torch.manual_seed(0)
+    net.save_checkpoint(folder / "start.pth", net.build_model("ir_tiny"))
+    listed = json.loads(aligned.read_text())
+    photographs = {}
+    for name, crops in listed.items():
+        photographs[name] = [f"raw/{name}/{crop.split('/')[-1][:-4]}.jpg" for crop in crops]
+    (folder / "photographs.json").write_text(json.dumps(photographs))
+    rng = np.random.default_rng(0)
+    crops = [path for paths in listed.values() for path in paths]
+    metadata = {path: (f"s{rng.integers(2)}", rng.choice(["no", "yes"])) for path in crops}
+    write_table(
+        folder / "metadata.csv",
+        [
+            {"path": path, "session": session, "glasses": glasses}
+            for path, (session, glasses) in metadata.items()
+        ],
+    )
+    result = SimpleNamespace(
+        folder=folder, aligned=aligned, pairs=pairs, metadata=metadata, photographs=photographs
+    )
+    result.images = listed
+    result.all_pairs = evaluate(result, "all").pairs
+    return result
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
+def evaluate(twins, out, flags=""):
+    """Evaluate the network of `twins`; returns its metrics and its table of pair scores."""
+    arguments = (
+        f"--skip_alignment --test_pairs {twins.pairs} --aligned_json {twins.aligned} --device cpu "
+        f"--id_to_images {twins.folder}/photographs.json --output_dir {twins.folder}/{out} "
+        f"--checkpoints {twins.folder}/start.pth {flags}"
+    )
+    assert ev.main(arguments.split()) == 0
+    results = twins.folder / out
+    return SimpleNamespace(
+        folder=results,
+        metrics=json.loads((results / "start" / "metrics.json").read_text()),
+        pairs=read_csv(results / "start" / "pair_scores.csv"),
+    )
+
+
+def auc_of(rows):
+    labels = [row["kind"] == "genuine" for row in rows]
+    return roc_auc_score(labels, [float(row["score"]) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def chosen_pairs(twins):
+    """Every third pair, each with a fold by its family."""
+    rows = []
+    for row in twins.all_pairs[::3]:
+        family = int(re.search("[0-9]+", row["id_1"])[0])
+        rows.append(row | {"fold": f"f{family % 10}", "same": int(row["kind"] == "genuine")})
+    return rows
+
+
+def photograph_of(twins, path):
+    """The name of the photograph of a crop."""
+    for name, crops in twins.images.items():
+        if path in crops:
+            return twins.photographs[name][crops.index(path)]
+    raise KeyError(path)
+
+
+@pytest.fixture(scope="module")
+def of_list(twins, chosen_pairs):
+    """The evaluation of these pairs alone."""
+    path = twins.folder / "folds.csv"
+    columns = ("path_1", "path_2", "same", "fold")
+    write_table(path, [{column: row[column] for column in columns} for row in chosen_pairs])
+    return evaluate(twins, "folds", f"--pair_list {path}")
+
+
+def test_only_the_listed_pairs_are_scored(of_list, chosen_pairs):
+    expected = {(row["path_1"], row["path_2"], row["score"]) for row in chosen_pairs}
+    assert {(row["path_1"], row["path_2"], row["score"]) for row in of_list.pairs} == expected
+    auc = of_list.metrics["figures"]["auc"]
+    assert auc["value"] == pytest.approx(auc_of(chosen_pairs), abs=1e-6)
+    assert auc["interval"][0] < auc["value"] < auc["interval"][1]
+
+
+def test_the_folds_of_a_pair_list_are_those_of_its_column(of_list, chosen_pairs):
+    figures = of_list.metrics["figures"]
+    scores = np.array([float(row["score"]) for row in chosen_pairs])
+    labels = np.array([row["same"] for row in chosen_pairs])
+    folds = np.array([row["fold"] for row in chosen_pairs])
+    thresholds = np.unique(scores)
+    accuracies = []
+    for fold in np.unique(folds):
+        here = folds == fold
+        right = [((scores >= t) == labels)[~here].sum() for t in thresholds]
+        best = thresholds[int(np.argmax(right))]
+        accuracies.append(((scores >= best) == labels)[here].mean())
+    assert figures["accuracy_10_fold"]["value"] == pytest.approx(np.mean(accuracies))
+    assert figures["accuracy_10_fold_std"]["value"] == pytest.approx(np.std(accuracies))
+
+
+@pytest.mark.parametrize("kind", ["crops", "photographs", "lines"])
+def test_a_list_may_name_crops_or_photographs_in_a_table_or_in_lines(twins, chosen_pairs, kind):
+    path = twins.folder / f"{kind}.csv"
+    listed = []
+    for row in chosen_pairs:
+        names = [row["path_1"], row["path_2"]]
+        if kind == "photographs":
+            names = [photograph_of(twins, name) for name in names]
+        listed.append({"path_1": names[0], "path_2": names[1], "same": row["same"]})
+    if kind == "lines":
+        path = twins.folder / "pairs.txt"
+        path.write_text("\n".join(" ".join(str(x) for x in row.values()) for row in listed))
+    else:
+        write_table(path, listed)
+    crops = td.read_id_to_images(twins.aligned)
+    photographs = twins.folder / "photographs.json"
+    args = SimpleNamespace(aligned_json=twins.aligned, id_to_images=photographs)
+    pairs = align.read_pair_list(path, align.CropFinder(args, crops))
+    for row, pair in zip(chosen_pairs, pairs, strict=True):
+        assert pair.ids == (row["id_1"], row["id_2"])
+        assert pair.same == (row["kind"] == "genuine")
+        expected = tuple(str(twins.folder / row[name]) for name in ("path_1", "path_2"))
+        assert pair.crops == expected
+
+
+def test_pairs_with_a_photograph_without_crop_are_left_out_and_counted(twins, capsys):
+    photographs = json.loads((twins.folder / "photographs.json").read_text())
+    photographs["test0a"].append("raw/test0a/no_face.jpg")
+    (twins.folder / "more.json").write_text(json.dumps(photographs))
+    a, b = twins.photographs["test0a"][:2]
+    twin = twins.photographs["test0b"][0]
+    rows = [f"{a},{b},1", f"{a},{twin},0", f"raw/test0a/no_face.jpg,{twin},0"]
+    path = twins.folder / "with_missing.csv"
+    path.write_text("\n".join(["path_1,path_2,same", *rows]))
+    flags = f"--pair_list {path} --id_to_images {twins.folder}/more.json"
+    result = evaluate(twins, "missing", flags)
+    assert len(result.pairs) == 2
+    assert "warning: 1 pairs of --pair_list are left out" in capsys.readouterr().out
+
+
+WRONG_LISTS = {
+    "an unknown path": ("x.png,{b},0", "pair 1: no image 'x.png' in"),
+    "a wrong label": (
+        "{a},{b},1",
+        "pair 1: same is 1, but the images are of 'test0a' and 'test0b'",
+    ),
+    "no label": ("{a},{b},", "pair 1: same must be 1 or 0, not ''"),
+    "strangers": ("{a},{stranger},0", "test0a and test1a are no twins by --test_pairs"),
+    "an image with itself": ("{a},{a},1", "an image is paired with itself"),
+    "nothing": ("", "and at least one row"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_a_wrong_pair_list_is_refused(twins, case, capsys):
+    row, message = WRONG_LISTS[case]
+    images = twins.images
+    row = row.format(a=images["test0a"][0], b=images["test0b"][0], stranger=images["test1a"][0])
+    path = twins.folder / "wrong.csv"
+    path.write_text(f"path_1,path_2,same\n{row}\n")
+    arguments = (
+        f"--skip_alignment --test_pairs {twins.pairs} --aligned_json {twins.aligned} --device cpu "
+        f"--id_to_images none --output_dir {twins.folder}/wrong "
+        f"--checkpoints {twins.folder}/start.pth --pair_list {path}"
+    )
+    assert ev.main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert str(path) in line
+    assert not (twins.folder / "wrong").exists()
+
+
+def values_differ(twins, row, column):
+    values = [twins.metadata[row[path]][column] for path in ("path_1", "path_2")]
+    return values[0] != values[1]
+
+
+@pytest.fixture(scope="module")
+def stratified(twins):
+    flags = f"--metadata {twins.folder}/metadata.csv --cross session --by glasses"
+    return evaluate(twins, "strata", flags)
+
+
+def test_across_sessions_genuine_pairs_are_of_two_sessions(twins, stratified):
+    expected = []
+    for row in twins.all_pairs:
+        if row["kind"] == "twin" or values_differ(twins, row, 0):
+            expected.append(row)
+    assert stratified.pairs == [
+        row | {"accepted_at_eer": mine["accepted_at_eer"]}
+        for row, mine in zip(expected, stratified.pairs, strict=True)
+    ]
+    value = stratified.metrics["figures"]["auc"]["value"]
+    assert value == pytest.approx(auc_of(expected), abs=1e-6)
+
+
+def test_pairs_within_sessions_and_all_pairs_stand_beside(twins, stratified):
+    strata = stratified.metrics["strata"]
+    within = [
+        row for row in twins.all_pairs if row["kind"] == "twin" or not values_differ(twins, row, 0)
+    ]
+    expected = {"genuine pairs of one session": within, "all genuine pairs": twins.all_pairs}
+    for label, rows in expected.items():
+        auc = strata[label]["figures"]["auc"]
+        assert auc["value"] == pytest.approx(auc_of(rows), abs=1e-6)
+        assert auc["interval"][0] < auc["value"] < auc["interval"][1]
+        n_genuine = sum(row["kind"] == "genuine" for row in rows)
+        assert strata[label]["counts"]["genuine"] == n_genuine
+
+
+def test_strata_of_a_column_are_pairs_of_one_value_and_of_two(twins, stratified):
+    strata = stratified.metrics["strata"]
+    for value in ("no", "yes", "different"):
+        rows = []
+        for row in stratified.pairs:
+            both = {twins.metadata[row[path]][1] for path in ("path_1", "path_2")}
+            if both == {value} or (value == "different" and len(both) == 2):
+                rows.append(row)
+        stratum = strata[f"glasses: {value}"]
+        assert stratum["figures"]["auc"]["value"] == pytest.approx(auc_of(rows), abs=1e-6)
+        assert stratum["counts"]["twin"] == sum(row["kind"] == "twin" for row in rows)
+
+
+def test_strata_have_a_picture(stratified):
+    with Image.open(stratified.folder / "strata.png") as picture:
+        assert picture.format == "PNG"
+
+
+WRONG_METADATA = {
+    "an image without a value": ("--cross session", "path,session\n", "images have no session"),
+    "no such column": ("--cross day", "path,session\n{a},s\n", "its columns are: path, session"),
+    "one value": ("--cross session", None, "nobody has images with two values of session"),
+    "no metadata": ("--cross session", "", "--cross and --by need --metadata"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_METADATA)
+def test_wrong_metadata_is_refused(twins, case, capsys):
+    flags, text, message = WRONG_METADATA[case]
+    a = twins.images["test0a"][0]
+    path = twins.folder / "wrong_metadata.csv"
+    if text is None:
+        text = "path,session\n" + "".join(f"{crop},s\n" for crop in twins.metadata)
+    elif text.endswith("session\n"):
+        text += "".join(f"{crop},s\n" for crop in list(twins.metadata)[1:])
+    path.write_text(text.format(a=a))
+    arguments = (
+        f"--skip_alignment --test_pairs {twins.pairs} --aligned_json {twins.aligned} --device cpu "
+        f"--id_to_images none --output_dir {twins.folder}/wrong "
+        f"--checkpoints {twins.folder}/start.pth {flags}"
+    )
+    if case != "no metadata":
+        arguments += f" --metadata {path}"
+    assert ev.main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+# ---- training across sessions --------------------------------------------------------------------
+def sessions_of(experiment):
+    """Write metadata with three sessions, one of train0b; returns ({path: session}, its flags)."""
+    session_of = {}
+    for name, paths in experiment.images.items():
+        for number, path in enumerate(paths):
+            session_of[str(path)] = "s0" if name == "train0b" else f"s{number % 3}"
+    rows = [{"path": path, "session": session} for path, session in session_of.items()]
+    write_table(experiment.folder / "metadata.csv", rows)
+    return session_of, f"--cross session --metadata {experiment.folder}/metadata.csv"
+
+
+def test_training_across_sessions_has_positives_of_other_sessions(experiment, run, monkeypatch):
+    session_of, flags = sessions_of(experiment)
+    positives = []
+    step = train_twins.TwinTrainer.step
+
+    def watched_step(self, triplets):
+        paths = self.train_set.images.paths
+        positives.extend((paths[a], paths[p]) for a, p, _ in triplets.tolist())
+        return step(self, triplets)
+
+    monkeypatch.setattr(train_twins.TwinTrainer, "step", watched_step)
+    code, log = run(flags)
+    assert code == 0
+    assert positives
+    assert all(session_of[anchor] != session_of[positive] for anchor, positive in positives)
+    n_possible = 0
+    config = log["config"]
+    for a, b in json.loads(experiment.pairs.read_text()):
+        if a not in config["train_ids"]:
+            continue
+        for person, twin in ((a, b), (b, a)):
+            images = [str(path) for path in experiment.images[person]]
+            for anchor, positive in itertools.permutations(images, 2):
+                if session_of[anchor] != session_of[positive]:
+                    n_possible += len(experiment.images[twin])
+    assert config["n_train_triplets"] == n_possible
+    assert config["recipe"]["cross"] == "session"
+
+
+def test_training_across_sessions_says_what_is_left(experiment, run, capsys):
+    _, flags = sessions_of(experiment)
+    run(flags)
+    said = capsys.readouterr().out
+    assert "triplets have a positive with another session than the anchor; 1 people" in said
+
+
+def test_validation_across_sessions_is_across_sessions_too(experiment, run):
+    session_of, flags = sessions_of(experiment)
+    _, log = run(flags)
+    embeddings = {}
+    model = net.load_checkpoint(experiment.start)
+    for name in log["config"]["val_ids"]:
+        for path in experiment.images[name]:
+            embedding, _ = model(net.to_input(np.array(Image.open(path))[None]))
+            embeddings[str(path)] = (name, embedding[0].detach())
+    labels, scores = [], []
+    pairs = [set(pair) for pair in json.loads(experiment.pairs.read_text())]
+    for (path_1, (id_1, x)), (path_2, (id_2, y)) in itertools.combinations(embeddings.items(), 2):
+        is_genuine = id_1 == id_2 and session_of[path_1] != session_of[path_2]
+        if is_genuine or {id_1, id_2} in pairs:
+            labels.append(is_genuine)
+            scores.append(float(x @ y))
+    assert log["epochs"][0]["val_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-4)
+
+
+def test_a_run_across_sessions_is_not_resumed_with_other_sessions(experiment, run, refusal):
+    _, flags = sessions_of(experiment)
+    run(f"{flags} --epochs 1")
+    path = experiment.folder / "metadata.csv"
+    path.write_text(path.read_text().replace("s1", "s7", 1))
+    code, _ = run(f"{flags} --epochs 2 --resume")
+    assert code == 2
+    assert "the crops are others than at its start" in refusal()
+
+
+# ---- cross-validation ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def cross_validation(tmp_path_factory):
+    """Three folds of an experiment, trained and evaluated; a second seed is left out of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("net.Backbone.features", quick_features)
+        patch.setattr("train_twins.plot_curves", lambda folder, log: None)
+        folder = tmp_path_factory.mktemp("folds")
+        experiment = Experiment(folder, [[3, 3]] * 6 + [[3, 2, 3], [3, 3]])
+        flags = experiment.flags("--folds 3 --freeze_backbone --epochs 1", "cv")
+        assert train_twins.main(flags) == 0
+        evaluation = (
+            f"--skip_alignment --test_pairs {experiment.pairs} --device cpu "
+            f"--aligned_json {experiment.aligned} --output_dir {folder}/out"
+        ).split()
+        checkpoints = sorted(str(path) for path in (folder / "models").glob("*.pth"))
+        names = ["--checkpoints", str(experiment.start), *checkpoints]
+        assert ev.main([*evaluation, *names]) == 0
+    return SimpleNamespace(
+        experiment=experiment,
+        checkpoints=checkpoints,
+        evaluation=evaluation,
+        out=folder / "out",
+        contents=[torch.load(path, weights_only=True) for path in checkpoints],
+    )
+
+
+def test_each_run_leaves_out_another_fold_of_whole_families(cross_validation):
+    folds = [set(content["config"]["fold_ids"]) for content in cross_validation.contents]
+    assert len(folds) == 3
+    assert set.union(*folds) == set(cross_validation.experiment.images)
+    assert sum(len(fold) for fold in folds) == len(cross_validation.experiment.images)
+    for a, b in json.loads(cross_validation.experiment.pairs.read_text()):
+        assert all((a in fold) == (b in fold) for fold in folds)
+
+
+def test_a_run_has_seen_nobody_of_its_fold(cross_validation):
+    for content in cross_validation.contents:
+        config = content["config"]
+        fold_ids = set(config["fold_ids"])
+        seen = {*config["train_ids"], *config["val_ids"], *content["seen_ids"]}
+        assert not fold_ids & seen
+        assert fold_ids | seen == set(cross_validation.experiment.images)
+        for name in fold_ids:
+            for path in cross_validation.experiment.images[name]:
+                digest = hashlib.sha256(np.array(Image.open(path)).tobytes()).hexdigest()
+                assert digest not in content["crop_sha256"]
+
+
+def test_each_pair_is_scored_by_the_run_that_has_not_seen_it(cross_validation, monkeypatch):
+    monkeypatch.setattr("net.Backbone.features", quick_features)
+    models = [net.load_checkpoint(path) for path in cross_validation.checkpoints]
+    rows = read_csv(cross_validation.out / "cv_3folds" / "pair_scores.csv")
+    folder = cross_validation.experiment.folder
+    for row in rows[::7]:
+        (model,) = [model for model in models if row["id_1"] in model.facts["config"]["fold_ids"]]
+        crops = [np.array(Image.open(folder / row[path])) for path in ("path_1", "path_2")]
+        with torch.no_grad():
+            embeddings, _ = model.eval()(net.to_input(np.stack(crops)))
+        assert float(row["score"]) == pytest.approx(float(embeddings[0] @ embeddings[1]), abs=1e-5)
+
+
+def test_general_pairs_are_within_a_fold(cross_validation):
+    path = cross_validation.out / "cv_3folds" / "metrics.json"
+    counts = json.loads(path.read_text())["counts"]
+    images = cross_validation.experiment.images
+    family_of = td.find_families(json.loads(cross_validation.experiment.pairs.read_text()))
+    expected = 0
+    for content in cross_validation.contents:
+        for a, b in itertools.combinations(content["config"]["fold_ids"], 2):
+            if family_of[a] != family_of[b]:
+                expected += len(images[a]) * len(images[b])
+    assert counts["general"] == expected
+    assert counts["families"] == 8
+
+
+def test_the_start_is_tested_on_the_same_pairs(cross_validation):
+    content = json.loads((cross_validation.out / "comparison.json").read_text())
+    assert content["baseline"] == "start"
+    names = [checkpoint["name"] for checkpoint in content["checkpoints"]]
+    assert names == ["start", "cv_3folds"]
+    start = json.loads((cross_validation.out / "start" / "metrics.json").read_text())
+    pooled = json.loads((cross_validation.out / "cv_3folds" / "metrics.json").read_text())
+    assert start["counts"] == pooled["counts"]
+    assert pooled["folds"] == cross_validation.checkpoints
+
+
+def test_a_missing_fold_is_named(cross_validation, capsys):
+    some = ["--checkpoints", *cross_validation.checkpoints[:2]]
+    assert ev.main([*cross_validation.evaluation, *some]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the runs of folds [3] of 3 are missing" in line
+
+
+def test_a_run_of_a_fold_is_still_refused_on_the_people_whom_it_has_seen(
+    cross_validation, tmp_path, capsys
+):
+    (first, second), *_ = json.loads(cross_validation.experiment.pairs.read_text())
+    contents = zip(cross_validation.checkpoints, cross_validation.contents, strict=True)
+    path = next(path for path, content in contents if first in content["config"]["train_ids"])
+    (tmp_path / "pairs.json").write_text(json.dumps([[first, second]]))
+    flags = [*cross_validation.evaluation, "--test_pairs", str(tmp_path / "pairs.json")]
+    assert ev.main([*flags, "--checkpoints", path]) == 2
+    assert "was trained or validated on 2 of the 2 test people" in capsys.readouterr().err
+
+
+def test_folds_do_not_depend_on_the_order_of_the_pairs():
+    pairs = [(f"a{i}", f"b{i}") for i in range(20)] + [("a3", "c"), ("b5", "d")]
+    expected = td.deal_people_into_folds(pairs, 4, 42)
+    turned = [(b, a) for a, b in reversed(pairs)]
+    assert td.deal_people_into_folds(turned, 4, 42) == expected
+    assert td.deal_people_into_folds(pairs, 4, 43) != expected
+
+
+def test_more_folds_than_families_are_refused_once(experiment, capsys):
+    flags = experiment.flags("--folds 50", "cv")
+    assert train_twins.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--folds 50: the pairs make only" in line
