@@ -9,15 +9,19 @@ different families. A threshold t accepts a pair with score >= t; FMR and FNMR a
 ISO/IEC 19795-1. `train_twins.py` validates with the same functions.
 """
 
+import base64
 import copy
 import json
 import os
+import shlex
+import sys
 import textwrap
 import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -379,30 +383,19 @@ class TwinEvaluator:
         if len(self.rows["twin"]) == 0:
             reason = "there is no pair with images of both twins"
             raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
-        n_images = len(self.family)
-        family_sizes = np.bincount(self.family)
-        self.n_families = len(family_sizes)
-        group = np.zeros(n_images, np.int64)
+        group = np.zeros(len(self.family), np.int64)
         if group_of:
             group = np.array([group_of[images.ids[person]] for person in images.person])
-        group_sizes = np.bincount(group)
-        n_in_both_orders = (group_sizes**2).sum() - (family_sizes**2).sum()
+        self.rows["general"], n_general = general_pairs(self.family, group, generator)
+        self.general_is_sampled = n_general > MAX_GENERAL_PAIRS
+        self.n_families = len(np.unique(self.family))
         self.counts = {
-            "images": n_images,
+            "images": len(self.family),
             "genuine": len(self.rows["genuine"]),
             "twin": len(self.rows["twin"]),
-            "general": int(n_in_both_orders) // 2,
+            "general": n_general,
             "families": self.n_families,
         }
-        self.general_is_sampled = self.counts["general"] > MAX_GENERAL_PAIRS
-        if self.general_is_sampled:
-            candidates = generator.integers(n_images, size=(2 * MAX_GENERAL_PAIRS, 2))
-        else:
-            candidates = np.stack(np.triu_indices(n_images, 1), 1)
-        families = self.family[candidates]
-        of_two_families = families[:, 0] != families[:, 1]
-        of_one_group = group[candidates[:, 0]] == group[candidates[:, 1]]
-        self.rows["general"] = candidates[of_two_families & of_one_group][:MAX_GENERAL_PAIRS]
         self.folds = self.folds or self._deal_into_folds(seed)
         equal = np.full(self.n_families, 1 / self.n_families)
         self.weightings = generator.multinomial(self.n_families, equal, resamples)
@@ -525,6 +518,24 @@ def genuine_pairs(images):
     for first, count in zip(images.first, images.count, strict=True):
         parts.append(first + np.stack(np.triu_indices(count, 1), 1))
     return np.concatenate(parts)
+
+
+def general_pairs(family, group, generator):
+    """((K, 2) int64 rows, number): pairs of images of two families in one group.
+
+    family, group: (N,), of each image. If there are more than MAX_GENERAL_PAIRS, at most so many
+    are drawn, with replacement.
+    """
+    n_images = len(family)
+    n_in_both_orders = (np.bincount(group) ** 2).sum() - (np.bincount(family) ** 2).sum()
+    number = int(n_in_both_orders) // 2
+    if number > MAX_GENERAL_PAIRS:
+        candidates = generator.integers(n_images, size=(2 * MAX_GENERAL_PAIRS, 2))
+    else:
+        candidates = np.stack(np.triu_indices(n_images, 1), 1)
+    first, second = candidates.T
+    is_general = (family[first] != family[second]) & (group[first] == group[second])
+    return candidates[is_general][:MAX_GENERAL_PAIRS], number
 
 
 def rows_of_list(listed, images):
@@ -979,11 +990,7 @@ def comparison_table(settings, chosen):
     for setting in settings:
         cells = []
         for name in TABLE_COLUMNS.values():
-            text = METRICS[name].as_text(setting.figures[name]["value"])
-            spread = setting.figures.get(f"{name}_std")
-            if spread and spread["value"] is not None:
-                text += f" ± {100 * spread['value']:.2f}"
-            cells.append(f"  {text:>13}")
+            cells.append(f"  {describe_figure(setting.figures, name):>13}")
         lines.append(f"{setting.name:{width}}{''.join(cells)}")
     lines.append("10-fold: accuracy on ten folds of families, mean and standard deviation.")
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.")
@@ -991,13 +998,7 @@ def comparison_table(settings, chosen):
     for setting in settings:
         if setting is not baseline:
             lines += describe_setting(setting, baseline)
-        for checkpoint in setting.checkpoints:
-            if checkpoint.overlap:
-                n = len(checkpoint.overlap)
-                lines.append(
-                    f"OVERLAP: {checkpoint.name} was trained or validated on {n} of the test "
-                    "people, so its figures look better than they are."
-                )
+        lines += describe_overlap(setting)
         lines += describe_operating_points(setting)
         hardest = describe_hardest_families(setting)
         if hardest:
@@ -1019,6 +1020,28 @@ def describe_setting(setting, baseline):
     verdicts = [setting.figures[name]["verdict"] for name in ("general_auc", "fnmr_0.001")]
     if "worse" in verdicts:
         lines.append("  It got WORSE at recognising people in general.")
+    return lines
+
+
+def describe_figure(figures, name):
+    """A figure as text, with the standard deviation over folds where there is one."""
+    text = METRICS[name].as_text(figures[name]["value"])
+    spread = figures.get(f"{name}_std")
+    if spread and spread["value"] is not None:
+        text += f" ± {100 * spread['value']:.2f}"
+    return text
+
+
+def describe_overlap(setting):
+    """The lines that warn of checkpoints that have seen test people."""
+    lines = []
+    for checkpoint in setting.checkpoints:
+        if checkpoint.overlap:
+            n = len(checkpoint.overlap)
+            lines.append(
+                f"OVERLAP: {checkpoint.name} was trained or validated on {n} of the test "
+                "people, so its figures look better than they are."
+            )
     return lines
 
 
@@ -1399,6 +1422,137 @@ def plot_line_with_band(axes, x, entries, label, start):
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
+# ---- the page to mail ----------------------------------------------------------------------------
+REPORT_STYLE = """
+body { font: 16px/1.5 sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #111; }
+h1, h2 { line-height: 1.2; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { border: 1px solid #bbb; padding: 0.2rem 0.5rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1.5rem 0; break-inside: avoid; }
+img { max-width: 100%; height: auto; }
+figcaption { color: #444; }
+code { overflow-wrap: anywhere; }
+"""
+CAPTIONS = {
+    "comparison.png": "Left: the change of each network against the first one, with 95 % "
+    "intervals. AUC should rise, EER and FNMR should fall; an interval that includes zero decides "
+    "nothing. Right: error rates against twins; the lower curve is the better one.",
+    "strata.png": "The figures of each group of pairs beside each other. If pairs within a session "
+    "do better than pairs across, the network also uses what a session has in common.",
+    "data_percentage.png": "What more training triplets bring. Points above the line are better "
+    "than the start.",
+    "roc_curve.png": "How often the right person is accepted, against how often the twin is.",
+    "det_curve.png": "Both error rates against twins on logarithmic axes; lower is better.",
+    "score_distributions.png": "The less the curves overlap, the easier it is to decide. The lines "
+    "are two thresholds, with the error rates that they give.",
+    "hardest_pairs.png": "The most confident mistakes. A picture that comes up often may be "
+    "labelled or aligned wrongly. These are faces: see what the data's licence says before this "
+    "page is passed on.",
+}
+
+
+def write_report(args, settings, chosen, strata, evaluator, device):
+    """Write report.html: the whole evaluation on one page, with its pictures inside."""
+    folder = Path(args.output_dir)
+    baseline = settings[0]
+    parts = ["<h1>Telling identical twins apart</h1>"]
+    if len(settings) > 1:
+        parts.append(f"<p>Do these networks do it better than {escape(baseline.name)}?</p>")
+    for setting in settings[1:]:
+        for line in describe_setting(setting, baseline):
+            parts.append(f"<p><strong>{escape(line)}</strong></p>")
+    for setting in settings:
+        for line in describe_overlap(setting):
+            parts.append(f"<p><strong>{escape(line)}</strong></p>")
+    if chosen:
+        parts.append(f"<p>Validation would have chosen: {escape(chosen)}.</p>")
+    parts.append("<h2>Figures</h2>")
+    parts.append(html_table(["setting", *TABLE_COLUMNS], rows_of_figures(settings)))
+    parts.append(
+        "<p>In brackets: 95 % intervals by bootstrap over families. 10-fold: accuracy on ten folds "
+        "of families. Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.</p>"
+    )
+    if strata:
+        parts.append(f"<pre>{escape(strata_table(settings, strata))}</pre>")
+    names = ["comparison.png"]
+    if strata:
+        names.append("strata.png")
+    if any("train_percentage" in setting.checkpoints[0].recipe for setting in settings):
+        names.append("data_percentage.png")
+    parts += [html_figure(folder / name) for name in names]
+    for setting in settings:
+        parts.append(f"<h2>{escape(setting.name)}</h2>")
+        parts.append(f"<p>Hardest families: {escape(describe_hardest_families(setting))}.</p>")
+        parts += [f"<p>{escape(line)}</p>" for line in describe_operating_points(setting)]
+        results = folder / setting.checkpoints[0].name
+        for name in ("roc_curve", "det_curve", "score_distributions", "hardest_pairs"):
+            parts.append(html_figure(results / f"{name}.png"))
+    parts.append("<h2>How this was measured</h2>")
+    parts.append(html_table(["what", "how many"], evaluator.counts.items()))
+    parts.append(html_table(["", ""], list_conditions(args, settings, device)))
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f"<title>Twins</title><style>{REPORT_STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def rows_of_figures(settings):
+    """The rows of the table: a setting's name and its figures with their intervals, as text."""
+    for setting in settings:
+        cells = [setting.name]
+        for name in TABLE_COLUMNS.values():
+            text = describe_figure(setting.figures, name)
+            bounds = setting.figures[name]["interval"]
+            if bounds:
+                low, high = (METRICS[name].as_text(bound) for bound in bounds)
+                text += f" [{low}, {high}]"
+            cells.append(text)
+        yield cells
+
+
+def list_conditions(args, settings, device):
+    """What the figures depend on, as pairs of text."""
+    yield "evaluation", args.command
+    yield "seed of the resamples", args.seed
+    yield "device", device
+    yield "versions", f"PyTorch {torch.__version__}, NumPy {np.__version__}"
+    for setting in settings:
+        for checkpoint in setting.checkpoints:
+            yield checkpoint.name, checkpoint.path
+            config = checkpoint.config
+            if "command" in config:
+                yield "trained by", config["command"]
+            if checkpoint.recipe:
+                flags = [f"{name} {value}" for name, value in checkpoint.recipe.items()]
+                yield "recipe", ", ".join([*flags, f"seed {config['seed']}"])
+                n_pairs = f"{config['n_train_pairs']} pairs, {config['n_train_images']} images"
+                yield "trained on", f"{n_pairs}; validated on {config['n_val_pairs']} pairs"
+
+
+def html_table(titles, rows):
+    """A table; titles and cells may be anything that has a text."""
+    lines = ["".join(f"<th>{escape(str(title))}</th>" for title in titles)]
+    for row in rows:
+        lines.append("".join(f"<td>{escape(str(cell))}</td>" for cell in row))
+    inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="table"><table>{inside}</table></div>'
+
+
+def html_figure(path):
+    """A picture, with what it shows."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = CAPTIONS[path.name]
+    image = f'<img src="data:image/png;base64,{data}" alt="{path.stem}"/>'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
 # ---- the evaluation ------------------------------------------------------------------------------
 def evaluate(args):
     """The whole evaluation of the command line; returns its Checkpoints, the baseline first."""
@@ -1692,7 +1846,8 @@ def report(args, checkpoints, evaluator, strata, device):
     print(comparison_table(settings, chosen))
     if strata:
         print(strata_table(settings, strata))
-    print(f"results in {args.output_dir}")
+    write_report(args, settings, chosen, strata, evaluator, device)
+    print(f"results in {args.output_dir}; report.html is one page with all of it")
 
 
 def parse_args(argv=None):
@@ -1785,7 +1940,10 @@ def parse_args(argv=None):
         action="store_true",
         help="also evaluate checkpoints that were trained on test people, and say so",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "evaluate_twins.py", *words])
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -326,6 +326,8 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     wrong flags.
     """
     args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", "train_twins.py", *words])
     swept = {name: values_of(args, name, flag.default) for name, flag in RECIPE.items()}
     swept["seed"] = values_of(args, "seed", DEFAULT_SEED)
     if args.cross and not args.metadata:

@@ -192,7 +192,7 @@ def without_timing(log):
 
     Left out are the clock, names, places and the number of processes.
     """
-    left_out = ("run_name", "output_dir", "log_dir", "resume", "overwrite", "processes")
+    left_out = ("command", "run_name", "output_dir", "log_dir", "resume", "overwrite", "processes")
     config = {key: value for key, value in log["config"].items() if key not in left_out}
     epochs = []
     for entry in log["epochs"]:
@@ -366,6 +366,9 @@ def tuned(seed=1, train_ids=("x",), **recipe):
         "val_ids": ["y", "z"],
         "seed": seed,
         "n_touched_images": 90,
+        "n_train_images": 100,
+        "n_train_pairs": 12,
+        "n_val_pairs": 3,
         "recipe": {
             "freeze_backbone": True,
             "train_percentage": 10,

@@ -1,11 +1,13 @@
 """Protocols of papers: ten folds, single families, pair lists, sessions, cross-validation."""
 
+import base64
 import csv
 import hashlib
 import itertools
 import json
 import re
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -613,3 +615,59 @@ def test_more_folds_than_families_are_refused_once(experiment, capsys):
     assert train_twins.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--folds 50: the pairs make only" in line
+
+
+# ---- the page to mail ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def page(evaluated):
+    """(text, tree) of report.html, which is also well-formed XML."""
+    text = (evaluated.out / "report.html").read_text()
+    return text, ElementTree.fromstring(text)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_outside(page):
+    text, tree = page
+    assert tree.tag == "html"
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert not list(tree.iter("script"))
+    assert not list(tree.iter("link"))
+    for element in tree.iter():
+        for attribute in ("src", "href"):
+            assert element.get(attribute, "data:").startswith("data:")
+
+
+def test_the_page_has_all_pictures_with_captions(page, evaluated):
+    _, tree = page
+    expected = [evaluated.out / "comparison.png", evaluated.out / "data_percentage.png"]
+    for setting in evaluated.settings:
+        folder = evaluated.out / setting["checkpoints"][0]
+        for name in ("roc_curve", "det_curve", "score_distributions", "hardest_pairs"):
+            expected.append(folder / f"{name}.png")
+    figures = list(tree.iter("figure"))
+    assert len(figures) == len(expected)
+    for figure, path in zip(figures, expected, strict=True):
+        source = figure.find("img").get("src")
+        data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+        assert data == path.read_bytes()
+        assert len(figure.find("figcaption").text) > 40
+
+
+def test_the_page_answers_with_the_terminals_sentences_and_figures(page, evaluated):
+    _, tree = page
+    said = evaluated.said.getvalue()
+    text = "\n".join(tree.itertext())
+    for line in said.splitlines():
+        if " against " in line or line.startswith("OVERLAP"):
+            assert line.strip() in text
+    for setting in evaluated.settings:
+        low, high = setting["figures"]["auc"]["interval"]
+        assert f"{setting['figures']['auc']['value']:.4f} [{low:.4f}, {high:.4f}]" in text
+
+
+def test_the_page_says_how_it_was_measured(page, evaluated):
+    _, tree = page
+    text = "\n".join(tree.itertext())
+    assert f"python evaluate_twins.py {evaluated.flags}" in text
+    assert torch.__version__ in text
+    for checkpoint in evaluated.checkpoints:
+        assert checkpoint["checkpoint"] in text
