@@ -1136,7 +1136,7 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
             if handles:
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 1})
     if any("missing from" in str(warning.message) for warning in caught):
         tell_of_missing_letters()
 
@@ -1248,6 +1248,7 @@ def plot_hardest(path, evaluator, checkpoint, crops):
     with plot_figure(path, 9.6, 7.0, rows=4, columns=4) as grid:
         for axes in grid.flat:
             axes.set_axis_off()
+            axes.set(xticks=[], yticks=[])  # to lay out invisible ticks would take half the time
         for kind, part in (("twin", grid[:2]), ("genuine", grid[2:])):
             plot_mistakes(part, evaluator, checkpoint, crops, kind, excess[kind], is_wrong[kind])
         heading = f"mistakes at the EER threshold {threshold:.3f}, the worst first"
