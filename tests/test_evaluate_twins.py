@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -371,7 +372,82 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 0.87 < n_covered / 100 < 0.99
 
 
+def interval_of(name, value, samples, n_families):
+    """The interval that `compare` gives a figure with these samples."""
+    figures = dict.fromkeys(ev.METRICS) | {name: value}
+    all_samples = dict.fromkeys(ev.METRICS, np.full(len(samples), np.nan)) | {name: samples}
+    return ev.compare([ev.Estimate(figures, all_samples, n_families)])[name]["interval"]
+
+
+@pytest.mark.parametrize("name", ["fnmr_0.001", "auc"])
+def test_intervals_of_shares_are_those_of_the_log_odds(name):
+    samples = np.array([0.15, 0.2, 0.25, 0.3, np.nan])
+    deviation = np.std(samples[:4]) * np.sqrt(29 / 26)
+    margin = 1.96 * deviation / (0.2 * 0.8)  # the log odds change by 1 / (p (1 - p)) times p's
+    expected = scipy.special.expit(scipy.special.logit(0.2) + np.array([-margin, margin]))
+    assert interval_of(name, 0.2, samples, 29) == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("name", ["tar_at_far_0.01", "general_threshold_0.001"])
+def test_intervals_of_thresholds_and_tar_are_percentiles(name):
+    samples = np.linspace(0.1, 0.5, 41)
+    assert interval_of(name, 0.2, samples, 29) == pytest.approx([0.11, 0.49])
+
+
+def test_the_interval_of_the_mean_of_seeds_is_that_of_their_mean_samples():
+    """The samples of the second seed deviate against those of the first: their mean is constant."""
+    seeds = []
+    for value, noise in ((0.1, 1), (0.3, -1)):
+        seeds.append(estimate(noise=noise, eer=value))
+    assert ev.compare(seeds)["eer"]["interval"] == pytest.approx([0.2, 0.2])
+
+
+# {figure: how many pairs count if there is no error at all, with 29 families}
+PAIRS_AT_EDGE = {"fnmr_0.001": 29, "twin_fmr_val_eer": 29, "general_fmr_val_eer": 29 * 28 // 2}
+
+
+@pytest.mark.parametrize("name", PAIRS_AT_EDGE)
+@pytest.mark.parametrize("rate", [0, 1])
+def test_a_rate_without_any_error_has_the_interval_of_as_many_pairs_as_families(name, rate):
+    n_pairs = PAIRS_AT_EDGE[name]
+    wilson = scipy.stats.binomtest(rate * n_pairs, n_pairs).proportion_ci(method="wilson")
+    low, high = interval_of(name, float(rate), np.full(10, float(rate)), 29)
+    assert [low, high] == pytest.approx([wilson.low, wilson.high], abs=1e-5)
+    assert high - low > 0.005
+
+
+def test_the_interval_of_independent_pairs_is_about_the_binomial_one():
+    evaluator = ev.TwinEvaluator(people(*[(2, 1)] * 60))  # one genuine pair in each family
+    scores = {kind: np.zeros(len(rows)) for kind, rows in evaluator.rows.items()}
+    scores["genuine"][12:] = 1
+    entry = ev.compare([evaluator.estimate(scores, {"val_eer": 0.5})])["fnmr_val_eer"]
+    wilson = scipy.stats.binomtest(12, 60).proportion_ci(method="wilson")
+    assert entry["value"] == 0.2
+    assert entry["interval"] == pytest.approx([wilson.low, wilson.high], abs=0.015)
+
+
+def test_intervals_of_rare_errors_cover_the_truth_where_percentiles_do_not():
+    """29 families with ten pairs each; errors are often of one family. The true rate is 0.03."""
+    n_covered = np.zeros(2)
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        n_errors = rng.binomial(10, rng.beta(0.3, 9.7, 29))
+        weightings = rng.multinomial(29, np.full(29, 1 / 29), 300)
+        samples = weightings @ n_errors / 290
+        intervals = (
+            interval_of("fnmr_val_eer", n_errors.sum() / 290, samples, 29),
+            ev.interval(samples),
+        )
+        n_covered += [low <= 0.03 <= high for low, high in intervals]
+    ours, percentiles = n_covered / 400
+    assert 0.92 < ours < 0.97
+    assert percentiles < 0.9
+
+
 # ---- comparison with a baseline ------------------------------------------------------------------
+N_FAMILIES = 29
+
+
 def estimate(noise=1, **figures):
     """An Estimate with these figures and no others.
 
@@ -383,7 +459,7 @@ def estimate(noise=1, **figures):
     samples = {}
     for name, value in figures.items():
         samples[name] = np.array(value, float) + scatter  # None becomes NaN
-    return ev.Estimate(figures, samples)
+    return ev.Estimate(figures, samples, N_FAMILIES)
 
 
 HIGHER_IS_BETTER = ("auc", "general_auc", "best_accuracy", "accuracy_at_eer", "tar_at_far_0.01")
@@ -421,8 +497,8 @@ def test_noise_of_its_own_hides_a_small_difference():
 
 
 def test_without_a_baseline_there_are_values_and_intervals_alone():
-    got = ev.compare([estimate(auc=0.5)])
-    assert got["auc"] == {"value": 0.5, "interval": pytest.approx([0.405, 0.595])}
+    got = ev.compare([estimate(eer_threshold=0.5)])
+    assert got["eer_threshold"] == {"value": 0.5, "interval": pytest.approx([0.405, 0.595])}
 
 
 @pytest.mark.parametrize(
@@ -460,8 +536,8 @@ def test_a_comparison_in_words():
 
 def test_a_comparison_of_too_few_families_in_words():
     nothing = dict.fromkeys(ev.METRICS)
-    start = ev.Estimate({**nothing, "auc": 0.8}, None)
-    other = ev.Estimate({**nothing, "auc": 0.81}, None)
+    start = ev.Estimate({**nothing, "auc": 0.8}, None, 5)
+    other = ev.Estimate({**nothing, "auc": 0.81}, None, 5)
     words = "too few families to say on twins (AUC +0.0100), not measured on everyone else"
     assert ev.describe(ev.compare([other], start)) == words
 

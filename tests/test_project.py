@@ -379,7 +379,7 @@ def made_up_setting(name, baseline=None, auc=0.8, general_auc=0.9, thresholds=Fa
         for metric in METRICS:
             if metric.endswith(tuple(OPERATING_POINTS)):
                 figures[metric] = None
-    estimate = Estimate(figures, samples)
+    estimate = Estimate(figures, samples, 29)
     against = baseline.checkpoints[0].estimate if baseline else None
     checkpoint = Checkpoint("models/a.pth", "a", {}, "", "", list(overlap), estimate=estimate)
     return Setting(name, {}, [checkpoint], compare([estimate], against))
