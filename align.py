@@ -29,7 +29,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torchvision.utils import save_image
 
 from net import (
     CROP_SIZE,
@@ -756,6 +755,9 @@ def write_report(mapping, report, folder):
     content["photographs_of_others"] = others
     write_json(Path(folder, "alignment_report.json"), content)
     if sheet:
+        # Imported here, since it takes longer than PyTorch, and only this picture needs it.
+        from torchvision.utils import save_image
+
         crops = load_crops(sheet).pixels.permute(0, 3, 1, 2) / 255
         with replacing(Path(folder, "alignment_sheet.png")) as temporary:
             save_image(crops, temporary, "png", nrow=10)

@@ -1196,7 +1196,8 @@ def plot_rates(axes, curves, kind):
     curves: [(name, scores as of TwinEvaluator.score, {metric: value} for the legend), ...].
     """
     _, scores, _ = curves[0]  # all have the same pairs
-    lowest = 100 / len(scores["twin"])  # a logarithmic axis has no 0: curves end at one pair
+    # A logarithmic axis has no 0: curves end at one pair.
+    lowest = min(10, 100 / len(scores["twin"]))
     for name, scores, figures in curves:
         fmr, fnmr = error_rates(scores)
         at_eer = int(np.argmin(np.abs(fmr - fnmr)))

@@ -23,6 +23,7 @@ import textwrap
 import time
 import traceback
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1043,7 +1044,8 @@ class TwinTrainer:
             device_name = torch.cuda.get_device_name(self.device)
         else:
             device_name = torch.backends.cpu.get_cpu_capability()
-        modules = ("torch", "torchvision", "numpy", "cv2", "PIL")  # align has imported them
+        modules = ("torch", "numpy", "cv2", "PIL")  # align has imported them
+        versions = {name: str(sys.modules[name].__version__) for name in modules}
         parameters = self.model.named_parameters()
         return {
             **vars(self.args),
@@ -1062,7 +1064,7 @@ class TwinTrainer:
             "used_device": str(self.device),
             "device_name": device_name,
             "processes": self.processes.world,
-            "versions": {name: str(sys.modules[name].__version__) for name in modules},
+            "versions": versions | {"torchvision": version("torchvision")},
         }
 
     def announce(self):
