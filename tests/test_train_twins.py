@@ -849,6 +849,7 @@ OTHER_VALUES = {
     "weight_decay": "0.01",
     "validation_split": "0.3",
     "split_seed": "1",
+    "cross": "session",
     "monitor": "val_eer",
     "precision": "fp32",
 }
@@ -862,7 +863,8 @@ def test_the_flags_whose_place_in_the_name_is_tested_are_all_of_the_recipe():
 @pytest.mark.parametrize("flag", OTHER_VALUES)
 def test_a_runs_name_says_each_flag_of_the_recipe_that_is_not_the_default(flag):
     value = OTHER_VALUES[flag]
-    assert default_name(f"--{flag} {value}") == f"full_100pct_margin0.3_{flag}{value}"
+    name = default_name(f"--{flag} {value} --metadata metadata.csv")
+    assert name == f"full_100pct_margin0.3_{flag}{value}"
 
 
 def test_a_runs_name_says_the_seed_after_the_recipe():
@@ -876,6 +878,7 @@ def test_a_runs_name_spells_a_large_rate_as_numbers_are_spelt():
 
 def test_a_runs_name_that_is_too_long_for_a_file_is_cut_and_still_its_own():
     all_others = " ".join(f"--{flag} {value}" for flag, value in OTHER_VALUES.items())
+    all_others += " --metadata metadata.csv"
     first, second = (default_name(f"{all_others} --seed {seed}") for seed in (1, 2))
     assert first != second
     for name in (first, second):
