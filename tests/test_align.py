@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stdout
 from io import BytesIO, StringIO
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import Mock
 from urllib.error import URLError
@@ -953,7 +955,7 @@ def test_the_sheet_shows_the_worst_crops_first_as_the_report_lists_them(tmp_path
         facts = {"crop": str(crop), "residual": residual, "status": "aligned", "flag": ""}
         left_out = {"crop": None, "status": "no face", "flag": "", "source": "x", "reason": "none"}
         report += [facts, left_out]
-    align.write_report({"a": []}, report, tmp_path)
+    align.write_report({"a": []}, report, Counter(), tmp_path)
     listed = json.loads((tmp_path / "alignment_report.json").read_text())["sheet"]
     assert [Path(crop).name for crop in listed] == ["1.png", "2.png", "0.png"]
     with Image.open(tmp_path / "alignment_sheet.png") as sheet:
@@ -1334,8 +1336,13 @@ def small_photo():
 
 @pytest.fixture(scope="module")
 def detection(detector, small_photo):
-    """(68 landmarks, whether there are several faces) of the small photograph."""
-    return detector(small_photo)
+    """(68 landmarks, whether there are several faces) of the small photograph.
+
+    From a fine look, since random weights find other faces at every size.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "COARSE_LOOKS", ())
+        return detector(small_photo)
 
 
 def test_the_detector_gives_68_points_and_notices_several_faces(detection):
@@ -1365,6 +1372,7 @@ def test_large_photographs_are_shrunk_for_the_detector(
     points, _ = detection
     large = cv2.resize(small_photo, (2560, 2048), interpolation=cv2.INTER_NEAREST)
     monkeypatch.setattr(align, "DETECTION_SIZE", 160)
+    monkeypatch.setattr(align, "COARSE_LOOKS", ())
     large_points, _ = detector(large)
     np.testing.assert_allclose((large_points + 0.5) / 16 - 0.5, points, atol=1e-3)
 
@@ -1413,6 +1421,173 @@ def test_without_a_box_there_is_no_face():
     assert align.main_face(np.zeros((0, 4)), SHAPE) == (None, False)
 
 
+# ---- coarse looks before fine ones ---------------------------------------------------------------
+class Networks:
+    """In place of face_alignment.FaceAlignment: it knows the faces, and finds what S3FD would.
+
+    faces: (N, 4) boxes in a picture of the width `width`. A face is found where its side, the
+    root of its area, is at least `smallest` (one number, or one for each face) in pixels of what
+    is looked at. Each edge of its box is off by up to the share `error` of that side. `looks` is
+    the widths of what was looked at; `asked` is the picture's shape and the box for which
+    landmarks were wanted.
+    """
+
+    def __init__(self, faces, width, smallest=16, error=0.0, seed=0):
+        self.faces = np.reshape(np.array(faces, float), (-1, 4))
+        self.width = width
+        self.smallest = smallest
+        self.error = error
+        self.seed = seed
+        self.looks = []
+        self.face_detector = self
+
+    def __call__(self, *arguments, **options):  # the package's class is called to make networks
+        return self
+
+    def to(self, **options):
+        pass
+
+    def detect_from_image(self, image):
+        self.looks.append(image.shape[1])
+        boxes = self.faces * image.shape[1] / self.width
+        side = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
+        rng = np.random.default_rng([self.seed, image.shape[1]])  # one answer for each size
+        boxes += rng.uniform(-self.error, self.error, boxes.shape) * side[:, None]
+        found = boxes[side >= self.smallest]
+        return [np.append(box, 0.9) for box in found]
+
+    def get_landmarks_from_image(self, image, detected_faces):
+        (box,) = detected_faces
+        self.asked = image.shape, box
+        faces = self.faces * image.shape[1] / self.width
+        nearest = np.argmin(abs(faces - box).sum(1))
+        left, top, right, bottom = faces[nearest]
+        corners = np.array([[left, top], [right, bottom]])
+        return [np.repeat(corners, 34, axis=0)]
+
+
+def detector_with(networks):
+    package = ModuleType("face_alignment")
+    package.LandmarksType = SimpleNamespace(TWO_D=1)
+    package.FaceAlignment = networks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "face_alignment", package)
+        return align.FaceDetector("cpu")
+
+
+PICTURE = np.zeros((860, 1280, 3), np.uint8)  # its middle is (640, 430)
+LARGE_FACE = [500, 250, 780, 610]
+# Faces; the widths of the looks that they need; the number of the main one; whether several.
+SCENES = {
+    "one large": ([LARGE_FACE], [320], 0, False),
+    "a large one and a small one": ([[10, 10, 40, 40], LARGE_FACE], [320], 1, False),
+    "a large one and a large one at the edge": ([LARGE_FACE, [0, 0, 300, 300]], [320], 0, True),
+    "one of middle size": ([[580, 360, 700, 500]], [320, 640], 0, False),
+    "a small one in the middle, a large one at the edge": (
+        [[0, 0, 280, 360], [622, 412, 658, 448]],
+        [320, 1280],
+        1,
+        True,
+    ),
+    "a face that is nearly half as large": ([LARGE_FACE, [0, 0, 222, 222]], [320, 1280], 0, False),
+    "two that are nearly equals": (
+        [[300, 300, 580, 560], [700, 300, 980, 560]],
+        [320, 1280],
+        0,
+        True,
+    ),
+    "one small": ([[600, 400, 640, 440]], [320, 1280], 0, False),
+    "none": ([], [320, 1280], None, False),
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_detector_looks_as_finely_as_the_faces_need(name):
+    faces, looks, main, several = SCENES[name]
+    networks = Networks(faces, 1280)
+    detector = detector_with(networks)
+    points, has_several = detector(PICTURE)
+    assert networks.looks == looks
+    assert has_several is several
+    if main is None:
+        assert points is None
+    else:
+        np.testing.assert_allclose(points[[0, -1]].ravel(), faces[main])
+    kind = "fine" if 1280 in looks else "coarse"
+    assert detector.looks == {kind: 1}
+
+
+def test_landmarks_come_from_the_picture_of_full_size_wherever_the_face_was_found():
+    networks = Networks(LARGE_FACE, 1280)
+    detector_with(networks)(cv2.resize(PICTURE, (1920, 1290)))
+    shape, box = networks.asked
+    assert networks.looks == [320]
+    assert shape == (860, 1280, 3)
+    np.testing.assert_allclose(box, LARGE_FACE)
+
+
+def test_a_picture_whose_copies_are_too_small_is_looked_at_itself():
+    networks = Networks([40, 20, 80, 70], 120)
+    points, _ = detector_with(networks)(np.zeros((90, 120, 3), np.uint8))
+    assert networks.looks == [120]
+    assert points is not None
+
+
+def draw_scene(rng):
+    """(shape, faces, the side from which on each is found): a picture with up to five faces."""
+    width, height = rng.integers(300, 1281, 2)
+    n = rng.integers(0, 6)
+    long_side = max(width, height)
+    sides = long_side * np.exp(rng.uniform(np.log(0.01), np.log(0.6), n))
+    sizes = sides[:, None] * np.exp(rng.uniform(-0.15, 0.15, (n, 2)))
+    spread = rng.choice([0.05, 0.2, 0.5])
+    middles = np.array([width, height]) * (0.5 + rng.uniform(-spread, spread, (n, 2)))
+    faces = np.hstack([middles - sizes / 2, middles + sizes / 2])
+    return (height, width, 3), faces, rng.uniform(10, 30, n)
+
+
+def answer_to_scene(scene, seed, shares):
+    """((points, several), FaceDetector.looks) where coarse looks are at these shares of the size.
+
+    The pixels of the picture do not matter, and to shrink them would take most of the time.
+    """
+    shape, faces, smallest = scene
+    networks = Networks(faces, shape[1], smallest, error=0.01, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "COARSE_LOOKS", shares)
+        patch.setattr(align.cv2, "resize", lambda image, size, **_: np.empty((*size[::-1], 3)))
+        detector = detector_with(networks)
+        return detector(np.empty(shape, np.uint8)), detector.looks
+
+
+def test_coarse_looks_give_the_answers_of_fine_ones_in_any_scene():
+    rng = np.random.default_rng(0)
+    looks = Counter()
+    for number in range(1000):
+        scene = draw_scene(rng)
+        answer, looks_at_scene = answer_to_scene(scene, number, align.COARSE_LOOKS)
+        fine_answer, _ = answer_to_scene(scene, number, ())
+        looks += looks_at_scene
+        np.testing.assert_equal(answer, fine_answer, f"scene {number}")
+    assert min(looks["coarse"], looks["fine"]) > 200  # both were tried
+
+
+# A single face in the middle of a picture; faces of 100 pixels and more are seen. Its area must be
+# 2.5 times the largest that may be unseen, so that it stays the largest of all by far.
+@pytest.mark.parametrize(("side", "is_settled"), [(158, False), (159, True)])
+def test_a_face_in_the_middle_settles_the_answer_from_a_known_size_on(side, is_settled):
+    box = [500 - side / 2, 500 - side / 2, 500 + side / 2, 500 + side / 2]
+    assert align.is_settled(np.array([box]), SHAPE, 100) is is_settled
+
+
+# Its area is 40,000. Less a fifth, it is 22,000 more than that of an unseen face in the middle,
+# which two squares of the distance may use up.
+@pytest.mark.parametrize(("distance", "is_settled"), [(104, True), (105, False)])
+def test_a_face_off_the_middle_settles_the_answer_up_to_a_known_distance(distance, is_settled):
+    box = np.array([[400 + distance, 400, 600 + distance, 600]])
+    assert align.is_settled(box, SHAPE, 100) is is_settled
+
+
 @pytest.fixture
 def align_noise(tmp_path, stand_in):
     """align_noise(*flags) -> how often the stage asked for a detector or asked one for a face.
@@ -1448,6 +1623,17 @@ def assert_five_crops_of_noise(out):
 def test_without_landmarks_one_detector_sees_every_photograph(tmp_path, align_noise):
     assert align_noise() == 1 + 6
     assert_five_crops_of_noise(tmp_path)
+
+
+def test_the_looks_of_a_run_are_reported_and_printed(tmp_path, align_noise, capsys):
+    align_noise()
+    assert read_report(tmp_path)["looks"] == {"coarse": 5, "fine": 1}
+    assert "faces: 5 settled by a coarse look, 1 by a fine one\n" in capsys.readouterr().out
+
+
+def test_without_detection_no_looks_are_printed(first_run):
+    assert read_report(first_run.folder)["looks"] == {"coarse": 0, "fine": 0}
+    assert "look" not in first_run.printed
 
 
 def test_a_repeated_run_detects_only_where_no_face_was_found(tmp_path, align_noise):
@@ -1541,6 +1727,9 @@ class LandmarksType:
 class FaceAlignment:
     def __init__(self, *args, **options):
         self.face_detector = self
+
+    def to(self, **options):
+        pass
 
     def detect_from_image(self, image):
         raise torch.OutOfMemoryError("CUDA out of memory")

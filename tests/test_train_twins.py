@@ -1874,7 +1874,8 @@ def test_too_little_memory_in_alignment_does_not_advise_smaller_steps(
 ):
     package = ModuleType("face_alignment")
     package.LandmarksType = Namespace(TWO_D=1)
-    detector = Namespace(detect_from_image=run_out_of_memory)
+    network = torch.nn.Identity()
+    detector = Namespace(detect_from_image=run_out_of_memory, face_detector=network)
     package.FaceAlignment = lambda *arguments, **options: Namespace(face_detector=detector)
     monkeypatch.setitem(sys.modules, "face_alignment", package)
     flags = experiment.flags(
