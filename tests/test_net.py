@@ -1035,7 +1035,7 @@ def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch, ca
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert 6 <= len(lines) <= 8
     assert all(line.startswith("reading crops: ") for line in lines)
-    assert re.search(r"16/100 \[00:32<02:48, +2\.00s/crop\]", lines[0]), lines[0]
+    assert re.search(r" 15/100 \[00:30<02:50, +2\.00s/crop\]", lines[0]), lines[0]
 
 
 @pytest.mark.parametrize("code", [0, 2])
