@@ -867,13 +867,14 @@ class CropFinder:
     """Finds the crop that a path in a pair list or in metadata means.
 
     `finder(path, where)` returns (ID, crop). The path may be that of the crop, as in
-    --aligned_json, or that of its photograph, as in --id_to_images; the crop is None if the
-    photograph gave none. aligned: {ID: [crop, ...]}. Raises InputError for an unknown path, with
-    the file and the entry of `where`.
+    --aligned_json, or that of its photograph, as in --id_to_images. The crop is None if it is not
+    in use: the photograph gave none, it is the copy of another, or its person is in no pair.
+    aligned: {ID: [crop, ...]}, the crops in use. Raises InputError, which begins with `where`, for
+    a path that neither file lists.
     """
 
     def __init__(self, args, aligned):
-        self.known = {}
+        self.known = {}  # {path: (ID, crop)}
         self.files = args.aligned_json
         self.folders = [os.path.dirname(os.path.abspath(args.aligned_json))]
         for identity, crops in aligned.items():
@@ -882,6 +883,12 @@ class CropFinder:
             self.files = f"{args.id_to_images} or {args.aligned_json}"
             self.folders.insert(0, home_of_photographs(args))
             self._add_photographs(args, aligned)
+        self._add_unused_crops(args)
+
+    def _add_unused_crops(self, args):
+        for identity, crops in read_flag(args, "aligned_json", read_id_to_images).items():
+            for crop in crops:
+                self.known.setdefault(crop, (identity, None))
 
     def _add_photographs(self, args, aligned):
         for identity, sources in read_flag(args, "id_to_images", read_id_to_images).items():
@@ -911,8 +918,9 @@ class ListedPair(NamedTuple):
 def read_pair_list(path, finder):
     """The ListedPairs of a file.
 
-    It is a CSV file with the columns path_1, path_2, same, and perhaps fold; or it has a line of
-    two paths and 0 or 1 for each pair, as LFW's lists do. Raises InputError for wrong entries.
+    It is a CSV file with the columns path_1, path_2, same (1 for one person, else 0), and perhaps
+    fold; or it has a line of two paths and 0 or 1 for each pair. Raises InputError for wrong
+    entries.
     """
     if str(path).lower().endswith(".csv"):
         rows = read_csv(path, ("path_1", "path_2", "same"))
@@ -935,7 +943,7 @@ def read_pair_list(path, finder):
 
 def read_lines_of_pairs(path):
     """The rows of a file with two paths and 0 or 1 in each line."""
-    expected = "expected two paths and 0 or 1 in each line, or a .csv file"
+    expected = "expected two paths without spaces and 0 or 1 in each line, or a .csv file"
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
@@ -953,7 +961,10 @@ def read_lines_of_pairs(path):
 
 
 def read_metadata(path, columns, finder):
-    """{column: {crop: value}} of a CSV file with the column `path` and these columns."""
+    """{column: {crop: value}} of a CSV file with the column `path` and these columns.
+
+    Empty values, and images whose crop is not in use, are left out.
+    """
     values = {column: {} for column in columns}
     for number, row in enumerate(read_csv(path, ("path", *columns)), 1):
         _, crop = finder(row["path"], f"{path}: row {number}")

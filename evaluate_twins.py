@@ -43,7 +43,6 @@ from net import (
     Parser,
     check_alive,
     embed,
-    file_name,
     file_names,
     interrupt,
     list_checkpoints,
@@ -85,8 +84,9 @@ class Metric(NamedTuple):
 
     name: str
     better: str | None  # "higher" or "lower"; None for a threshold or a spread: neither
-    # A figure at a given FMR needs at least 1 / rate impostor pairs of this kind.
-    impostors: str | None = None  # "twin" or "general"
+    # Of a figure at a given FMR: the kind of its impostor pairs, "twin" or "general", and that
+    # FMR. With fewer than 1 / rate such pairs there is no figure.
+    impostors: str | None = None
     rate: float | None = None
 
     def as_text(self, value):
@@ -161,8 +161,8 @@ class RankedPairs:
         self.genuine = genuine
         self.twin = twin
         self.general = general
-        scores = np.unique(np.concatenate([genuine.scores, twin.scores]))
-        self.thresholds = np.append(scores, np.inf)
+        scores = np.concatenate([genuine.scores, twin.scores])
+        self.thresholds = np.append(np.unique(scores), np.inf)
         # For each threshold, the number of pairs that score lower.
         self.genuine_below = np.searchsorted(genuine.scores, self.thresholds)
         self.twin_below = np.searchsorted(twin.scores, self.thresholds)
@@ -170,14 +170,17 @@ class RankedPairs:
         self.general_below = np.searchsorted(general.scores, genuine.scores, "left")
         self.general_not_above = np.searchsorted(general.scores, genuine.scores, "right")
         if genuine.fold is not None:
-            # Where a threshold first rejects each genuine and each twin pair, fold after fold.
+            # For each genuine and then each twin pair, the lowest threshold that rejects it, as
+            # the index of a cell in a table with a row for each fold, flattened.
             fold = np.concatenate([genuine.fold, twin.fold])
-            scores = np.concatenate([genuine.scores, twin.scores])
-            first_above = np.searchsorted(self.thresholds, scores, "right")
-            self.rejected_at = fold * len(self.thresholds) + first_above
+            lowest_above = np.searchsorted(self.thresholds, scores, "right")
+            self.rejected_at = fold * len(self.thresholds) + lowest_above
 
     def metrics(self, weights, given_thresholds):
-        """{name: value}; see `verification_metrics`. Figures without pairs are not in it."""
+        """{name: value} for weights (F,) of the families; see `verification_metrics`.
+
+        Figures whose pairs weigh nothing are left out.
+        """
         sums = {
             "genuine": self.genuine.cumulative_weights(weights),
             "twin": self.twin.cumulative_weights(weights),
@@ -323,8 +326,9 @@ def general_threshold(scores, sums, rate):
 
     scores: of these pairs, ascending. sums: (K + 1,), their cumulative weights.
     """
-    n_allowed = int(rate * sums[-1])
-    n_rejected = np.searchsorted(sums, sums[-1] - n_allowed)  # pairs, whatever each weighs
+    allowed_weight = int(rate * sums[-1])
+    # A number of pairs, not a weight: so many of the lowest scores have to be rejected.
+    n_rejected = np.searchsorted(sums, sums[-1] - allowed_weight)
     # A score at the threshold is accepted, so it is just above the highest rejected score.
     return np.nextafter(scores[n_rejected - 1], np.inf)
 
@@ -350,17 +354,19 @@ class TwinEvaluator:
 
     `rows` {kind: (K, 2) int64}: the images of each pair of the kinds "genuine", "twin" and
     "general". If there are more than MAX_GENERAL_PAIRS general pairs, at most so many are drawn by
-    the seed, with replacement (`general_is_sampled`). `family` (N,): the family of each image,
-    numbered from 0 to `n_families` - 1, without those that have no image. `weightings` (R, F): how
-    often each resample draws each family, the same for all networks. `counts`: how many images,
-    pairs of each kind and families there are. `folds` {kind: (K,)}: the fold of each genuine and
-    twin pair, {} if fewer than N_FOLDS families have pairs. Whole families are dealt by the seed,
-    so that folds have about equally many pairs. Raises InputError if there is no genuine or no twin
-    pair.
+    the seed, with replacement (`general_is_sampled`).
+    `family` (N,): the family of each image, from 0 to `n_families` - 1. Families without an image
+    have no number.
+    `counts`: how many images, pairs of each kind and families there are.
+    `weightings` (R, F): how often each resample draws each family, the same for all networks.
+    `folds` {kind: (K,)}: the fold of each genuine and twin pair. Whole families are dealt by the
+    seed, so that folds have about equally many pairs; {} if fewer than N_FOLDS families have pairs.
 
-    listed: ListedPairs; the genuine and twin pairs are these alone, in their folds if they have
-    some. group_of: {ID: group}; general pairs are only of people of one group, which no family
-    may exceed.
+    listed: ListedPairs. Only these are the genuine and twin pairs, in the folds that they name, if
+    they name any, and "families" of `counts` are only those with such pairs.
+    group_of: {ID: number of a group}. General pairs are only of people of one group; a family must
+    not be in two.
+    Raises InputError if there is no genuine or no twin pair.
     """
 
     def __init__(
@@ -375,16 +381,12 @@ class TwinEvaluator:
         generator = np.random.default_rng(seed)
         # Renumbered: families without an image do not count.
         _, self.family = np.unique(images.family, return_inverse=True)
-        self.rows = {"genuine": genuine_pairs(images), "twin": twin_pairs(images)}
-        self.folds = {}
         if listed:
             self.rows, self.folds = rows_of_list(listed, images)
-        if len(self.rows["genuine"]) == 0:
-            reason = "none of the people has two images"
-            raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
-        if len(self.rows["twin"]) == 0:
-            reason = "there is no pair with images of both twins"
-            raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
+        else:
+            self.rows = {"genuine": genuine_pairs(images), "twin": twin_pairs(images)}
+            self.folds = {}
+        self._refuse_to_measure_nothing(listed)
         group = np.zeros(len(self.family), np.int64)
         if group_of:
             group = np.array([group_of[images.ids[person]] for person in images.person])
@@ -398,12 +400,32 @@ class TwinEvaluator:
             "general": n_general,
             "families": self.n_families,
         }
-        self.folds = self.folds or self._deal_into_folds(seed)
+        if listed:
+            n_with_pairs = [self._count_families(kind) for kind in ("genuine", "twin")]
+            self.counts["families"] = min(n_with_pairs)
+        if not self.folds:
+            self.folds = self._deal_into_folds(seed)
         equal = np.full(self.n_families, 1 / self.n_families)
         self.weightings = generator.multinomial(self.n_families, equal, resamples)
 
+    def _refuse_to_measure_nothing(self, listed):
+        """Raise InputError if there is no genuine or no twin pair."""
+        reasons = {
+            "genuine": "none of the people has two images",
+            "twin": "there is no pair with images of both twins",
+        }
+        for kind, reason in reasons.items():
+            if listed:
+                reason = f"--pair_list has no {kind} pair whose images both have a crop"
+            if len(self.rows[kind]) == 0:
+                raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
+
+    def _count_families(self, kind):
+        """How many families have pairs of a kind."""
+        return len(np.unique(self.family[self.rows[kind][:, 0]]))
+
     def _deal_into_folds(self, seed):
-        """The value of `folds`."""
+        """The folds of the genuine and twin pairs, by families; {} with too few of them."""
         family_of_pair = {kind: self.family[self.rows[kind][:, 0]] for kind in ("genuine", "twin")}
         n_pairs = np.bincount(np.concatenate(list(family_of_pair.values())))
         if np.count_nonzero(n_pairs) < N_FOLDS:
@@ -412,9 +434,11 @@ class TwinEvaluator:
         return {kind: fold[family] for kind, family in family_of_pair.items()}
 
     def part(self, keep):
-        """The TwinEvaluator of some of these pairs; keep: {kind: (K,) bool}, for one or two kinds.
+        """The TwinEvaluator of some of these pairs; keep: {"genuine", "twin" or both: (K,) bool}.
 
-        It has the same general pairs and resamples. Its "families" are those that have such pairs.
+        It has the same general pairs and resamples. "families" of its counts are only those with
+        pairs of these kinds (the fewer, of two kinds). If they are fewer than N_FOLDS, there are
+        no folds.
         """
         part = copy.copy(self)
         part.rows = dict(self.rows)
@@ -425,8 +449,9 @@ class TwinEvaluator:
             part.counts[kind] = len(part.rows[kind])
             if self.folds:
                 part.folds[kind] = self.folds[kind][mask]
-            families = np.unique(self.family[part.rows[kind][:, 0]])
-            part.counts["families"] = min(part.counts["families"], len(families))
+            part.counts["families"] = min(part.counts["families"], part._count_families(kind))
+        if part.counts["families"] < N_FOLDS:
+            part.folds = {}
         return part
 
     def across(self, value_of):
@@ -435,7 +460,10 @@ class TwinEvaluator:
         return self.part({"genuine": first != second})
 
     def values_of_pairs(self, kind, value_of):
-        """Two (K,) arrays: the values of the first and of the second images of pairs."""
+        """Two (K,) arrays: the values of the first and of the second image of each pair of a kind.
+
+        value_of: {path: value}.
+        """
         values = np.array([value_of[path] for path in self.images.paths])
         return values[self.rows[kind]].T
 
@@ -524,11 +552,24 @@ def genuine_pairs(images):
     return np.concatenate(parts)
 
 
+def twin_pairs(images):
+    """(K, 2) int64 rows: an image of a person and an image of their twin, for all pairs."""
+    parts = [np.empty((0, 2), np.int64)]
+    for a, b in images.pairs:
+        rows_a = images.first[a] + np.arange(images.count[a])
+        rows_b = images.first[b] + np.arange(images.count[b])
+        column_a = np.tile(rows_a, len(rows_b))
+        column_b = np.repeat(rows_b, len(rows_a))
+        parts.append(np.stack([column_a, column_b], 1))
+    return np.concatenate(parts)
+
+
 def general_pairs(family, group, generator):
     """((K, 2) int64 rows, number): pairs of images of two families in one group.
 
-    family, group: (N,), of each image. If there are more than MAX_GENERAL_PAIRS, at most so many
-    are drawn, with replacement.
+    family, group: (N,), of each image; a family must not be in two groups. number: how many such
+    pairs there are. If they are more than MAX_GENERAL_PAIRS, the rows are at most so many of them,
+    drawn with replacement.
     """
     n_images = len(family)
     n_in_both_orders = (np.bincount(group) ** 2).sum() - (np.bincount(family) ** 2).sum()
@@ -550,9 +591,11 @@ def rows_of_list(listed, images):
     """
     row_of = {path: row for row, path in enumerate(images.paths)}
     family_of = dict(zip(images.ids, images.family_of_person, strict=True))
-    names = sorted({pair.fold for pair in listed})
-    if names != [None] and len(names) != N_FOLDS:
-        raise InputError(f"{listed[0].where}: the column fold must have {N_FOLDS} different values")
+    fold_names = sorted({pair.fold for pair in listed})
+    has_folds = fold_names != [None]
+    if has_folds and len(fold_names) != N_FOLDS:
+        message = f"the column fold has {len(fold_names)} different values"
+        raise InputError(f"--pair_list: {message}; give it {N_FOLDS}, or leave it out")
     rows = {"genuine": [], "twin": []}
     folds = {"genuine": [], "twin": []}
     for pair in listed:
@@ -560,6 +603,7 @@ def rows_of_list(listed, images):
             if name not in family_of:
                 raise InputError(f"{pair.where}: ID {name!r} is in no pair of --test_pairs")
         if family_of[pair.ids[0]] != family_of[pair.ids[1]]:
+            # Siblings count as twins, also without a pair of their own in --test_pairs.
             message = f"{' and '.join(pair.ids)} are no twins by --test_pairs"
             raise InputError(f"{pair.where}: {message}; delete the entry")
         if pair.crops[0] == pair.crops[1] and pair.crops[0]:
@@ -567,23 +611,11 @@ def rows_of_list(listed, images):
         kind = "genuine" if pair.same else "twin"
         if all(crop in row_of for crop in pair.crops):
             rows[kind].append([row_of[crop] for crop in pair.crops])
-            folds[kind].append(names.index(pair.fold))
+            folds[kind].append(fold_names.index(pair.fold))
     rows = {kind: np.array(found, np.int64).reshape(-1, 2) for kind, found in rows.items()}
-    if names == [None]:
+    if not has_folds:
         return rows, {}
     return rows, {kind: np.array(found, np.int64) for kind, found in folds.items()}
-
-
-def twin_pairs(images):
-    """(K, 2) int64 rows: an image of a person and an image of their twin, for all pairs."""
-    parts = [np.empty((0, 2), np.int64)]
-    for a, b in images.pairs:
-        rows_a = images.first[a] + np.arange(images.count[a])
-        rows_b = images.first[b] + np.arange(images.count[b])
-        column_a = np.tile(rows_a, len(rows_b))
-        column_b = np.repeat(rows_b, len(rows_a))
-        parts.append(np.stack([column_a, column_b], 1))
-    return np.concatenate(parts)
 
 
 # ---- comparison with a baseline ------------------------------------------------------------------
@@ -601,9 +633,9 @@ def share_interval(value, samples, n_families, n_at_edge):
     Percentiles of the bootstrap samples (R,) are too low for a rate near 0: they rest on the few
     families with errors that happened to be drawn. So the interval is that of the log odds, with
     the standard deviation of the samples (Schuckers, "Computational Methods in Biometric
-    Authentication", 2010). A value of 0 or 1 has no standard deviation. There it is Wilson's
-    interval of `n_at_edge` independent pairs, as in Fogliato, Patil, Perona, "Confidence intervals
-    for error rates in 1:1 matching tasks", IJCV 2024, whose code takes the number of all pairs.
+    Authentication", 2010). A value of 0 or 1 has no log odds. Its interval is Wilson's for
+    `n_at_edge` independent pairs, as in Fogliato, Patil, Perona, "Confidence intervals for error
+    rates in 1:1 matching tasks", IJCV 2024, whose code takes the number of all pairs.
     """
     if not np.isfinite(samples).any():
         return None
@@ -621,12 +653,17 @@ def share_interval(value, samples, n_families, n_at_edge):
 
 
 def figure_interval(metric, value, samples, n_families):
-    """The 95 % interval of a figure, by the rule that covers the truth; see tests/STUDY.md."""
+    """The 95 % interval of a figure, None if there is none.
+
+    tests/STUDY.md has measured how often each kind of interval holds the true value; hence the
+    choice.
+    """
     # A threshold is no share. TAR at FAR can be many times as high in a resample without the
     # family of the highest twin scores, so that the deviation of its log odds says little.
     if metric.better is None or metric.name.startswith("tar_at_far"):
         return interval(samples)
-    # Without any error, one pair of each family counts, and of the general pairs one of every two.
+    # Pairs of the same families are not independent: each family counts as one pair, and for
+    # general pairs each two families do.
     n_at_edge = n_families
     if metric.name.startswith("general"):
         n_at_edge = n_families * (n_families - 1) / 2
@@ -716,7 +753,7 @@ class Checkpoint:
     """One checkpoint: what its file says, and then what its evaluation finds.
 
     The runs of a cross-validation (train_twins.py --folds) are one Checkpoint together: each of
-    its `parts` embeds the people of the fold that it has not seen.
+    its `fold_runs` embeds the people of the fold that it has not seen.
     """
 
     path: str
@@ -725,7 +762,7 @@ class Checkpoint:
     weights_hash: str  # of the whole network
     backbone_hash: str  # of all but the embedding layer
     overlap: list  # test IDs that it was trained or validated on
-    parts: list | tuple = ()  # the Checkpoints of a cross-validation, one for each fold
+    fold_runs: list | tuple = ()  # the Checkpoints of a cross-validation, one for each fold
     scores: dict | None = None  # see TwinEvaluator.score
     estimate: Estimate | None = None
     strata: dict | None = None  # {label: Estimate}, see make_strata
@@ -740,6 +777,10 @@ class Checkpoint:
         """The IDs of the fold that a run of a cross-validation left out; empty for others."""
         return {*self.config.get("fold_ids", [])}
 
+    def tested_ids(self, test_ids):
+        """Those of the test IDs that it is tested on: of its own fold, if it has one; else all."""
+        return (test_ids & self.fold_ids) or test_ids
+
     @property
     def recipe(self):
         """What makes two training runs the same setting; {} for upstream's and for older files."""
@@ -747,15 +788,18 @@ class Checkpoint:
 
     @property
     def validation(self):
-        """The figures of the validation people, {} for none: each fold had others."""
-        return {} if self.parts else self.facts.get("metrics", {})
+        """The figures of the validation people; {} if there are none.
+
+        A cross-validation has none either, since each of its runs had other validation people.
+        """
+        return {} if self.fold_runs else self.facts.get("metrics", {})
 
 
 class Setting(NamedTuple):
     """Checkpoints that differ in nothing but the seed, as one."""
 
     name: str
-    parts: dict  # what tells its recipe from the others', {flag: its value in words}
+    differing: dict  # what tells its recipe from the others', {flag: its value in words}
     checkpoints: list
     figures: dict  # of `compare`: their means, against the baseline
     strata: dict | None = None  # {label: figures of the stratum, likewise}
@@ -770,19 +814,19 @@ def group_settings(checkpoints):
     baseline, *others = checkpoints
     figures, strata = compare_group([baseline])
     settings = [Setting(baseline.name, {}, [baseline], figures, strata)]
-    differing = differing_flags(others)
+    flags = differing_flags(others)
     taken = {baseline.name}
     for group in group_by_recipe(others):
         recipe = group[0].recipe
-        parts = {flag: describe_flag(flag, recipe[flag]) for flag in differing if flag in recipe}
-        name = ", ".join(parts.values())
+        differing = {flag: describe_flag(flag, recipe[flag]) for flag in flags if flag in recipe}
+        name = ", ".join(differing.values())
         if not name and len(group) > 1:
             name = f"mean of {len(group)} seeds"
         if not name or name in taken:
             name = group[0].name
         taken.add(name)
         figures, strata = compare_group(group, baseline)
-        settings.append(Setting(name, parts, group, figures, strata))
+        settings.append(Setting(name, differing, group, figures, strata))
     return settings
 
 
@@ -877,8 +921,8 @@ def write_result(folder, evaluator, strata, checkpoint, crops, home, flip):
         "flip": flip,
         "overlap": checkpoint.overlap,
     }
-    if checkpoint.parts:
-        content["folds"] = [part.path for part in checkpoint.parts]
+    if checkpoint.fold_runs:
+        content["folds"] = [run.path for run in checkpoint.fold_runs]
     if checkpoint.strata:
         content["strata"] = {}
         for label, estimate in checkpoint.strata.items():
@@ -1011,7 +1055,7 @@ def comparison_row(checkpoint, name, figure):
     }
 
 
-SHORT_TITLES = {"auc": "AUC", "eer": "EER %", "fnmr_0.001": "FNMR %"}
+STRATA_COLUMNS = {"AUC": "auc", "EER %": "eer", "FNMR %": "fnmr_0.001"}
 TABLE_COLUMNS = {
     "EER %": "eer",
     "AUC": "auc",
@@ -1075,6 +1119,16 @@ def describe_figure(figures, name):
     return text
 
 
+def describe_figure_with_interval(figures, name):
+    """A figure as text, and its interval where there is one."""
+    text = describe_figure(figures, name)
+    bounds = figures[name]["interval"]
+    if bounds:
+        low, high = (METRICS[name].as_text(bound) for bound in bounds)
+        text += f" [{low}, {high}]"
+    return text
+
+
 def describe_overlap(setting):
     """The lines that warn of checkpoints that have seen test people."""
     lines = []
@@ -1113,7 +1167,6 @@ def describe_operating_points(setting):
 
 def strata_table(settings, strata):
     """Text for the terminal: the figures of each stratum; strata: {label: TwinEvaluator}."""
-    names = ("auc", "eer", "fnmr_0.001")
     width = max(len(setting.name) for setting in settings)
     lines = []
     for label, part in strata.items():
@@ -1123,12 +1176,9 @@ def strata_table(settings, strata):
         lines.append(f"{label}: {title}")
         for setting in settings:
             cells = []
-            for name in names:
-                figure = setting.strata[label][name]
-                low, high = figure["interval"] or (None, None)
-                text = METRICS[name].as_text
-                bounds = f" [{text(low)}, {text(high)}]" if figure["interval"] else ""
-                cells.append(f"{SHORT_TITLES[name]} {text(figure['value'])}{bounds}")
+            for column, name in STRATA_COLUMNS.items():
+                text = describe_figure_with_interval(setting.strata[label], name)
+                cells.append(f"{column} {text}")
             lines.append(f"  {setting.name:{width}}  {', '.join(cells)}")
     return "\n".join(lines)
 
@@ -1432,7 +1482,8 @@ def plot_data_percentage(path, settings):
         share = first.recipe.get("train_percentage")
         if share is None:
             continue
-        others = [words for flag, words in setting.parts.items() if flag != "train_percentage"]
+        differing = setting.differing.items()
+        others = [words for flag, words in differing if flag != "train_percentage"]
         label = ", ".join(others) or "all runs"
         lines.setdefault(label, {})[share] = setting.figures
         ticks[share] = f"{share} %\n{first.config['n_touched_images']} images"
@@ -1529,7 +1580,9 @@ def write_report(args, settings, chosen, strata, evaluator, device):
     parts += [html_figure(folder / name) for name in names]
     for setting in settings:
         parts.append(f"<h2>{escape(setting.name)}</h2>")
-        parts.append(f"<p>Hardest families: {escape(describe_hardest_families(setting))}.</p>")
+        hardest = describe_hardest_families(setting)
+        if hardest:
+            parts.append(f"<p>Hardest families: {escape(hardest)}.</p>")
         parts += [f"<p>{escape(line)}</p>" for line in describe_operating_points(setting)]
         results = folder / setting.checkpoints[0].name
         for name in ("roc_curve", "det_curve", "score_distributions", "hardest_pairs"):
@@ -1553,12 +1606,7 @@ def rows_of_figures(settings):
     for setting in settings:
         cells = [setting.name]
         for name in TABLE_COLUMNS.values():
-            text = describe_figure(setting.figures, name)
-            bounds = setting.figures[name]["interval"]
-            if bounds:
-                low, high = (METRICS[name].as_text(bound) for bound in bounds)
-                text += f" [{low}, {high}]"
-            cells.append(text)
+            cells.append(describe_figure_with_interval(setting.figures, name))
         yield cells
 
 
@@ -1606,9 +1654,9 @@ def evaluate(args):
     device = pick_device(args.device)
     # All files are read before the alignment, so that a wrong entry does not cost hours.
     images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
-    listed, pairs, notes = read_people(args, images_flag, "test_pairs")
+    id_to_images, pairs, notes = read_people(args, images_flag, "test_pairs")
     checkpoints = open_checkpoints(args, pairs)
-    aligned = listed if args.skip_alignment else align_files(args, "test_pairs")
+    aligned = id_to_images if args.skip_alignment else align_files(args, "test_pairs")
     people = People(aligned, pairs, notes)
     add_overlap_by_images(args, checkpoints, people)
     checkpoints = pool_folds(checkpoints, people)
@@ -1627,10 +1675,7 @@ def make_evaluators(args, people, checkpoints):
     listed = None
     if args.pair_list:
         listed = read_flag(args, "pair_list", read_pair_list, finder)
-    group_of = {}  # {ID: its fold in a cross-validation}
-    for checkpoint in checkpoints:
-        for number, part in enumerate(checkpoint.parts):
-            group_of |= dict.fromkeys(part.fold_ids, number)
+    group_of = group_by_network(checkpoints)
     evaluator = TwinEvaluator(images, args.seed, listed=listed, group_of=group_of)
     n_without_crop = (images.count == 0).sum()
     if n_without_crop:
@@ -1640,14 +1685,41 @@ def make_evaluators(args, people, checkpoints):
         if n_left_out:
             reason = "an image has no crop, or is the copy of another"
             people.warnings.append(f"{n_left_out} pairs of --pair_list are left out: {reason}")
-    people.warnings += evaluator.warn_of_large_families()
-    if not args.metadata:
-        return evaluator, {}
-    columns = dict.fromkeys([*args.by, *([args.cross] if args.cross else [])])
+    main, strata = evaluator, {}
+    if args.metadata:
+        metadata = read_columns(args, finder, images)
+        main, strata = make_strata(args, evaluator, metadata)
+    people.warnings += main.warn_of_large_families()
+    return main, strata
+
+
+def group_by_network(checkpoints):
+    """{ID: number of a group} for general pairs; {} without a cross-validation.
+
+    People of one group are in one fold of every cross-validation: there, one network embeds both
+    images of a pair of them.
+    """
+    folds_of = {}  # {ID: [its fold in each cross-validation]}
+    for checkpoint in checkpoints:
+        for fold, run in enumerate(checkpoint.fold_runs):
+            for name in run.fold_ids:
+                folds_of.setdefault(name, []).append(fold)
+    numbers = {}
+    group_of = {}
+    for name, folds in folds_of.items():
+        group_of[name] = numbers.setdefault(tuple(folds), len(numbers))
+    return group_of
+
+
+def read_columns(args, finder, images):
+    """{column: {path: value}} of --cross and --by; InputError if an image lacks a value."""
+    columns = list(args.by)
+    if args.cross:
+        columns.append(args.cross)
     metadata = read_flag(args, "metadata", read_metadata, columns, finder)
     for column, value_of in metadata.items():
         refuse_missing_values(args.metadata, column, value_of, images.paths)
-    return make_strata(args, evaluator, metadata)
+    return metadata
 
 
 def make_strata(args, evaluator, metadata):
@@ -1710,8 +1782,7 @@ def open_checkpoints(args, pairs):
         config = checkpoint.config
         seen_ids = {*config.get("train_ids", []), *config.get("val_ids", [])}
         seen_ids |= {*model.facts.get("seen_ids", [])}  # also those of earlier rounds of training
-        tested_ids = (test_ids & checkpoint.fold_ids) or test_ids
-        checkpoint.overlap = sorted(tested_ids & seen_ids)
+        checkpoint.overlap = sorted(checkpoint.tested_ids(test_ids) & seen_ids)
         if checkpoint.overlap and not args.allow_overlap:
             raise InputError(
                 f"{path}: was trained or validated on {len(checkpoint.overlap)} of the "
@@ -1735,7 +1806,7 @@ def add_overlap_by_images(args, checkpoints, people):
         seen = {owner for sha256, owner in hashes_and_owners if sha256 in known_hashes}
         if "seen_images" in checkpoint.facts:
             seen |= people.people_on(checkpoint.facts["seen_images"])
-        seen &= (test_ids & checkpoint.fold_ids) or test_ids
+        seen &= checkpoint.tested_ids(test_ids)
         if seen and not args.allow_overlap:
             names = ", ".join(sorted(seen))
             message = f"was trained or validated on images of {names}; test on others"
@@ -1744,42 +1815,72 @@ def add_overlap_by_images(args, checkpoints, people):
 
 
 def pool_folds(checkpoints, people):
-    """The Checkpoints, in which the runs of each cross-validation on the test people are one.
+    """The Checkpoints, with the runs of each cross-validation on the test people made into one.
 
-    Raises InputError if a fold's run is missing.
+    Raises InputError if such runs are not one for each fold.
     """
     test_ids = {*people.id_to_images}
-    pooled = {}
+    groups = {}
     for checkpoint in checkpoints:
         key = checkpoint.path
         if checkpoint.fold_ids & test_ids:
             recipe = json.dumps(checkpoint.recipe, sort_keys=True)
             key = (recipe, checkpoint.config["seed"], checkpoint.config["folds"])
-        pooled.setdefault(key, []).append(checkpoint)
-    result = []
-    for key, parts in pooled.items():
-        first = parts[0]
-        if key == first.path:
-            result.append(first)
-            continue
-        n_folds = first.config["folds"]
-        parts = {part.config["fold"]: part for part in parts}
-        missing = [fold for fold in range(1, n_folds + 1) if fold not in parts]
-        strangers = test_ids - {name for part in parts.values() for name in part.fold_ids}
-        if missing or strangers:
-            problem = f"the runs of folds {missing} of {n_folds} are missing"
-            if not missing:
-                problem = f"{len(strangers)} of the test people are in none of its folds"
-            raise InputError(f"{first.path}: {problem}; name all {n_folds}, and their own pairs")
-        run_name = first.config["run_name"].removesuffix(f"_fold{first.config['fold']}of{n_folds}")
-        overlap = {name for part in parts.values() for name in part.overlap}
-        name = file_name(f"{run_name}_{n_folds}folds")
-        facts, weights, backbone = first.facts, first.weights_hash, first.backbone_hash
-        parts = list(parts.values())
-        result.append(
-            Checkpoint(first.path, name, facts, weights, backbone, sorted(overlap), parts)
-        )
-    return result
+        groups.setdefault(key, []).append(checkpoint)
+    pooled = []
+    for group in groups.values():
+        if group[0].fold_ids & test_ids:
+            pooled.append(pool_runs(group, test_ids))
+        else:
+            pooled += group
+    name_cross_validations(pooled)
+    return pooled
+
+
+def pool_runs(runs, test_ids):
+    """The Checkpoint of the runs of a cross-validation; InputError if not one for each fold."""
+    first = runs[0]
+    n_folds = first.config["folds"]
+    folds = [run.config["fold"] for run in runs]
+    missing = [fold for fold in range(1, n_folds + 1) if fold not in folds]
+    repeated = sorted({fold for fold in folds if folds.count(fold) > 1})
+    strangers = test_ids - {name for run in runs for name in run.fold_ids}
+    problem = None
+    if missing:
+        problem = f"the runs of folds {missing} of {n_folds} are missing"
+    elif repeated:
+        problem = f"there are several runs of folds {repeated} of {n_folds}"
+    elif strangers:
+        problem = f"{len(strangers)} of the test people are in none of its folds"
+    if problem:
+        advice = f"give --checkpoints one run of each of the {n_folds} folds"
+        pairs = "--test_pairs the pairs that the folds were made of"
+        raise InputError(f"{first.path}: {problem}; {advice}, and {pairs}")
+    return Checkpoint(
+        first.path,
+        first.name,
+        first.facts,
+        weights_hash=first.weights_hash,
+        backbone_hash=first.backbone_hash,
+        overlap=sorted({name for run in runs for name in run.overlap}),
+        fold_runs=runs,
+    )
+
+
+def name_cross_validations(checkpoints):
+    """Name each cross-validation after its runs, and differently from all other checkpoints."""
+    path_of = {}  # where a checkpoint would lie whose stem is the name
+    for checkpoint in checkpoints:
+        path_of[checkpoint.path] = checkpoint.path
+        if checkpoint.fold_runs:
+            config = checkpoint.config
+            end = f"_fold{config['fold']}of{config['folds']}"
+            file = f"{config['run_name'].removesuffix(end)}_{config['folds']}folds.pth"
+            path_of[checkpoint.path] = os.path.join(os.path.dirname(checkpoint.path), file)
+    names = file_names(list(path_of.values()))
+    for checkpoint in checkpoints:
+        if checkpoint.fold_runs:
+            checkpoint.name = names[path_of[checkpoint.path]]
 
 
 def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
@@ -1794,31 +1895,40 @@ def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
 
 
 def embed_images(args, checkpoints, images, crops, device):
-    """Yield (Checkpoint, embeddings (N, 512)) of images; in a cross-validation, each by its fold.
+    """Yield (Checkpoint, embeddings (N, 512) of the images), as each is ready.
 
-    Networks with the same backbone, which differ in the embedding layer alone, run it once.
+    In a cross-validation, each image is embedded by the run that has not seen its person. Networks
+    with the same backbone, which differ in the embedding layer alone, run it once.
     """
     groups = {}
     for checkpoint in checkpoints:
-        for part in checkpoint.parts or [checkpoint]:
-            groups.setdefault(part.backbone_hash, []).append((checkpoint, part))
-    of_folds = {}  # {name of a cross-validation: [(which images, their embeddings), ...]}
+        for run in checkpoint.fold_runs or [checkpoint]:
+            groups.setdefault(run.backbone_hash, []).append((checkpoint, run))
+    of_runs = {}  # {path of a cross-validation: [(run, its embeddings), ...], until it is complete}
     for group in groups.values():
-        parts = [part for _, part in group]
-        results = embed_with_common_backbone(args, parts, crops, device)
-        for (checkpoint, part), embeddings in zip(group, results, strict=True):
-            check_alive(embeddings, part.path)
-            if not checkpoint.parts:
+        runs = [run for _, run in group]
+        results = embed_with_common_backbone(args, runs, crops, device)
+        for (checkpoint, run), embeddings in zip(group, results, strict=True):
+            check_alive(embeddings, run.path)
+            if not checkpoint.fold_runs:
                 yield checkpoint, embeddings
                 continue
-            is_tested = np.isin(images.ids, list(part.fold_ids))[images.person]
-            folds = of_folds.setdefault(checkpoint.name, [])
-            folds.append((torch.from_numpy(is_tested), embeddings))
-            if len(folds) == len(checkpoint.parts):
-                pooled = torch.zeros_like(embeddings)
-                for is_tested, of_part in of_folds.pop(checkpoint.name):
-                    pooled[is_tested] = of_part[is_tested]
-                yield checkpoint, pooled
+            of_runs.setdefault(checkpoint.path, []).append((run, embeddings))
+            if len(of_runs[checkpoint.path]) == len(checkpoint.fold_runs):
+                yield checkpoint, join_folds(of_runs.pop(checkpoint.path), images)
+
+
+def join_folds(of_runs, images):
+    """(N, 512): for each image, the embedding by the run that has not seen its person.
+
+    of_runs: [(run, its embeddings (N, 512) of all images), ...].
+    """
+    _, embeddings_of_first = of_runs[0]
+    joined = torch.zeros_like(embeddings_of_first)
+    for run, embeddings in of_runs:
+        is_tested = torch.from_numpy(np.isin(images.ids, list(run.fold_ids))[images.person])
+        joined[is_tested] = embeddings[is_tested]
+    return joined
 
 
 def embed_with_common_backbone(args, checkpoints, crops, device):
@@ -1863,7 +1973,8 @@ def validation_thresholds(checkpoint, checkpoints):
     sources = [checkpoint.validation]
     for other in checkpoints:
         start_hash = other.recipe.get("weights_sha256")  # of the network that it started from
-        if start_hash == checkpoint.weights_hash and not other.parts:
+        # The runs of a cross-validation each had other validation people.
+        if start_hash == checkpoint.weights_hash and not other.fold_runs:
             sources.append(other.facts.get("start_metrics", {}))
     for metrics in sources:
         thresholds = {}
@@ -1877,7 +1988,7 @@ def validation_thresholds(checkpoint, checkpoints):
 
 
 def report(args, checkpoints, evaluator, strata, device):
-    """Write the comparison of all checkpoints and print it."""
+    """Print the comparison of all checkpoints; write its files and the page to mail."""
     settings = group_settings(checkpoints)
     chosen = chosen_by_validation(settings)
     write_comparison(Path(args.output_dir), checkpoints, settings, chosen)

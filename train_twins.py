@@ -68,6 +68,7 @@ from net import (
     number_between,
     progress,
     read_checkpoint,
+    read_flag,
     read_json,
     report_errors,
     run_main,
@@ -336,7 +337,7 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     folds = range(1, args.folds + 1) if args.folds else [None]
     settings = list(itertools.product(*swept.values()))
     if len(settings) > 1 and args.run_name:
-        message = f"{len(settings)} runs need names of their own"
+        message = f"{len(settings)} runs need names of their own; leave the flag out"
         raise InputError(f"--run_name {args.run_name}: {message}")
     runs = []
     for values, fold in itertools.product(settings, folds):
@@ -350,7 +351,8 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     names = [run.run_name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{name}: two runs with this name; their values are too close")
+            way_out = "give values that differ in their first six digits"
+            raise InputError(f"{name}: two runs would have this name; {way_out}")
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
 
 
@@ -376,8 +378,9 @@ def default_name(args):
             run_name += f"_{name}{text}"
     if args.seed != DEFAULT_SEED:
         run_name += f"_seed{args.seed}"
-    # file_name cuts a name that is too long; others stay as they are, also "1e+06".
-    return file_name(run_name) if len(run_name) > LONGEST_NAME else run_name
+    if len(run_name) > LONGEST_NAME:
+        return file_name(run_name)  # cuts it
+    return run_name  # not through file_name, which would also replace the plus sign of "1e+06"
 
 
 # ---- the files of a run --------------------------------------------------------------------------
@@ -422,9 +425,9 @@ class RunFolder:
         self.refuse_other_recipe(flags)
 
     def look_at_earlier_run(self):
-        """Find out whether --resume finds a finished run, or one to continue.
+        """Set `finished` or `can_continue`, and `first_config`, by the files of an earlier run.
 
-        A run that was killed before its first state is neither: it begins again.
+        Neither is set if that run was killed before it first wrote last.pth: it begins again.
         """
         if self.log_file.is_file():
             log = read_json(self.log_file, "a training log")
@@ -454,17 +457,17 @@ class RunFolder:
             raise InputError(f"{checkpoints[0]}: {message}; {replace}")
 
     def refuse_other_recipe(self, recipe):
-        """Refuse to go on with another recipe, network, data or seed than at the beginning.
+        """Raise InputError if an earlier run began with another recipe, network, data or seed.
 
         recipe: the part of it that is known already.
         """
-        if not self.first_config:
+        config = self.first_config
+        if not config:
             return
         hashes = ("weights_sha256", "crops_sha256", "pairs_sha256")
-        if self.first_config.get("recipe", {}).keys() != {*RECIPE, *hashes}:
+        if config.get("recipe", {}).keys() != {*RECIPE, *hashes}:
             message = "begun by an earlier version of this program; --overwrite replaces it"
             raise InputError(f"{self.folder}: cannot resume: {message}")
-        config = self.first_config
         besides_recipe = ("seed", "arch", "folds", "fold")
         first = {name: config[name] for name in besides_recipe} | config["recipe"]
         now = {name: getattr(self.args, name) for name in besides_recipe} | recipe
@@ -482,7 +485,7 @@ class RunFolder:
             raise InputError(f"{self.folder}: {message}; {way_out}")
 
     def lock_files(self):
-        """Two: no two processes may share a log folder, or the names of checkpoints."""
+        """The files to lock: one for the log folder, one for the names of the checkpoints."""
         return [self.folder / ".lock", Path(self.args.output_dir, f".{self.prefix}.lock")]
 
     def times_of_change(self):
@@ -601,8 +604,8 @@ def judge_last_epoch(figures, monitor):
 def lock_file(path, shared=False):
     """Open and lock a file; the lock ends when the file is closed or the process ends.
 
-    shared: only look. Any number of processes may look, but not while one has the lock. Raises
-    InputError if another process has it.
+    shared: only find out whether another process has locked it; any number of processes may do so
+    at once. Raises InputError if another process has locked it.
     """
     file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the lock is held)
     if fcntl:
@@ -639,9 +642,9 @@ def choose_precision(name, device, frozen, first_precision=None):
     # Only a GPU can lack bf16: a CPU without it emulates it, slowly.
     lacks_bf16 = precision == "bf16" and is_cuda and not has_bf16
     if lacks_fp16 or lacks_bf16:
-        way_out = f"take --precision {'fp32 or fp16' if is_cuda else 'fp32 or bf16'}"
+        way_out = "take --precision fp32 or fp16" if is_cuda else "take --precision fp32 or bf16"
         if precision == first_precision:
-            way_out = "the run began with it: resume it elsewhere, or take another --run_name"
+            way_out = "the run began with it: take the --device it ran on, or another --run_name"
         raise InputError(f"{device} has no {precision}; {way_out}")
     return precision
 
@@ -678,9 +681,9 @@ def mean_statistics(criterion, dataset, embeddings):
     for a, b in images.pairs:
         n, m = images.count[a], images.count[b]
         rows = np.concatenate([images.first[a] + np.arange(n), images.first[b] + np.arange(m)])
-        block = torch.from_numpy(dataset.positives.block[rows]).to(device)
+        value_number = torch.from_numpy(dataset.positives.value_number[rows]).to(device)
         matrix = criterion.matrix(embeddings[torch.from_numpy(rows).to(device)])
-        sums += criterion.sums_over_all_triplets(matrix, n, block)
+        sums += criterion.sums_over_all_triplets(matrix, n, value_number)
     means = (sums / dataset.n_possible).tolist()
     return dict(zip(criterion.STATISTICS, means, strict=True))
 
@@ -767,7 +770,7 @@ class TwinTrainer:
             self.refuse_other_start()
             return
         if self.needs_start_file() and not Path(args.pretrained).is_file():
-            way_out = "see 'Weights' in README; none: random weights"
+            way_out = "see 'Weights' in README, or take --pretrained none for random weights"
             raise InputError(f"--pretrained {args.pretrained}: no such file; {way_out}")
         first_precision = self.run.first_config.get("recipe", {}).get("precision")
         self.precision = choose_precision(
@@ -827,7 +830,10 @@ class TwinTrainer:
 
     # -- before the first epoch
     def load_people(self):
-        """Read the pairs and the crops, unless `people` were given; returns the People."""
+        """Read the pairs and the crops, unless `people` were given; returns the People.
+
+        Also sets `fold_ids`, so that a sweep finds out here whether there are too many --folds.
+        """
         if not self.people:
             self.people = People(*read_people(self.args, "aligned_json", "train_pairs"))
             for warning in self.people.warnings:
@@ -846,7 +852,8 @@ class TwinTrainer:
         if not args.cross:
             return None
         finder = CropFinder(args, self.people.id_to_images)
-        value_of = read_metadata(args.metadata, [args.cross], finder)[args.cross]
+        columns = read_flag(args, "metadata", read_metadata, [args.cross], finder)
+        value_of = columns[args.cross]
         crops = itertools.chain(*self.people.id_to_images.values())
         refuse_missing_values(args.metadata, args.cross, value_of, crops)
         return value_of
@@ -879,26 +886,33 @@ class TwinTrainer:
             id_to_images, train_pairs, args.train_percentage, args.seed, self.value_of
         )
         self.train_rows = people.rows(self.train_set.images.paths)
-        self.seen_rows = self.train_rows
-        self.val_set = None
-        self.evaluator = None
-        if val_pairs:
-            self.val_set = TwinTripletDataset(id_to_images, val_pairs, value_of=self.value_of)
-            # Seeded by the split, so that runs with other seeds can be compared on the same
-            # resamples.
-            self.evaluator = TwinEvaluator(self.val_set.images, args.split_seed)
-            if self.value_of:
-                self.evaluator = self.evaluator.across(self.value_of)
-            # The watched images are embedded after each epoch: here, all validation images.
-            self.watched_rows = people.rows(self.val_set.images.paths)
-            self.seen_rows = torch.cat([self.train_rows, self.watched_rows])
-        else:
-            # A network that has died must not be saved, so some training images are watched.
-            self.watched_rows = self.train_rows[:64]
-            reason = "--validation_split 0, one family only, or all were trained on before"
-            self.say(f"warning: no validation ({reason}); the last epoch is kept")
         # The triplets used so far, each once: their train_set.possible_numbers, ascending.
         self.used_triplets = np.zeros(0, np.int64)
+        self.prepare_validation(val_pairs)
+
+    def prepare_validation(self, val_pairs):
+        """Set what is measured after each epoch: the watched images, `val_set` and its evaluator.
+
+        The watched images, `watched_rows`, are those of validation. `seen_rows`: all images that
+        the run trains on or validates with.
+        """
+        self.val_set = None
+        self.evaluator = None
+        if not val_pairs:
+            # A network that has died must not be saved, so some training images are watched.
+            self.watched_rows = self.train_rows[:64]
+            self.seen_rows = self.train_rows
+            reason = "--validation_split 0, one family only, or all were trained on before"
+            self.say(f"warning: no validation ({reason}); the last epoch is kept")
+            return
+        id_to_images = self.people.id_to_images
+        self.val_set = TwinTripletDataset(id_to_images, val_pairs, value_of=self.value_of)
+        # Seeded by the split, so that runs with other seeds can be compared on the same resamples.
+        self.evaluator = TwinEvaluator(self.val_set.images, self.args.split_seed)
+        if self.value_of:
+            self.evaluator = self.evaluator.across(self.value_of)
+        self.watched_rows = self.people.rows(self.val_set.images.paths)
+        self.seen_rows = torch.cat([self.train_rows, self.watched_rows])
 
     def load_network(self):
         """Load the network to train; returns the state to resume from, None for a new run.
@@ -1108,7 +1122,7 @@ class TwinTrainer:
         self.say(describe_epoch(entry, is_kept))
 
     def measure_start(self):
-        """Epoch 0: the mean statistics of the training triplets before training."""
+        """Epoch 0: set `start_embeddings`; returns the start's part of the log entry."""
         with torch.no_grad():
             self.start_embeddings = self.embed(self.model, self.train_rows)
         statistics = mean_statistics(self.criterion, self.train_set, self.start_embeddings)
@@ -1117,8 +1131,8 @@ class TwinTrainer:
     def train_epoch(self, epoch):
         """Make the steps of one epoch; returns its part of the log entry.
 
-        The statistics in it are means over the steps: of weights that change from step to step,
-        and in the precision of the steps.
+        The statistics in it are means over the steps, of which each has other weights and may be
+        less precise than fp32.
         """
         args = self.args
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
@@ -1211,8 +1225,9 @@ class TwinTrainer:
         seconds = (time.perf_counter() - began) / n_done
         validation = self.run.log["epochs"][0]["timing"]["validation_seconds"]
         minutes = self.args.epochs * (n_steps * seconds + validation) / 60
-        text = f"at most about {minutes:.0f} min: {self.args.epochs} epochs of {n_steps} steps"
-        self.say(f"{text}, {seconds:.2f} s each, with validation")
+        steps = f"{n_steps} steps of {seconds:.2f} s"
+        text = f"{self.args.epochs} epochs of {steps}, each with {validation:.1f} s of validation"
+        self.say(f"at most about {minutes:.0f} min: {text}")
 
     def refuse_if_not_finite(self, sums, where):
         """Stop the run if the loss or a weight is not finite any more; this waits for a GPU."""
@@ -1316,10 +1331,10 @@ class TwinTrainer:
         if not self.processes.is_main:
             return {**log, "stopped": stopped}
         path = log["best_checkpoint"]
-        self.say(f"stopped by {stopped}; best epoch {log['best_epoch']}: {path}")
+        self.say(f"stopped by --{stopped}; best epoch {log['best_epoch']}: {path}")
         self.say(f"The run has used {describe_used_triplets(log)}.")
         if stopped == "epochs":
-            # With "stopped" still None in its log, so that --resume with more --epochs goes on.
+            # Before log["stopped"] is set: --resume with more --epochs goes on from this state.
             self.save_state()
         log["stopped"] = stopped
         if self.val_set is not None:
@@ -1361,7 +1376,10 @@ def figures_of(entry):
 
 
 def describe_values(column, dataset, whole):
-    """What is left if a positive must differ from its anchor in a column of the metadata."""
+    """What is left if a positive must differ from its anchor in a column of the metadata.
+
+    whole: the dataset of the same pairs without that condition.
+    """
     n_negatives_only = (dataset.positives.count == 0).sum()
     return (
         f"--cross {column}: {dataset.n_possible} of {whole.n_possible} triplets have a positive "
@@ -1536,20 +1554,25 @@ def summarize_runs(logs, pretrained):
         ]
         lines.append("  ".join([f"{log['config']['run_name']:{width}}", *cells]))
     lines += rank_settings(read_validated_runs(logs))
+    if any(log["config"]["n_val_pairs"] for log in logs):
+        lines.append("These figures chose the epochs, so they are better than those of new people.")
+    lines += suggest_evaluation(logs, pretrained)
+    return "\n".join(lines)
+
+
+def suggest_evaluation(logs, pretrained):
+    """Lines: the command that evaluates these runs and the start, and what it does."""
     checkpoints = [log["best_checkpoint"] for log in logs]
     if pretrained != "none":
         checkpoints.insert(0, pretrained)
-    lines.append("The validation people chose the epochs, so these figures flatter them.")
     config = logs[0]["config"]
     command = ["python", "evaluate_twins.py"]
+    purpose = "This command tests the runs on the test people:"
     if config["folds"]:
-        lines.append("This command tests each run on the fold that it has not seen:")
+        purpose = "This command tests each run on the fold that it has not seen:"
         command += ["--skip_alignment", "--aligned_json", config["aligned_json"]]
         command += ["--test_pairs", config["train_pairs"]]
-    else:
-        lines.append("This command gives the figures of other people:")
-    lines.append(shlex.join([*command, "--checkpoints", *checkpoints]))
-    return "\n".join(lines)
+    return [purpose, shlex.join([*command, "--checkpoints", *checkpoints])]
 
 
 def read_validated_runs(logs):

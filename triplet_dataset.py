@@ -7,9 +7,8 @@
     rows = steps[0]                                   # (T, 3) rows of the first step
 
 A triplet is (A's image i, A's image j != i, an image of A's twin), for both twins of a pair.
-Triplets
-are numbered, never stored. Of each pair, a percentage takes the beginning of one seeded, shuffled
-order of its numbers, so the 5 % sample lies inside the 10 % sample of the same seed.
+Triplets are numbered, never stored. Of each pair, a percentage takes the beginning of one seeded,
+shuffled order of its numbers, so the 5 % sample lies inside the 10 % sample of the same seed.
 """
 
 import csv
@@ -69,7 +68,10 @@ def compose_accents(name, where):
 
 
 def read_id_to_images(path):
-    """{"ID": ["path", ...]} -> {ID: [path, ...]}; relative paths start at the file's own folder."""
+    """{ID: [path, ...]} of a JSON file {"ID": ["path", ...]}, or of a folder (see list_people).
+
+    Relative paths start at the file's own folder. Raises InputError for any other content.
+    """
     if os.path.isdir(path):
         return list_people(path)
     content = read_json(path, '{"ID": ["path", ...], ...} with at least one ID')
@@ -136,11 +138,11 @@ def read_csv_pairs(path, id_to_images):
 
 
 def read_pairs(path, id_to_images, missing="has no images listed; add them or delete the pair"):
-    """[["ID", "twin's ID"], ...] -> ([(ID, ID), ...], [warning, ...]).
+    """([(ID, ID), ...], [warning, ...]) of a JSON file [["ID", "twin's ID"], ...], or a CSV file.
 
     A pair that is listed twice, in whichever order of its IDs, is used once. Raises InputError
     for an empty list, an ID that is paired with itself, and an ID that `id_to_images` does not
-    have.
+    have. missing: how the message about such an ID ends.
     """
     if str(path).lower().endswith(".csv"):
         content = read_csv_pairs(path, id_to_images)
@@ -156,7 +158,7 @@ def read_pairs(path, id_to_images, missing="has no images listed; add them or de
     repeated = len(content) - len(pairs)
     if not repeated:
         return list(pairs.values()), []
-    warning = f"{repeated} of {len(content)} pairs are listed more than once; each is used once"
+    warning = f"{repeated} of {len(content)} pairs repeat an earlier one; each is used once"
     return list(pairs.values()), [warning]
 
 
@@ -177,7 +179,10 @@ def check_pair(where, pair, id_to_images, missing):
 
 
 def read_people(args, images_flag, pairs_flag):
-    """({ID: [path, ...]}, [(ID, ID), ...], [warning, ...]) of the files that two flags name."""
+    """({ID: [path, ...]}, [(ID, ID), ...], [warning, ...]) of the files that two flags name.
+
+    images_flag: "id_to_images" or "aligned_json"; crops of the latter that are gone are left out.
+    """
     id_to_images = read_flag(args, images_flag, read_id_to_images)
     if images_flag != "aligned_json":
         pairs, notes = read_flag(args, pairs_flag, read_pairs, id_to_images)
@@ -187,13 +192,21 @@ def read_people(args, images_flag, pairs_flag):
         "out --skip_alignment; else delete the pair"
     )
     pairs, notes = read_flag(args, pairs_flag, read_pairs, id_to_images, missing)
-    names = {name for pair in pairs for name in pair}
-    there = {name: [p for p in id_to_images[name] if os.path.exists(p)] for name in names}
-    n_gone = sum(len(id_to_images[name]) - len(there[name]) for name in names)
+    there, n_gone = find_existing_crops(id_to_images, pairs)
     if n_gone and any(there.values()):  # if all are gone, load_crops names the first as missing
         notes.append(f"{n_gone} listed crops are gone and are passed over")
         id_to_images |= there
     return id_to_images, pairs, notes
+
+
+def find_existing_crops(id_to_images, pairs):
+    """({ID: [path, ...]} of the files that exist, how many do not), for the people of the pairs."""
+    there = {}
+    n_gone = 0
+    for name in {name for pair in pairs for name in pair}:
+        there[name] = [path for path in id_to_images[name] if os.path.exists(path)]
+        n_gone += len(id_to_images[name]) - len(there[name])
+    return there, n_gone
 
 
 # ---- people, families, crops ---------------------------------------------------------------------
@@ -305,25 +318,26 @@ class TwinImages:
 
     def __init__(self, id_to_images, pairs):
         self.ids = list(dict.fromkeys(name for pair in pairs for name in pair))
-        family = find_families(pairs)
         self.paths = []
         counts = []
-        families = []
         for name in self.ids:
             images = list(dict.fromkeys(id_to_images[name]))
             self.paths += images
             counts.append(len(images))
-            families.append(family[name])
         self.count = np.array(counts, np.int64)
         self.first = np.cumsum(self.count) - self.count
         self.person = np.repeat(np.arange(len(self.ids)), self.count)
-        self.family_of_person = np.array(families, np.int64)
+        family_of = find_families(pairs)
+        self.family_of_person = np.array([family_of[name] for name in self.ids], np.int64)
         self.family = np.repeat(self.family_of_person, self.count)
         index = {name: i for i, name in enumerate(self.ids)}
         self.pairs = np.array([(index[a], index[b]) for a, b in pairs], np.int64)
 
     def count_triplets(self, positives):
-        """(P,) the number of ordered triplets of each pair, of both twins."""
+        """(P,) the number of triplets of each pair, with either twin as the anchor's person.
+
+        positives: the Positives of these images.
+        """
         n_positives = positives.count[self.pairs]
         n_negatives = self.count[self.pairs[:, ::-1]]
         return (n_positives * n_negatives).sum(1)
@@ -346,7 +360,7 @@ def read_crop(path):
     except FileNotFoundError:
         hint = "run the alignment stage again"
         if os.sep == "/" and "\\" in path:
-            hint = "its path was written on Windows"
+            hint = "its path was written on Windows, so run the alignment stage here"
         raise InputError(f"{path}: no such aligned crop; {hint}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         message = f"unreadable crop ({error}); align it again with --realign"
@@ -385,11 +399,11 @@ def load_crops(paths):
 
 
 def perceptual_hashes(pixels):
-    """(N, 112, 112, 3) uint8 crops -> (N, 36) uint8 tensor: 288 bits that copies share.
+    """(N, 112, 112, 3) uint8 crops -> (N, 36) uint8 tensor: 288 bits, nearly equal for copies.
 
-    A bit says whether one of 12x12 parts of the face is brighter than the one before it, once
-    across and once down (a difference hash). Saving again, resizing and other light change few of
-    them.
+    144 bits say where the face grows brighter from left to right: each compares a cell of a grid of
+    12 rows and 13 columns with the cell to its left. The other 144 say so from top to bottom (a
+    difference hash). Saving again, resizing and other light change few of them.
     """
     hashes = []
     for chunk in pixels.split(1024):
@@ -408,6 +422,7 @@ def find_copies(hashes, others, earlier=False):
     """
 
     def signs(packed):
+        """Bits as -1 and 1: the product of two rows is how many agree minus how many differ."""
         bits = np.unpackbits(packed.numpy(), axis=1)
         return torch.from_numpy(bits).float() * 2 - 1
 
@@ -435,12 +450,13 @@ class People:
 
     `pairs`: [(ID, ID), ...]. `id_to_images`: {ID: [path, ...]}, each image once. `crops`: of all
     paths; `hashes` (N, 36) and `owner` [ID, ...] are the perceptual hash and the person of each.
-    `warnings`: for the user. `features`: the cache of train_twins.backbone_features.
+    `warnings`: for the user; they begin with `notes`, the warnings of read_people. `features`: the
+    cache of train_twins.backbone_features.
     """
 
-    def __init__(self, aligned, pairs, warnings=()):
+    def __init__(self, aligned, pairs, notes=()):
         self.pairs = pairs
-        self.warnings = list(warnings)
+        self.warnings = list(notes)
         self.features = {}
         names = list(dict.fromkeys(name for pair in pairs for name in pair))
         self.crops = load_crops([path for name in names for path in aligned[name]])
@@ -454,19 +470,11 @@ class People:
             rows = [self.crops.row[path] for path in aligned[name]]
             distinct = []
             for row in rows:
-                copied = row if first_copy[row] < 0 else first_copy[row]
-                owner = self.owner[copied] or name
-                if owner != name:
-                    raise InputError(
-                        f"{paths[row]}: listed under ID {name!r}, but it is the same image as "
-                        f"{paths[copied]} of ID {owner!r}; keep it under the one whose it is"
-                    )
-                self.owner[row] = name
-                is_copy = row in distinct  # its path is listed twice
-                if first_copy[row] >= 0:
-                    # That image may itself be left out as a copy, so only those in use decide.
-                    is_copy = bool(find_copies(self.hashes[[row]], self.hashes[distinct])[0] >= 0)
-                if not is_copy:
+                self._set_owner(row, name, first_copy[row])
+                is_listed_twice = row in distinct
+                # An image that is left out has no say: it may be a copy where this one is not.
+                is_copy = first_copy[row] >= 0 and self._is_copy_of_any(row, distinct)
+                if not is_listed_twice and not is_copy:
                     distinct.append(row)
             self.id_to_images[name] = [paths[row] for row in distinct]
             n_copies += len(rows) - len(distinct)
@@ -477,6 +485,25 @@ class People:
             self.warnings.append(
                 f"{n_copies} images are copies of another of their ID; each is used once"
             )
+
+    def _set_owner(self, row, name, first_copy):
+        """Note that an image shows a person; InputError if it is another person's already.
+
+        first_copy: the first row that has the same image, -1 if none before `row` has it.
+        """
+        original = row if first_copy < 0 else first_copy
+        owner = self.owner[original] or name
+        if owner != name:
+            paths = list(self.crops.row)
+            raise InputError(
+                f"{paths[row]}: listed under ID {name!r}, but it is the same image as "
+                f"{paths[original]} of ID {owner!r}; keep it under the one that it shows"
+            )
+        self.owner[row] = name
+
+    def _is_copy_of_any(self, row, others):
+        """Whether the image in a row is a copy of one in the rows `others`."""
+        return bool(find_copies(self.hashes[[row]], self.hashes[others])[0] >= 0)
 
     def people_on(self, hashes):
         """The set of IDs of which an image is a near copy of one of `hashes` (M, 36)."""
@@ -492,45 +519,49 @@ class People:
 class Positives:
     """The (anchor, positive) pairs of images, numbered person after person, anchor after anchor.
 
-    A positive shows the anchor's person and is not in the anchor's block: without values that is
-    the anchor alone, else all images of the person with the anchor's value, which must be
-    consecutive rows of `images`.
+    A positive is any other image of the anchor's person; with `value_of`, {path: value}, it also
+    has another value than the anchor. Images of a person with one value must be consecutive rows
+    of `images`.
 
-    `block` (N,): the number of each image's block. `before` (N + 1,): how many of the pairs have
-    their anchor before each image.
+    `value_number` (N,): equal for images of a person with one value; without `value_of`, different
+    for all images. `before` (N + 1,): how many of the pairs have their anchor before each image.
+    `begin`, `count`: of each person, the number of their first pair, and how many they have.
     """
 
     def __init__(self, images: TwinImages, value_of: dict | None = None):
         n_images = len(images.paths)
-        self.block = np.arange(n_images)
+        self.value_number = np.arange(n_images)
         if value_of:
             values = np.array([value_of[path] for path in images.paths])
-            is_next = np.ones(n_images, bool)
+            is_new = np.ones(n_images, bool)
             is_same_person = images.person[1:] == images.person[:-1]
-            is_next[1:] = ~(is_same_person & (values[1:] == values[:-1]))
-            self.block = np.cumsum(is_next) - 1
-        sizes = np.bincount(self.block)
-        self._block_size = sizes[self.block]
-        self._block_begin = (np.cumsum(sizes) - sizes)[self.block]
+            is_new[1:] = ~(is_same_person & (values[1:] == values[:-1]))
+            self.value_number = np.cumsum(is_new) - 1
+        # The images with an anchor's value, it among them, are excluded from its positives.
+        n_images_of_value = np.bincount(self.value_number)
+        first_of_value = np.cumsum(n_images_of_value) - n_images_of_value
+        self._n_excluded = n_images_of_value[self.value_number]
+        self._first_excluded = first_of_value[self.value_number]
         self._person_begin = images.first[images.person]
-        n_positives = images.count[images.person] - self._block_size
+        n_positives = images.count[images.person] - self._n_excluded
         self.before = np.append(0, np.cumsum(n_positives))
-        # Of each person: where their pairs begin, and how many there are.
         self.begin = self.before[images.first]
         self.count = self.before[images.first + images.count] - self.begin
 
     def pair_at(self, number):
         """(anchors, positives), rows of the images, of the pairs with these numbers."""
         anchor = np.searchsorted(self.before, number, side="right") - 1
-        positive = self._person_begin[anchor] + number - self.before[anchor]
-        is_behind_block = positive >= self._block_begin[anchor]
-        return anchor, positive + self._block_size[anchor] * is_behind_block
+        place = number - self.before[anchor]  # among the anchor's positives
+        positive = self._person_begin[anchor] + place
+        is_after_excluded = positive >= self._first_excluded[anchor]
+        return anchor, positive + self._n_excluded[anchor] * is_after_excluded
 
     def number_of(self, anchor, positive):
         """The inverse of `pair_at`."""
-        is_behind_block = positive > self._block_begin[anchor]
-        place = positive - self._block_size[anchor] * is_behind_block
-        return self.before[anchor] + place - self._person_begin[anchor]
+        is_after_excluded = positive > self._first_excluded[anchor]
+        n_skipped = self._n_excluded[anchor] * is_after_excluded
+        place = positive - self._person_begin[anchor] - n_skipped  # among the anchor's positives
+        return self.before[anchor] + place
 
 
 class TwinTripletDataset(Dataset):
@@ -621,9 +652,10 @@ class TwinTripletDataset(Dataset):
         own = (within_pair >= n_of_first).astype(np.int64)  # 0: the first twin, 1: the second
         twin = 1 - own
         number = within_pair - n_of_first * own
-        # number = positive pair * n_twin + negative.
-        place, negative = np.divmod(number, self._count[pair, twin])
-        anchor, positive = self.positives.pair_at(self._begin_of_positives[pair, own] + place)
+        # number = image_pair * n_twin + negative: for each (anchor, positive) pair of the person,
+        # all images of the twin.
+        image_pair, negative = np.divmod(number, self._count[pair, twin])
+        anchor, positive = self.positives.pair_at(self._begin_of_positives[pair, own] + image_pair)
         return np.stack([anchor, positive, self._first[pair, twin] + negative], 1)
 
     @cached_property
@@ -651,9 +683,9 @@ class TwinTripletDataset(Dataset):
         found = order[np.searchsorted(keys, key)]
         own, pair = np.divmod(found, len(self.pairs))  # own: 0 for the pair's first twin, else 1
         twin = 1 - own
-        place = self.positives.number_of(anchor, positive) - self._begin_of_positives[pair, own]
-        negative_at = negative - self._first[pair, twin]
-        number = place * self._count[pair, twin] + negative_at
+        image_pair = self.positives.number_of(anchor, positive)
+        image_pair -= self._begin_of_positives[pair, own]
+        number = image_pair * self._count[pair, twin] + negative - self._first[pair, twin]
         # The triplets whose anchor is in the first twin come before all of the second's.
         n_before = own * self._n_positives[pair, 0] * self._count[pair, 1]
         begin = np.cumsum(self._maximum) - self._maximum
@@ -672,13 +704,13 @@ class TwinTripletDataset(Dataset):
             first_own, first_twin = self._first[pair, own], self._first[pair, twin]
             rows = (first_own + groups[own], first_own + groups[own], first_twin + groups[twin])
             triplets = np.stack(np.meshgrid(*rows, indexing="ij"), -1).reshape(-1, 3)
-            block = self.positives.block[triplets]
-            triplets = triplets[block[:, 0] != block[:, 1]]
+            anchor_value, positive_value = self.positives.value_number[triplets[:, :2]].T
+            triplets = triplets[anchor_value != positive_value]
             if self.percentage < 100:
                 anchor, positive, negative = triplets.T
-                place = self.positives.number_of(anchor, positive)
-                place -= self._begin_of_positives[pair, own]
-                number = n_before + place * self._count[pair, twin] + negative - first_twin
+                image_pair = self.positives.number_of(anchor, positive)
+                image_pair -= self._begin_of_positives[pair, own]
+                number = n_before + image_pair * self._count[pair, twin] + negative - first_twin
                 triplets = triplets[self._shuffle.place_of(pair, number) < n_sampled]
             found.append(triplets)
             n_before = self._n_positives[pair, 0] * self._count[pair, 1]
@@ -825,16 +857,15 @@ class GroupedSteps:
     def _make_blocks(self, generator):
         """[(pair number, (group of the first twin, group of the second)), ...], none empty."""
         dataset = self.dataset
+        # Inside a block there may be no triplet of a small sample, or no two values of a person.
+        none_is_empty = dataset.percentage == 100 and not dataset.has_values
         blocks = []
-        for pair, counts in enumerate(dataset.images.count[dataset.images.pairs]):
-            first, second = (
-                np.array_split(generator.permutation(n), math.ceil(n / GROUP_SIZE)) for n in counts
-            )
+        for pair, (n, m) in enumerate(dataset.images.count[dataset.images.pairs]):
+            first = split_at_random(n, generator)
+            second = split_at_random(m, generator)
             for i in range(max(len(first), len(second))):
                 groups = (first[i % len(first)], second[i % len(second)])
-                # A small sample may have no triplet inside a block, nor may images of one value.
-                has_all = dataset.percentage == 100 and not dataset.has_values
-                if has_all or len(dataset.triplets_among(pair, groups)):
+                if none_is_empty or len(dataset.triplets_among(pair, groups)):
                     blocks.append((pair, groups))
         return blocks
 
@@ -844,3 +875,8 @@ class GroupedSteps:
     def __getitem__(self, i):
         parts = [self.dataset.triplets_among(pair, groups) for pair, groups in self.steps[i]]
         return np.concatenate(parts)
+
+
+def split_at_random(n, generator):
+    """The numbers 0 to n - 1 in random groups of at most GROUP_SIZE, of nearly equal sizes."""
+    return np.array_split(generator.permutation(n), math.ceil(n / GROUP_SIZE))

@@ -340,5 +340,5 @@ def test_torchrun_ends_with_all_done(comparison):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stopped by epochs") == 1
+    assert done.stdout.count("stopped by --epochs") == 1
     assert comparison.log("torchrun")["config"]["processes"] == 2

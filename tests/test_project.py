@@ -382,6 +382,8 @@ def made_up_setting(name, baseline=None, auc=0.8, general_auc=0.9, thresholds=Fa
     estimate = Estimate(figures, samples, 29)
     against = baseline.checkpoints[0].estimate if baseline else None
     checkpoint = Checkpoint("models/a.pth", "a", {}, "", "", list(overlap), estimate=estimate)
+    if thresholds:
+        checkpoint.families = [{"ids": "1 + 2", "twin_auc": 0.5}] * 3
     return Setting(name, {}, [checkpoint], compare([estimate], against))
 
 
@@ -401,14 +403,15 @@ def comparison_of_all_kinds():
 
 
 def form_of_cell(cell):
-    """A figure with # for each digit after the point, and nothing for those before it."""
-    return re.sub(r"\d", "#", cell.strip()).lstrip("#")
+    """A figure with # for each digit after a point, and nothing for those before it."""
+    return re.sub(r"\d", "#", re.sub(r"\d+\.", ".", cell.strip()))
 
 
 def form_of_line(line):
     """A line below the rows with placeholders for names, verdicts and numbers."""
     line = re.sub(r"^\S.* \(.+?\) against [^:]+:", "NAME (NAMES) against NAME:", line)
     line = re.sub(r"^  .+, at the validation people's", "  NAME, at the validation people's", line)
+    line = re.sub(r"^  .+, hardest families: .+", "  NAME, hardest families: FAMILIES.", line)
     line = re.sub(r"^OVERLAP: \S+", "OVERLAP: NAME", line)
     line = re.sub(r"have chosen: .+\.$", "have chosen: NAME.", line)
     line = re.sub(r"\b(better|worse|not distinguishable) on", "VERDICT on", line)

@@ -301,6 +301,18 @@ def test_pairs_with_a_photograph_without_crop_are_left_out_and_counted(twins, ca
     assert "warning: 1 pairs of --pair_list are left out" in capsys.readouterr().out
 
 
+def test_a_crop_that_is_not_in_use_is_known_as_an_image_without_crop(twins):
+    """A copy that is left out, or an image of a person who is in no pair."""
+    listed = td.read_id_to_images(twins.aligned)
+    unused, *used = listed["test0a"]
+    stranger = listed["test1a"][0]
+    args = SimpleNamespace(aligned_json=twins.aligned, id_to_images="none")
+    finder = align.CropFinder(args, {"test0a": used})
+    assert finder(used[0], "pair 1") == ("test0a", used[0])
+    assert finder(unused, "pair 2") == ("test0a", None)
+    assert finder(stranger, "pair 3") == ("test1a", None)
+
+
 WRONG_LISTS = {
     "an unknown path": ("x.png,{b},0", "pair 1: no image 'x.png' in"),
     "a wrong label": (

@@ -1588,7 +1588,7 @@ def summary(out):
 @pytest.mark.parametrize("flag", OTHER_VALUES)
 def test_every_flag_of_the_recipe_takes_several_values(flag):
     another = "32" if flag == "batch_size" else str(RECIPE[flag].default)
-    runs = parse_runs([f"--{flag}", OTHER_VALUES[flag], another])
+    runs = parse_runs([f"--{flag}", OTHER_VALUES[flag], another, "--metadata", "metadata.csv"])
     assert len({getattr(run, flag) for run in runs}) == 2
 
 

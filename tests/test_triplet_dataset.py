@@ -828,7 +828,7 @@ def test_repeated_pairs_are_used_once_with_a_count(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(content))
     pairs, warnings = td.read_pairs(tmp_path / "x.json", {"a": [], "b": [], "c": []})
     assert pairs == [("a", "b"), ("b", "c")]
-    assert warnings == ["2 of 4 pairs are listed more than once; each is used once"]
+    assert warnings == ["2 of 4 pairs repeat an earlier one; each is used once"]
 
 
 def test_paths_are_relative_to_the_file(tmp_path):
@@ -949,7 +949,7 @@ def test_pairs_are_read_from_a_table_with_or_without_titles(tmp_path, titles, ma
     images = {"a": [], "b": [], "c, the second": [], "007": []}
     pairs, warnings = td.read_pairs(tmp_path / "x.CSV", images)
     assert pairs == [("a", "b"), ("c, the second", "007")]
-    assert warnings == ["1 of 3 pairs are listed more than once; each is used once"]
+    assert warnings == ["1 of 3 pairs repeat an earlier one; each is used once"]
 
 
 @pytest.mark.parametrize(
