@@ -1837,7 +1837,7 @@ def test_several_runs_cannot_share_a_name(run, refusal):
 def test_runs_whose_values_are_too_close_for_two_names_are_refused(run, refusal):
     code, _ = run("--margin 0.3 0.30000001", "")
     assert code == 2
-    assert "two runs with this name" in refusal()
+    assert "two runs would have this name" in refusal()
 
 
 def test_a_sweep_is_refused_as_a_whole_if_one_run_is_there_already(experiment, refusal):
