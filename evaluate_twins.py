@@ -1079,8 +1079,8 @@ def comparison_table(settings, chosen):
         for name in TABLE_COLUMNS.values():
             cells.append(f"  {describe_figure(setting.figures, name):>13}")
         lines.append(f"{setting.name:{width}}{''.join(cells)}")
-    lines.append("10-fold: accuracy on ten folds of families, mean and standard deviation.")
     lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.")
+    lines.append("10-fold: accuracy on ten folds of families, mean and standard deviation.")
     lines.append("A dash means that there are too few pairs to say.")
     for setting in settings:
         if setting is not baseline:
@@ -1229,7 +1229,7 @@ def plot_figure(path, width=6.0, height=4.2, rows=1, columns=1):
             if handles:
                 axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
-        figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 1})
+        figure.savefig(temporary, format="png")
     if any("missing from" in str(warning.message) for warning in caught):
         tell_of_missing_letters()
 
