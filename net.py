@@ -663,7 +663,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self):
         """The help, without the defaults that say nothing."""
-        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
 
     def error(self, message):
         raise InputError(f"{message}; --help lists all flags")

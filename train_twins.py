@@ -256,6 +256,8 @@ def build_parser():
             text += f" (default: {flag.default})"
         nargs = "+"
         metavar = None if flag.choices else "N"
+        if name == "cross":
+            metavar = "COLUMN"
         if flag.type is boolean:
             nargs = "*"
             metavar = "BOOL"

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import align
@@ -470,9 +469,7 @@ def finished_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "demo"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        torch.set_num_threads(os.cpu_count())  # its network is a real one
         assert demo.main([str(folder)]) == 0
-        torch.set_num_threads(1)
     return Demo(folder, printed.getvalue())
 
 
