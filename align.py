@@ -251,9 +251,11 @@ class FaceDetector:
 
     `detector(image)`, image (H, W, 3) uint8 RGB, returns (landmarks, several): (68, 2) float64 in
     pixels, or None without a face, and whether there are several faces, as `main_face` says.
-    Faces are first looked for in a small copy, and only where that does not settle the answer in
-    the picture of DETECTION_SIZE, from which the landmarks always come. `looks` counts the
-    photographs: {"coarse": settled by a small copy, "fine": the others}. Threads take turns.
+    The picture is the image, shrunk to DETECTION_SIZE if it is larger. Faces are looked for in
+    smaller copies of it first, and in the picture itself only if these do not settle which face
+    is the main one. The landmarks always come from the picture. `looks` counts the photographs
+    that were not too small to try: {"coarse": settled by a smaller copy, "fine": the others}.
+    Threads take turns.
     Raises InputError if the package or its weights are missing.
     """
 
@@ -292,15 +294,15 @@ class FaceDetector:
         size = np.round(full_size * shrink).astype(int)
         if size.min() < SMALLEST_DETECTION:
             return None, False
-        small = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
+        picture = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
         with self.lock:
-            points, several = self._detect(small)
+            points, several = self._detect(picture)
         if points is not None:
             points = scale_pixels(points.astype(np.float64), full_size / size)
         return points, several
 
     def _detect(self, image):
-        """(landmarks, several) in an image that is small enough."""
+        """(landmarks, several) of an image of at most DETECTION_SIZE, in pixels of that image."""
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 box, several = main_face(self._find_faces(image), image.shape)
@@ -319,7 +321,8 @@ class FaceDetector:
         boxes = None
         for share in COARSE_LOOKS:
             unseen = SURELY_SEEN / share
-            # Where an earlier look tells that this one would not settle it, it is left out.
+            # This look is left out if the boxes of the last one would not be settled even with
+            # this one's `unseen`; so also if the last one found no face.
             if boxes is None or is_settled(boxes, image.shape, unseen):
                 boxes = self._look(image, share)
                 if is_settled(boxes, image.shape, unseen):
@@ -345,14 +348,14 @@ class FaceDetector:
 def is_settled(boxes, shape, unseen):
     """Whether `main_face` would give the same answer if more faces were seen, and more exactly.
 
-    boxes, shape: as for `main_face`. unseen: the side in pixels from which on every face is among
-    the boxes.
+    boxes, shape: as for `main_face`. unseen: the side in pixels that a face must be smaller than
+    to be missing from the boxes.
 
-    A face that is not among them rates less than unseen^2, even in the middle of the image. So it
-    is not the main face if that one rates more, and it makes no difference to "several" if that
-    one has more than twice that area, or if there are several already. Between two faces that
-    were seen, nothing is settled if they are within BOX_TOLERANCE of where the answer changes.
-    With it, a single face in the middle is settled from a side of sqrt(2.5) * unseen on: 203
+    An unseen face has an area, and so a rating, of less than unseen^2. It is not the main face if
+    the main one of `boxes` rates more than that. It does not change "several" if the main face has
+    more than twice that area, or if there are several already. Each of these comparisons, as
+    those between two faces that were seen, must hold with BOX_TOLERANCE to spare. So a single
+    face in the middle is settled from a side of sqrt(2.5) * unseen on: 203
     pixels of 1280 by a look at a quarter of the size, 102 by one at half. At a distance d from
     the middle its area must also be at least 1.25 * (unseen^2 + 2 * d^2).
     """
@@ -365,10 +368,10 @@ def is_settled(boxes, shape, unseen):
     margin = BOX_TOLERANCE * np.maximum(area[main], other_areas)
     if (rating[main] - other_ratings < margin).any():
         return False
-    share = other_areas / area[main]
-    has_rival = (share[:-1] >= (1 + BOX_TOLERANCE) / 2).any()
-    has_none = (share <= (1 - BOX_TOLERANCE) / 2).all()
-    return bool(has_rival or has_none)
+    area_ratios = other_areas / area[main]  # the last one is that of the largest unseen face
+    surely_several = (area_ratios[:-1] >= (1 + BOX_TOLERANCE) / 2).any()
+    surely_one = (area_ratios <= (1 - BOX_TOLERANCE) / 2).all()
+    return bool(surely_several or surely_one)
 
 
 def main_face(boxes, shape):
@@ -869,8 +872,8 @@ class CropFinder:
     `finder(path, where)` returns (ID, crop). The path may be that of the crop, as in
     --aligned_json, or that of its photograph, as in --id_to_images. The crop is None if it is not
     in use: the photograph gave none, it is the copy of another, or its person is in no pair.
-    aligned: {ID: [crop, ...]}, the crops in use. Raises InputError, which begins with `where`, for
-    a path that neither file lists.
+    aligned: {ID: [crop, ...]}, the crops in use. Raises InputError for a path that neither file
+    lists; its message begins with `where`.
     """
 
     def __init__(self, args, aligned):
@@ -937,7 +940,8 @@ def read_pair_list(path, finder):
         if same != (ids[0] == ids[1]):
             names = " and ".join(repr(name) for name in ids)
             raise InputError(f"{where}: same is {row['same']}, but the images are of {names}")
-        pairs.append(ListedPair(where, ids, crops, same, row.get("fold")))
+        fold = row["fold"].strip() if "fold" in row else None
+        pairs.append(ListedPair(where, ids, crops, same, fold))
     return pairs
 
 
@@ -963,14 +967,19 @@ def read_lines_of_pairs(path):
 def read_metadata(path, columns, finder):
     """{column: {crop: value}} of a CSV file with the column `path` and these columns.
 
-    Empty values, and images whose crop is not in use, are left out.
+    Empty values, and images whose crop is not in use, are left out. Raises InputError for an image
+    with two values.
     """
     values = {column: {} for column in columns}
     for number, row in enumerate(read_csv(path, ("path", *columns)), 1):
         _, crop = finder(row["path"], f"{path}: row {number}")
         for column in columns:
-            if crop and row[column].strip():
-                values[column][crop] = row[column].strip()
+            value = row[column].strip()
+            if not crop or not value:
+                continue
+            if values[column].setdefault(crop, value) != value:
+                message = f"another row says {values[column][crop]!r}, not {value!r}, of this image"
+                raise InputError(f"{path}: row {number}: {message}; keep the right one")
     return values
 
 

@@ -1575,7 +1575,7 @@ def write_report(args, settings, chosen, strata, evaluator, device):
     names = ["comparison.png"]
     if strata:
         names.append("strata.png")
-    if any("train_percentage" in setting.checkpoints[0].recipe for setting in settings):
+    if any("train_percentage" in setting.checkpoints[0].recipe for setting in settings[1:]):
         names.append("data_percentage.png")
     parts += [html_figure(folder / name) for name in names]
     for setting in settings:
@@ -1613,17 +1613,20 @@ def rows_of_figures(settings):
 def list_conditions(args, settings, device):
     """What the figures depend on, as pairs of text."""
     yield "evaluation", args.command
-    yield "seed of the resamples", args.seed
+    yield "seed of resamples, folds and general pairs", args.seed
     yield "device", device
     yield "versions", f"PyTorch {torch.__version__}, NumPy {np.__version__}"
     for setting in settings:
+        runs = []
         for checkpoint in setting.checkpoints:
-            yield checkpoint.name, checkpoint.path
-            config = checkpoint.config
+            runs += checkpoint.fold_runs or [checkpoint]
+        for run in runs:
+            yield run.name, run.path
+            config = run.config
             if "command" in config:
                 yield "trained by", config["command"]
-            if checkpoint.recipe:
-                flags = [f"{name} {value}" for name, value in checkpoint.recipe.items()]
+            if run.recipe:
+                flags = [f"{name} {value}" for name, value in run.recipe.items()]
                 yield "recipe", ", ".join([*flags, f"seed {config['seed']}"])
                 n_pairs = f"{config['n_train_pairs']} pairs, {config['n_train_images']} images"
                 yield "trained on", f"{n_pairs}; validated on {config['n_val_pairs']} pairs"
@@ -1639,7 +1642,7 @@ def html_table(titles, rows):
 
 
 def html_figure(path):
-    """A picture, with what it shows."""
+    """The HTML of a picture, its bytes inside, with its caption; path: one named in CAPTIONS."""
     data = base64.b64encode(path.read_bytes()).decode()
     caption = CAPTIONS[path.name]
     image = f'<img src="data:image/png;base64,{data}" alt="{path.stem}"/>'
@@ -1669,7 +1672,10 @@ def evaluate(args):
 
 
 def make_evaluators(args, people, checkpoints):
-    """(the TwinEvaluator of the main figures, {label: that of a stratum}); adds warnings."""
+    """(the TwinEvaluator of the main figures, {label: that of a stratum}).
+
+    What was left out is added to people.warnings.
+    """
     images = TwinImages(people.id_to_images, people.pairs)
     finder = CropFinder(args, people.id_to_images)
     listed = None
@@ -1685,12 +1691,12 @@ def make_evaluators(args, people, checkpoints):
         if n_left_out:
             reason = "an image has no crop, or is the copy of another"
             people.warnings.append(f"{n_left_out} pairs of --pair_list are left out: {reason}")
-    main, strata = evaluator, {}
+    strata = {}
     if args.metadata:
         metadata = read_columns(args, finder, images)
-        main, strata = make_strata(args, evaluator, metadata)
-    people.warnings += main.warn_of_large_families()
-    return main, strata
+        evaluator, strata = make_strata(args, evaluator, metadata)
+    people.warnings += evaluator.warn_of_large_families()
+    return evaluator, strata
 
 
 def group_by_network(checkpoints):
@@ -1704,10 +1710,10 @@ def group_by_network(checkpoints):
         for fold, run in enumerate(checkpoint.fold_runs):
             for name in run.fold_ids:
                 folds_of.setdefault(name, []).append(fold)
-    numbers = {}
+    number_of = {}  # {the folds of its people: number of the group}
     group_of = {}
     for name, folds in folds_of.items():
-        group_of[name] = numbers.setdefault(tuple(folds), len(numbers))
+        group_of[name] = number_of.setdefault(tuple(folds), len(number_of))
     return group_of
 
 
@@ -1853,9 +1859,10 @@ def pool_runs(runs, test_ids):
     elif strangers:
         problem = f"{len(strangers)} of the test people are in none of its folds"
     if problem:
-        advice = f"give --checkpoints one run of each of the {n_folds} folds"
-        pairs = "--test_pairs the pairs that the folds were made of"
-        raise InputError(f"{first.path}: {problem}; {advice}, and {pairs}")
+        raise InputError(
+            f"{first.path}: {problem}; give --checkpoints one run of each of the {n_folds} folds, "
+            "and --test_pairs the pairs that the folds were made of"
+        )
     return Checkpoint(
         first.path,
         first.name,
@@ -1869,7 +1876,7 @@ def pool_runs(runs, test_ids):
 
 def name_cross_validations(checkpoints):
     """Name each cross-validation after its runs, and differently from all other checkpoints."""
-    path_of = {}  # where a checkpoint would lie whose stem is the name
+    path_of = {}  # {path of a checkpoint: the path whose stem is to be its name}
     for checkpoint in checkpoints:
         path_of[checkpoint.path] = checkpoint.path
         if checkpoint.fold_runs:
@@ -1904,7 +1911,7 @@ def embed_images(args, checkpoints, images, crops, device):
     for checkpoint in checkpoints:
         for run in checkpoint.fold_runs or [checkpoint]:
             groups.setdefault(run.backbone_hash, []).append((checkpoint, run))
-    of_runs = {}  # {path of a cross-validation: [(run, its embeddings), ...], until it is complete}
+    incomplete = {}  # {path of a cross-validation: [(run, its embeddings), ...] so far}
     for group in groups.values():
         runs = [run for _, run in group]
         results = embed_with_common_backbone(args, runs, crops, device)
@@ -1913,9 +1920,9 @@ def embed_images(args, checkpoints, images, crops, device):
             if not checkpoint.fold_runs:
                 yield checkpoint, embeddings
                 continue
-            of_runs.setdefault(checkpoint.path, []).append((run, embeddings))
-            if len(of_runs[checkpoint.path]) == len(checkpoint.fold_runs):
-                yield checkpoint, join_folds(of_runs.pop(checkpoint.path), images)
+            incomplete.setdefault(checkpoint.path, []).append((run, embeddings))
+            if len(incomplete[checkpoint.path]) == len(checkpoint.fold_runs):
+                yield checkpoint, join_folds(incomplete.pop(checkpoint.path), images)
 
 
 def join_folds(of_runs, images):

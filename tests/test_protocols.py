@@ -404,6 +404,11 @@ def test_strata_have_a_picture(stratified):
 WRONG_METADATA = {
     "an image without a value": ("--cross session", "path,session\n", "images have no session"),
     "no such column": ("--cross day", "path,session\n{a},s\n", "its columns are: path, session"),
+    "two rows that contradict each other": (
+        "--cross session",
+        "path,session\n{a},s\n{a},t\n",
+        "row 2: another row says 's', not 't', of this image",
+    ),
     "one value": ("--cross session", None, "nobody has images with two values of session"),
     "no metadata": ("--cross session", "", "--cross and --by need --metadata"),
 }
@@ -593,6 +598,12 @@ def test_the_start_is_tested_on_the_same_pairs(cross_validation):
     pooled = json.loads((cross_validation.out / "cv_3folds" / "metrics.json").read_text())
     assert start["counts"] == pooled["counts"]
     assert pooled["folds"] == cross_validation.checkpoints
+
+
+def test_the_page_names_the_run_of_every_fold(cross_validation):
+    text = (cross_validation.out / "report.html").read_text()
+    for path in cross_validation.checkpoints:
+        assert path in text.replace("&#x27;", "'")
 
 
 def test_a_missing_fold_is_named(cross_validation, capsys):
