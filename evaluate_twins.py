@@ -1251,10 +1251,11 @@ def plot_rates(axes, curves, kind):
     for name, scores, figures in curves:
         fmr, fnmr = error_rates(scores)
         at_eer = int(np.argmin(np.abs(fmr - fnmr)))
+        name_in_lines = textwrap.fill(name, 32)  # in lines that leave the curves their room
         axes.plot(
             np.maximum(fmr, lowest),
             100 - fnmr if kind == "roc" else fnmr,
-            label=f"{name}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
+            label=f"{name_in_lines}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
             drawstyle="steps-post",
             marker="o",
             markevery=[at_eer],
