@@ -149,6 +149,9 @@ def test_a_second_signal_ends_the_script_with_130_at_any_moment(experiment):
     process = start_script(experiment.flags(f"--aligned_json {experiment.folder}/fifo"))
     # This waits until the script opens the file for reading.
     writing = os.open(experiment.folder / "fifo", os.O_WRONLY)
+    # It waits in read() by then. Python answers a signal that comes just before a system call only
+    # when that call returns, and this one never does.
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)  # two SIGTERM that come at once would count as one
     _, error = process.communicate(timeout=60)
