@@ -484,6 +484,21 @@ class TwinEvaluator:
                 )
         return notes
 
+    def warn_of_split_families(self):
+        """Warnings if a list of pairs has pairs of one family in several folds."""
+        folds_of = {}
+        for kind, folds in self.folds.items():
+            families = self.family[self.rows[kind][:, 0]]
+            for family, fold in zip(families, folds, strict=True):
+                folds_of.setdefault(family, set()).add(fold)
+        n_split = sum(len(folds) > 1 for folds in folds_of.values())
+        if not n_split:
+            return []
+        return [
+            f"{n_split} families have pairs in several folds of --pair_list: the threshold of a "
+            "fold is then chosen on its own people, so accuracy_10_fold looks better than it is"
+        ]
+
     def score(self, embeddings: torch.Tensor) -> dict:
         """{kind: (K,) float64 cosines of `rows`}, of embeddings (N, 512) of unit length."""
         scores = {}
@@ -1251,11 +1266,11 @@ def plot_rates(axes, curves, kind):
     for name, scores, figures in curves:
         fmr, fnmr = error_rates(scores)
         at_eer = int(np.argmin(np.abs(fmr - fnmr)))
-        name_in_lines = textwrap.fill(name, 32)  # in lines that leave the curves their room
+        short_lines = wrap_name(name, 32)  # which leave the curves their room
         axes.plot(
             np.maximum(fmr, lowest),
             100 - fnmr if kind == "roc" else fnmr,
-            label=f"{name_in_lines}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
+            label=f"{short_lines}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
             drawstyle="steps-post",
             marker="o",
             markevery=[at_eer],
@@ -1272,6 +1287,11 @@ def plot_rates(axes, curves, kind):
         axes.set(yscale="log", ylim=(bottom, 100), ylabel="FNMR (%)")
         label_logarithmic_axis(axes.xaxis)
         label_logarithmic_axis(axes.yaxis)
+
+
+def wrap_name(name, width):
+    """A name in lines of at most `width` letters, broken at spaces and after underscores."""
+    return textwrap.fill(name.replace("_", "_ "), width).replace("_ ", "_")
 
 
 def error_rates(scores):
@@ -1316,7 +1336,7 @@ def plot_distributions(path, checkpoint):
                 axes.axvline(threshold, color="grey", linewidth=1.5, linestyle=style, label=label)
         axes.set(xlim=(LOWEST_SCORE, 1), yscale="log")
         label_logarithmic_axis(axes.yaxis)
-        axes.set_title(textwrap.fill(checkpoint.name, 60), fontsize=9)
+        axes.set_title(wrap_name(checkpoint.name, 60), fontsize=9)
         axes.set_xlabel("score (cosine similarity)")
         axes.set_ylabel("share of the image pairs per bin (%)")
 
@@ -1692,6 +1712,7 @@ def make_evaluators(args, people, checkpoints):
         if n_left_out:
             reason = "an image has no crop, or is the copy of another"
             people.warnings.append(f"{n_left_out} pairs of --pair_list are left out: {reason}")
+        people.warnings += evaluator.warn_of_split_families()
     strata = {}
     if args.metadata:
         metadata = read_columns(args, finder, images)
@@ -1977,11 +1998,13 @@ def validation_thresholds(checkpoint, checkpoints):
 
     A trained checkpoint carries its own. Those of the network that training started from are in the
     trained checkpoint, as `start_metrics`; if several runs started from it, the first one counts.
+    A cross-validation has none, since each of its runs had other validation people.
     """
+    if checkpoint.fold_runs:
+        return {}
     sources = [checkpoint.validation]
     for other in checkpoints:
         start_hash = other.recipe.get("weights_sha256")  # of the network that it started from
-        # The runs of a cross-validation each had other validation people.
         if start_hash == checkpoint.weights_hash and not other.fold_runs:
             sources.append(other.facts.get("start_metrics", {}))
     for metrics in sources:

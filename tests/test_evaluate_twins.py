@@ -945,6 +945,12 @@ def test_a_networks_own_thresholds_come_before_those_of_a_run_that_started_from_
     assert ev.validation_thresholds(start, [start, run_from("A")]) == {"val_eer": 0.4}
 
 
+def test_a_cross_validation_takes_no_thresholds_from_a_run_that_started_from_its_first_network():
+    pooled = checkpoint("start", weights="A")
+    pooled.fold_runs = [checkpoint("first", weights="A"), checkpoint("second", weights="B")]
+    assert ev.validation_thresholds(pooled, [pooled, run_from("A")]) == {}
+
+
 # ---- a network is known by its weights -----------------------------------------------------------
 PLOTS = ("rates", "distributions", "hardest", "comparison", "data_percentage")
 
@@ -1384,6 +1390,16 @@ def test_det_curves_are_labelled_with_the_means_of_their_settings(evaluated):
     several_seeds = evaluated.settings[2]
     first_seed = evaluated.metrics[several_seeds["checkpoints"][0]]["figures"]
     assert labels[2] != label_in_det(several_seeds["name"], first_seed)
+
+
+@pytest.mark.parametrize(
+    "name", ["twin_tuned_ir50_full_10pct_margin0.3_epoch7", "drift_weight 0.1"]
+)
+def test_names_are_broken_at_spaces_and_after_underscores(name):
+    lines = ev.wrap_name(name, 12).split("\n")
+    assert max(len(line) for line in lines) <= 12
+    words = [word for line in lines for word in re.findall("[^_ ]+", line)]
+    assert words == re.findall("[^_ ]+", name)
 
 
 def test_det_curves_are_labelled_with_the_figures_of_the_table(evaluated):

@@ -261,6 +261,21 @@ def test_the_folds_of_a_pair_list_are_those_of_its_column(of_list, chosen_pairs)
     assert figures["accuracy_10_fold_std"]["value"] == pytest.approx(np.std(accuracies))
 
 
+def test_a_warning_counts_families_that_the_folds_of_a_pair_list_split(
+    twins, chosen_pairs, of_list, capsys
+):
+    assert "warning" not in capsys.readouterr().out
+    columns = ("path_1", "path_2", "same", "fold")
+    rows = [{column: row[column] for column in columns} for row in chosen_pairs]
+    owner = [re.search("[0-9]+", row["id_1"])[0] for row in chosen_pairs]
+    for family in ("3", "5"):
+        rows[owner.index(family)]["fold"] = "f9"
+    path = twins.folder / "split.csv"
+    write_table(path, rows)
+    evaluate(twins, "split", f"--pair_list {path}")
+    assert "warning: 2 families have pairs in several folds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["crops", "photographs", "lines"])
 def test_a_list_may_name_crops_or_photographs_in_a_table_or_in_lines(twins, chosen_pairs, kind):
     path = twins.folder / f"{kind}.csv"
