@@ -1015,7 +1015,8 @@ def add_alignment_arguments(parser, kind="train"):
     parser.add_argument(
         "--landmarks",
         metavar="FILE",
-        help='JSON file {"path": [[x, y], ...], ...} with 5 or 68 points: use them, detect none',
+        help='JSON file {"path": [[x, y], ...], ...} with 5 or 68 landmarks of each photograph; '
+        "with this file, no face detector runs",
     )
     parser.add_argument(
         "--realign",

@@ -2073,16 +2073,16 @@ def parse_args(argv=None):
     add(
         "--cross",
         metavar="COLUMN",
-        help="count only genuine pairs whose images differ in this column, such as session, and "
-        "show the others beside",
+        help="column of --metadata, such as session: the main figures count only genuine pairs "
+        "whose images have different values there; figures of the other ones stand beside them",
     )
     add(
         "--by",
         metavar="COLUMN",
         nargs="+",
         default=[],
-        help="also give the figures of pairs with the same value of such a column, for each value, "
-        "and of pairs with different ones",
+        help="columns of --metadata: also give figures for each value, of the pairs whose images "
+        "both have it, and figures of the pairs whose images have different values",
     )
     add(
         "--checkpoints",
@@ -2106,15 +2106,15 @@ def parse_args(argv=None):
         "--batch_size",
         type=number_between(int, 1, 10**6),
         metavar="N",
-        help="images that pass the network at once, without influence on the results; "
-        "256 on CUDA and 8 on a CPU if not given",
+        help="number of images that the network embeds at once; it decides speed and memory, not "
+        "the results (default: 256 on CUDA, 8 on a CPU)",
     )
     add(
         "--seed",
         type=number_between(int, 0, 2**32 - 1),
         default=42,
         metavar="N",
-        help="seed of the bootstrap and of the sampled general impostor pairs",
+        help="seed of the bootstrap, of the ten folds and of the sampled general impostor pairs",
     )
     add(
         "--flip",

@@ -135,18 +135,20 @@ RECIPE = {
     "distance": RecipeFlag(
         "cosine",
         str,
-        "cosine: 1 - cosine similarity; euclidean: between embeddings of unit length",
+        "distance in the loss; cosine: 1 - cosine similarity; euclidean: that between embeddings "
+        "of unit length",
         DISTANCES,
     ),
     "images_per_batch": RecipeFlag(
         96,
         number_between(int, 2 * GROUP_SIZE, 10**9),  # at least a group of each of two twins
-        "images in a training step, at most",
+        "largest number of images in a training step; a step takes images of several families",
     ),
     "batch_size": RecipeFlag(
         None,
         positive_integer,
-        "plain shuffled batches of so many triplets, in place of --images_per_batch",
+        "number of triplets in a training step, which are drawn from all at random; without this "
+        "flag, --images_per_batch decides",
     ),
     "quadruplet_weight": RecipeFlag(
         1.0,
@@ -161,7 +163,9 @@ RECIPE = {
         "before training",
     ),
     "learning_rate": RecipeFlag(
-        1e-4, non_negative, "learning rate of AdamW, which it rises to over the first steps"
+        1e-4,
+        non_negative,
+        f"learning rate of AdamW; it rises to this value over the first {WARM_UP_STEPS} steps",
     ),
     "weight_decay": RecipeFlag(
         1e-4, non_negative, "weight decay of AdamW; BatchNorm, PReLU and biases have none"
@@ -171,11 +175,12 @@ RECIPE = {
         number_between(float, 0, 0.9),
         "share of the training pairs that is kept for validation, in whole families",
     ),
-    "split_seed": RecipeFlag(42, seed_number, "seed of the validation split"),
+    "split_seed": RecipeFlag(42, seed_number, "seed of the validation split and of --folds"),
     "cross": RecipeFlag(
         None,
         str,
-        "column of --metadata in which a positive must differ from its anchor, such as session",
+        "column of --metadata, such as session: the two images of one person in a triplet must "
+        "have different values there",
     ),
     "monitor": RecipeFlag(
         "val_auc",
@@ -222,8 +227,8 @@ def build_parser():
         "--folds",
         type=number_between(int, 2, 1000),
         metavar="K",
-        help="cross-validation: deal the pairs into K folds of whole families and make K runs, "
-        "each without one fold, which evaluate_twins.py then tests it on",
+        help="cross-validation: deal the pairs into K folds of whole families and make K runs; "
+        "each leaves out one fold, and evaluate_twins.py then tests it on this fold",
     )
 
     group = parser.add_argument_group("the network to start from")
@@ -232,7 +237,7 @@ def build_parser():
         choices=ARCHITECTURES,
         metavar="NAME",
         default="ir_50",
-        help=f"its architecture, one of {', '.join(ARCHITECTURES)}",
+        help=f"architecture of this network, one of {', '.join(ARCHITECTURES)}",
     )
     group.add_argument(
         "--pretrained",
@@ -283,14 +288,16 @@ def build_parser():
         "--epochs",
         type=positive_integer,
         metavar="N",
-        help=f"number of epochs, at most (default: {DEFAULT_EPOCHS}; with --resume as before)",
+        help=f"largest number of epochs (default: {DEFAULT_EPOCHS}; with --resume, the number that "
+        "the run began with)",
     )
     group.add_argument(
         "--patience",
         type=positive_integer,
         default=10,
         metavar="N",
-        help="stop after so many epochs in which the figure of --monitor has not improved",
+        help="stop when the figure of --monitor has not improved for so many epochs; improvements "
+        "of val_auc and val_eer by 0.002 or less do not count",
     )
     group.add_argument(
         "--output_dir",
