@@ -82,13 +82,14 @@ DECODED_SIZE = 1920  # long side in pixels to which a JPEG is decoded, at least
 MIN_DECODED_EYES = 60
 DETECTION_SIZE = 1280  # long side in pixels of what the face detector sees, at most
 SMALLEST_DETECTION = 32  # short side in pixels below which the face detector fails
-COARSE_LOOKS = (1 / 4, 1 / 2)  # shares of that size at which it looks first, coarsest first
-# Side in pixels from which on the detector surely sees a face that it would also see enlarged. It
-# is made for faces of 16 pixels and more (S3FD, ICCV 2017), so this is on the safe side.
+# The detector first looks at copies of a picture with these shares of its size, in this order.
+COARSE_LOOKS = (1 / 4, 1 / 2)
+# A face that is found in the picture is surely found in a copy too, if it has a side of at least
+# this many pixels there. The detector is made for faces of 16 pixels and more (S3FD, ICCV 2017).
 SURELY_SEEN = 32
 BOX_TOLERANCE = 0.2  # by which share areas and ratings of one face may differ between two looks
 MAX_MEGAPIXELS = 500  # of a photograph, which takes three bytes a pixel
-Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's own alarm, which goes to the terminal
+Image.MAX_IMAGE_PIXELS = None  # no limit of Pillow's, which would print a warning
 RAW_SUFFIXES = (".nef", ".nrw", ".dng", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef")
 NEW_SUBFILE_TYPE = 254  # TIFF tag: what the first image in the file is
 REDUCED_IMAGE = 1  # the bit of that tag for a thumbnail
@@ -117,8 +118,9 @@ def five_points(landmarks):
     ValueError for anything else.
     """
     points = np.asarray(landmarks)
+    has_shape = points.shape in ((5, 2), (68, 2))
     is_numeric = points.dtype.kind in "iuf"
-    if points.shape not in ((5, 2), (68, 2)) or not is_numeric or not (np.abs(points) < 1e6).all():
+    if not (has_shape and is_numeric and (np.abs(points) < 1e6).all()):
         raise ValueError(f"not 5 or 68 points [x, y] in pixels: {reprlib.repr(landmarks)}")
     if len(points) == 68:
         left_eye = points[36:42].mean(0)
@@ -173,7 +175,10 @@ def align_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 
 
 def scale_pixels(points, factor):
-    """Pixel positions (N, 2) in the same picture `factor` times as large; (0, 0) is a centre."""
+    """Pixel positions (N, 2), as they are in the same image at `factor` times its size.
+
+    (0, 0) is the centre of the top left pixel, so the image begins at (-0.5, -0.5).
+    """
     return (points + 0.5) * factor - 0.5
 
 
@@ -183,19 +188,10 @@ def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
 
     At full size; with `long_side`, a JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of
     its size at which it is still at least `long_side` pixels long. Raises OSError or ValueError
-    for a file that is not an image.
+    for a file that is not an image, and InputError, a ValueError, for a camera RAW file, for HEIC
+    without pillow-heif, for too many pixels and for values that are not those of an image.
     """
-    if Path(path).suffix.lower() in RAW_SUFFIXES:
-        raise InputError(RAW_MESSAGE)
-    try:
-        photo = Image.open(path)
-    except UnidentifiedImageError:
-        beginning = Path(path).read_bytes()[:12]
-        if re.match(rb"....ftyp(he|mif1|msf1)", beginning, re.DOTALL):
-            way_out = "pip install pillow-heif, or convert it to JPEG"
-            raise InputError(f"a HEIC photograph: {way_out}") from None
-        raise
-    with photo:
+    with open_photo(path) as photo:
         if is_raw_thumbnail(photo):
             raise InputError(RAW_MESSAGE)
         megapixels = photo.width * photo.height / 1e6
@@ -212,6 +208,20 @@ def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
         if upright.mode != "RGB":  # even without a change, converting copies every pixel
             upright = upright.convert("RGB")
         return np.array(upright)
+
+
+def open_photo(path):
+    """The PIL image of a photograph, of which only the header has been read."""
+    if Path(path).suffix.lower() in RAW_SUFFIXES:
+        raise InputError(RAW_MESSAGE)
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        beginning = Path(path).read_bytes()[:12]
+        if re.match(rb"....ftyp(he|mif1|msf1)", beginning, re.DOTALL):
+            way_out = "pip install pillow-heif, or convert it to JPEG"
+            raise InputError(f"a HEIC photograph: {way_out}") from None
+        raise
 
 
 def is_raw_thumbnail(photo):
@@ -251,12 +261,13 @@ class FaceDetector:
 
     `detector(image)`, image (H, W, 3) uint8 RGB, returns (landmarks, several): (68, 2) float64 in
     pixels, or None without a face, and whether there are several faces, as `main_face` says.
-    The picture is the image, shrunk to DETECTION_SIZE if it is larger. Faces are looked for in
-    smaller copies of it first, and in the picture itself only if these do not settle which face
-    is the main one. The landmarks always come from the picture. `looks` counts the photographs
-    that were not too small to try: {"coarse": settled by a smaller copy, "fine": the others}.
-    Threads take turns.
-    Raises InputError if the package or its weights are missing.
+    Threads take turns. Raises InputError if the package or its weights are missing.
+
+    Here "picture" is the image, shrunk to DETECTION_SIZE if it is larger. Small copies of the
+    picture are searched for faces first (a coarse look), the picture itself (a fine look) only if
+    they do not settle which face is the main one. The landmarks always come from the picture.
+    `looks`, {"coarse": n, "fine": n}, counts the images by the look that settled them, except those
+    that are too small for the detector.
     """
 
     def __init__(self, device="cpu"):
@@ -289,26 +300,24 @@ class FaceDetector:
             self.network.face_detector.face_detector.to(memory_format=torch.channels_last)
 
     def __call__(self, image):
-        full_size = np.array([image.shape[1], image.shape[0]])
-        shrink = min(1, DETECTION_SIZE / full_size.max())
-        size = np.round(full_size * shrink).astype(int)
-        if size.min() < SMALLEST_DETECTION:
+        share = min(1, DETECTION_SIZE / max(image.shape[:2]))
+        picture, factors = shrink(image, share)
+        if picture is None:
             return None, False
-        picture = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
         with self.lock:
             points, several = self._detect(picture)
         if points is not None:
-            points = scale_pixels(points.astype(np.float64), full_size / size)
+            points = scale_pixels(points.astype(np.float64), factors)
         return points, several
 
-    def _detect(self, image):
-        """(landmarks, several) of an image of at most DETECTION_SIZE, in pixels of that image."""
+    def _detect(self, picture):
+        """(landmarks, several), the landmarks in pixels of the picture."""
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                box, several = main_face(self._find_faces(image), image.shape)
+                box, several = main_face(self._find_faces(picture), picture.shape)
                 if box is None:
                     return None, False
-                faces = self.network.get_landmarks_from_image(image, detected_faces=[box])
+                faces = self.network.get_landmarks_from_image(picture, detected_faces=[box])
                 return faces[0], several
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -316,59 +325,75 @@ class FaceDetector:
             way_out = "take --device cpu, or give --landmarks"
             raise OwnError(f"out of memory while detecting faces: {way_out}") from error
 
-    def _find_faces(self, image):
+    def _find_faces(self, picture):
         """The boxes (N, 4) of the first look that settles which face is the main one."""
         boxes = None
         for share in COARSE_LOOKS:
             unseen = SURELY_SEEN / share
-            # This look is left out if the boxes of the last one would not be settled even with
-            # this one's `unseen`; so also if the last one found no face.
-            if boxes is None or is_settled(boxes, image.shape, unseen):
-                boxes = self._look(image, share)
-                if is_settled(boxes, image.shape, unseen):
-                    self.looks["coarse"] += 1
-                    return boxes
+            # This copy is larger than the last one, so fewer faces are unseen in it. If even that
+            # would not settle the boxes of the last one, this look is not worth its time.
+            if boxes is not None and not is_settled(boxes, picture.shape, unseen):
+                continue
+            boxes = self._look(picture, share)
+            if is_settled(boxes, picture.shape, unseen):
+                self.looks["coarse"] += 1
+                return boxes
         self.looks["fine"] += 1
-        return self._look(image, 1)
+        return self._look(picture, 1)
 
-    def _look(self, image, share):
-        """The boxes (N, 4), in pixels of `image`, that the detector finds in a copy of it.
+    def _look(self, picture, share):
+        """The boxes (N, 4), in pixels of the picture, of the faces that are found in a copy.
 
-        share: the size of the copy, as a share of the image's.
+        share: the size of the copy, as a share of the picture's.
         """
-        full_size = np.array([image.shape[1], image.shape[0]])
-        size = np.round(full_size * share).astype(int)
-        if size.min() < SMALLEST_DETECTION:
+        copy, factors = shrink(picture, share)
+        if copy is None:
             return np.zeros((0, 4))
-        copy = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
         found = self.network.face_detector.detect_from_image(copy)  # takes RGB
-        return np.reshape(found, (-1, 5))[:, :4] * np.tile(full_size / size, 2)
+        boxes = np.reshape(found, (-1, 5))[:, :4]  # the fifth column is the confidence
+        return boxes * np.tile(factors, 2)
+
+
+def shrink(image, share):
+    """(copy, factors): an image at a share of its size; (None, None) if the detector would fail.
+
+    factors (2,): how many times as wide and as high as the copy the image is.
+    """
+    full_size = np.array([image.shape[1], image.shape[0]])
+    size = np.round(full_size * share).astype(int)
+    if size.min() < SMALLEST_DETECTION:
+        return None, None
+    copy = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
+    return copy, full_size / size
 
 
 def is_settled(boxes, shape, unseen):
-    """Whether `main_face` would give the same answer if more faces were seen, and more exactly.
+    """Whether `main_face` would answer the same for the boxes of a look at the whole picture.
 
-    boxes, shape: as for `main_face`. unseen: the side in pixels that a face must be smaller than
-    to be missing from the boxes.
+    boxes, shape: as for `main_face`; False without a box. unseen: every face with a side of at
+    least this many pixels is among the boxes.
 
-    An unseen face has an area, and so a rating, of less than unseen^2. It is not the main face if
-    the main one of `boxes` rates more than that. It does not change "several" if the main face has
-    more than twice that area, or if there are several already. Each of these comparisons, as
-    those between two faces that were seen, must hold with BOX_TOLERANCE to spare. So a single
-    face in the middle is settled from a side of sqrt(2.5) * unseen on: 203
-    pixels of 1280 by a look at a quarter of the size, 102 by one at half. At a distance d from
-    the middle its area must also be at least 1.25 * (unseen^2 + 2 * d^2).
+    A finer look may find more faces, and gives somewhat different boxes. An unseen face has an
+    area, and so a rating, of less than unseen^2. So the main face stays the main one if it rates
+    more than unseen^2. "several" stays as it is if the main face has more than twice the area
+    unseen^2, or if there are several already. BOX_TOLERANCE makes up for the different boxes: all
+    comparisons with the main face, of seen and unseen ones, must hold with that share to spare.
+
+    For example, a single face in the middle is settled if its side is at least
+    sqrt(2.5) * unseen: 203 pixels for the look at a quarter of the size, 102 for that at half. At
+    a distance d from the middle, its area must also be at least 1.25 * (unseen^2 + 2 * d^2).
     """
     if len(boxes) == 0:
         return False
     area, rating = rate_faces(boxes, shape)
     main = np.argmax(rating)
+    # The last of the others is the largest face that may be unseen, in the middle of the picture.
     other_areas = np.append(np.delete(area, main), unseen**2)
     other_ratings = np.append(np.delete(rating, main), unseen**2)
     margin = BOX_TOLERANCE * np.maximum(area[main], other_areas)
     if (rating[main] - other_ratings < margin).any():
         return False
-    area_ratios = other_areas / area[main]  # the last one is that of the largest unseen face
+    area_ratios = other_areas / area[main]
     surely_several = (area_ratios[:-1] >= (1 + BOX_TOLERANCE) / 2).any()
     surely_one = (area_ratios <= (1 - BOX_TOLERANCE) / 2).all()
     return bool(surely_several or surely_one)
@@ -377,9 +402,8 @@ def is_settled(boxes, shape, unseen):
 def main_face(boxes, shape):
     """(box, several): the main face among `boxes` in an image of `shape`; (None, False) for none.
 
-    boxes: (N, 4), left, top, right, bottom. The main face has the largest `area - 2 * (distance
-    from the image's centre)^2`, insightface's rule. There are several if another face has at
-    least half its area.
+    boxes: (N, 4), left, top, right, bottom. The main face has the highest rating of `rate_faces`.
+    There are several if another face has at least half its area.
     """
     if len(boxes) == 0:
         return None, False
@@ -390,7 +414,10 @@ def main_face(boxes, shape):
 
 
 def rate_faces(boxes, shape):
-    """(areas, ratings), both (N,), of boxes (N, 4), for `main_face`."""
+    """(areas, ratings), both (N,), of boxes (N, 4) in an image of `shape`.
+
+    The rating is `area - 2 * (distance from the image's centre)^2`, as in insightface.
+    """
     top_left, bottom_right = boxes[:, :2], boxes[:, 2:]
     area = (bottom_right - top_left).prod(1)
     image_centre = np.array([shape[1], shape[0]]) / 2
@@ -433,26 +460,34 @@ def points_of_entry(entry):
 
 
 def face_if_dlib(face):
-    """An upright face in place of dlib's five points: both corners of each eye, and the nose.
+    """TEMPLATE for what looks like dlib's five points; other points as they are.
 
-    The eye on the right of the picture comes first.
+    dlib's are the two corners of the eye on the right of the picture, those of the other eye, and
+    the nose. They have no mouth, so they cannot be corrected.
     """
-    right_eye, left_eye, nose = face[:2].mean(0), face[2:4].mean(0), face[4]
-    eyes = np.hypot(*(right_eye - left_eye))
-    are_level = np.ptp(face[:4, 1]) < 0.5 * eyes
-    nose_is_below = 0.2 * eyes < nose[1] - face[:4, 1].mean() < 1.5 * eyes
+    right_eye = face[:2].mean(0)
+    left_eye = face[2:4].mean(0)
+    nose = face[4]
+    eye_distance = np.hypot(*(right_eye - left_eye))
+    eyes_are_level = np.ptp(face[:4, 1]) < 0.5 * eye_distance
+    nose_is_below = 0.2 * eye_distance < nose[1] - face[:4, 1].mean() < 1.5 * eye_distance
     nose_is_between = left_eye[0] < nose[0] < right_eye[0]
-    return TEMPLATE if are_level and nose_is_below and nose_is_between else face
+    return TEMPLATE if eyes_are_level and nose_is_below and nose_is_between else face
 
 
 def face_if_normalised(face):
-    """An upright face in place of points from 0 to 1: the photograph's size is not known here."""
+    """TEMPLATE for points from 0 to 1; other points as they are.
+
+    Points from 0 to 1 cannot be corrected here, where the size of the photograph is not known.
+    """
     if face.min() >= 0 and face.max() <= 1:
         return TEMPLATE
     return face
 
 
-# Mistakes that run through a whole file: the message, and the correction that reveals the mistake.
+# Mistakes that run through a whole landmark file. Each has its message, and a function of a face
+# that corrects the mistake: a face that is upright only then has been written down with it. Where
+# nothing can be corrected, the function gives the TEMPLATE, which is upright, for such a face.
 SLIPS = {
     "left and right are exchanged: the eye on the left of the picture comes first": (
         lambda face: face[[1, 0, 2, 4, 3]]
@@ -480,15 +515,17 @@ def is_upright(face):
 
     False for a face on its side, for which every slip looks like another one.
     """
-    x, y = face[1] - face[0]
-    return x > max(abs(y), 1) and distance_from_template(face) <= MAX_RESIDUAL
+    right, down = face[1] - face[0]  # the way from the left eye to the right one
+    is_level = right > max(abs(down), 1)
+    return is_level and distance_from_template(face) <= MAX_RESIDUAL
 
 
 def refuse_landmarks_of_stored_pixels(path, landmarks):
     """Raise InputError if landmarks were found before the EXIF tag turned the photographs.
 
-    Such a face lies on its side or upside down, and is upright when it is turned as the tag says.
-    So may be a person who lies down: it is an error if most photographs with such a tag are so.
+    Such a face lies on its side or upside down, and becomes upright when it is turned as the tag
+    says. A person who lies down may look the same. So it is an error only if there are more such
+    photographs than photographs with a tag that turns them and an upright face.
     """
     faces = {image: np.array(points) for image, points in landmarks.items() if points}
     upright = [image for image, face in faces.items() if is_upright(face)]
@@ -496,7 +533,8 @@ def refuse_landmarks_of_stored_pixels(path, landmarks):
     mistaken = [image for image in lying if is_upright(turn_as_exif(faces[image], image))]
     if not mistaken:
         return
-    n_right = sum(stored_orientation(image)[0] in range(3, 9) for image in upright)
+    turning_tags = range(3, 9)  # 1 leaves a face as it is, 2 mirrors it
+    n_right = sum(stored_orientation(image)[0] in turning_tags for image in upright)
     if len(mistaken) > n_right:
         raise InputError(
             f"{path}: the landmarks of {len(mistaken)} photographs, such as {min(mistaken)}, are "
@@ -509,9 +547,17 @@ def turn_as_exif(face, path):
     """Points (5, 2) in the stored pixels of a photograph, turned as its EXIF tag says."""
     orientation, (width, height) = stored_orientation(path)
     x, y = face.T
-    right, bottom = width - 1 - x, height - 1 - y
-    turned = {2: (right, y), 3: (right, bottom), 4: (x, bottom), 5: (y, x)}
-    turned |= {6: (bottom, x), 7: (bottom, right), 8: (y, right)}
+    from_right = width - 1 - x
+    from_bottom = height - 1 - y
+    turned = {
+        2: (from_right, y),
+        3: (from_right, from_bottom),
+        4: (x, from_bottom),
+        5: (y, x),
+        6: (from_bottom, x),
+        7: (from_bottom, from_right),
+        8: (y, from_right),
+    }
     return np.stack(turned.get(orientation, (x, y)), axis=1)
 
 
@@ -531,22 +577,24 @@ class Job(NamedTuple):
     identity: str
     source: str
     target: Path
-    landmarks: list | None  # five points; [] for no face; None if they must be detected
+    landmarks: list | None  # five points; [] for no face; None if no landmark file has them
     key: str | None  # a hash of all that the crop depends on; None if there is no such file
 
 
 def plan_jobs(id_to_images, folder, landmarks, home):
     """The Jobs of all photographs of {ID: [path, ...]}; crops go to `folder`/<ID>/<stem>.png.
 
-    landmarks: as `read_landmarks` returns them, {} to detect them. home: the folder that the
-    paths in keys and names are relative to, so that crops stay valid when the data set moves.
+    landmarks: as `read_landmarks` returns them, {} to detect them. home: the folder from which
+    `make_key` and `file_names` take the paths, so that crops stay valid when the data set moves.
     """
     jobs = []
     first_spelling = {}
     for identity, sources in id_to_images.items():
         earlier = first_spelling.setdefault(identity.casefold(), identity)
-        if earlier != identity:  # they would share a folder where the file system ignores case
-            raise InputError(f"IDs {earlier!r} and {identity!r} differ in case alone; rename one")
+        if earlier != identity:
+            message = f"IDs {earlier!r} and {identity!r} differ in case alone"
+            reason = "some file systems would put their crops into one folder"
+            raise InputError(f"{message}, and {reason}; rename one")
         for source, name in file_names(dict.fromkeys(sources), home).items():
             points = landmarks.get(source)
             target = Path(folder, file_name(identity), f"{name}.png")
@@ -576,21 +624,20 @@ def earlier_outcome(job):
 
 
 def read_report(folder):
-    """{(ID, key): entry} of the photographs that earlier runs have reported, {} without any."""
+    """The entries of the report that earlier runs have left in a folder; [] without one."""
     path = Path(folder, "alignment_report.json")
     if not path.is_file():
-        return {}
-    report = read_json(path, "the report of an alignment, or no such file")
-    entries = report.get("photographs", []) + report.get("photographs_of_others", [])
-    return {(entry["id"], entry["key"]): entry for entry in entries}
+        return []
+    report = read_json(path, "the report of an alignment; delete it to make a new one")
+    return report.get("photographs", []) + report.get("photographs_of_others", [])
 
 
-def rejection(job, earlier_report):
-    """The facts of a photograph whose crop a person has deleted, as one rejects it; else None.
+def rejection(job, entry):
+    """The facts of a photograph if a person has rejected its crop by deleting it; else None.
 
-    Earlier reports list the crop, or say already that it was rejected.
+    entry: what the last report says of the photograph, or None. It was rejected if the report lists
+    a crop that is gone, or says "rejected" already.
     """
-    entry = earlier_report.get((job.identity, job.key))
     if entry is None or job.target.is_file():
         return None
     if entry["status"] != "rejected":
@@ -604,11 +651,12 @@ def rejection(job, earlier_report):
 
 
 def align_photo(job, detector=None):
-    """Make the crop of a job's photograph; returns what became of it, as the crop also carries it.
+    """Make the crop of a job's photograph; returns the facts about it, which the crop also holds.
 
-    Without landmarks in the job, `detector` finds them. The facts returned are "status";
-    "reason", for having no crop; "flag", what to look at; "residual", see
-    `distance_from_template`; "eyes", the pixels between them in the photograph; "key".
+    Without landmarks in the job, `detector` finds them. The facts are "status", what became of the
+    photograph; "reason", why it has no crop; "flag", what a person should look at in the crop;
+    "residual", see `distance_from_template`; "eyes", the distance of the eyes in pixels of the
+    photograph; and "key", that of the job.
     """
     facts = {
         "status": "aligned",
@@ -636,18 +684,18 @@ def align_photo(job, detector=None):
         return left_out("no face", "no face was found")
     size = np.array([photo.shape[1], photo.shape[0]])
     middle = points.mean(0)
-    eyes = float(np.hypot(*(points[1] - points[0])))
-    facts["eyes"] = round(eyes * reduction, 1)
-    if (middle < 0).any() or (middle >= size).any() or eyes > size.max():
+    eye_distance = float(np.hypot(*(points[1] - points[0])))
+    facts["eyes"] = round(eye_distance * reduction, 1)
+    if (middle < 0).any() or (middle >= size).any() or eye_distance > size.max():
         return left_out("poor fit", "the landmarks are outside the photograph")
     if facts["eyes"] < MIN_EYES:
         return left_out("too small", f"{facts['eyes']} pixels between the eyes, under {MIN_EYES}")
     facts["residual"] = round(distance_from_template(points), 2)
     if facts["residual"] > MAX_RESIDUAL:
-        reason = f"{facts['residual']} crop pixels from the template: a profile, or no face"
-        return left_out("poor fit", reason)
+        distance = f"{facts['residual']} crop pixels from the template, over {MAX_RESIDUAL}"
+        return left_out("poor fit", f"the landmarks are {distance}: a profile, or no face")
 
-    if reduction > 1 and eyes < MIN_DECODED_EYES:
+    if reduction > 1 and eye_distance < MIN_DECODED_EYES:
         try:
             photo = read_photo(job.source)
         except Exception as error:  # perhaps there is too little memory for it
@@ -675,13 +723,16 @@ def reason_for_absence(path):
         os.stat(path)
     except PermissionError as error:
         return f"{error.strerror}: the folder {os.path.dirname(path)} may not be entered"
-    except (OSError, ValueError):  # ValueError for a name with a zero in it
+    except (OSError, ValueError):  # ValueError for a path with a null character
         pass
     return "no such file"
 
 
 def read_reduced_photo(path):
-    """(photograph, reduction): one that is large enough to align, and how much smaller it is."""
+    """(photo, reduction): a photograph, decoded at a smaller size if it is a large JPEG.
+
+    reduction: 1, 2, 4 or 8, the size of the full photograph in units of that of `photo`.
+    """
     photo = read_photo(path, DECODED_SIZE)
     with Image.open(path) as full:
         reduction = round(max(full.size) / max(photo.shape[:2]))
@@ -699,7 +750,7 @@ def find_landmarks(job, photo, reduction, detector):
 
 
 def find_oddities(crop, several):
-    """What a person should look at in a crop."""
+    """Yield what a person should look at in a crop, in words."""
     if several:
         yield "several faces"
     if crop.mean() < 16:
@@ -728,12 +779,12 @@ def align_files(args, pairs_flag="pairs", processes=None):
     also if no photograph gave a crop.
     """
     processes = processes or Processes(args.device)
-    ids, jobs, has_landmarks = read_jobs(args, pairs_flag)
+    ids, jobs = read_jobs(args, pairs_flag)
     outcomes = {}
     looks = Counter()
-    for part in processes.collect(make_crops(args, jobs, has_landmarks, processes)):
-        outcomes |= part[0]
-        looks += part[1]
+    for own_outcomes, own_looks in processes.collect(make_crops(args, jobs, processes)):
+        outcomes |= own_outcomes
+        looks += own_looks
     report = [describe_outcome(job, outcomes[job.target]) for job in jobs]
     mapping = {identity: [] for identity in ids}
     for entry in report:
@@ -743,6 +794,7 @@ def align_files(args, pairs_flag="pairs", processes=None):
         if any(mapping.values()):
             write_mapping(args.aligned_json, mapping)
         write_report(mapping, report, looks, args.aligned_folder)
+        print_report(mapping, report, looks, args.aligned_folder)
         if os.path.isdir(args.id_to_images):
             n_other = count_other_files(args.id_to_images)
             print(f"{n_other} other files in {args.id_to_images} are passed over")
@@ -762,7 +814,7 @@ def home_of_photographs(args):
 
 
 def read_jobs(args, pairs_flag):
-    """(IDs, Jobs, whether landmarks were given): the people to align and their photographs."""
+    """([ID, ...], [Job, ...]): the people to align and their photographs."""
     photos = read_flag(args, "id_to_images", read_id_to_images)
     if getattr(args, pairs_flag):
         pairs, _ = read_flag(args, pairs_flag, read_pairs, photos)
@@ -774,32 +826,35 @@ def read_jobs(args, pairs_flag):
     jobs = plan_jobs(photos, args.aligned_folder, landmarks, home)
     if landmarks and all(job.landmarks is None for job in jobs):
         message = f"no photograph of {args.id_to_images} is in it; compare the paths"
-        raise InputError(f"{args.landmarks}: {message}")
-    return list(photos), jobs, bool(landmarks)
+        raise InputError(f"--landmarks {args.landmarks}: {message}")
+    return list(photos), jobs
 
 
-def make_crops(args, jobs, has_landmarks, processes):
+def find_earlier_outcomes(jobs, folder):
+    """{target: facts} of the photographs that were aligned before, or whose crop was rejected."""
+    earlier_entries = {(entry["id"], entry["key"]): entry for entry in read_report(folder)}
+    outcomes = {}
+    for job in jobs:
+        interrupt.raise_if_asked()
+        entry = earlier_entries.get((job.identity, job.key))
+        facts = earlier_outcome(job) or rejection(job, entry)
+        if facts:
+            outcomes[job.target] = facts
+    return outcomes
+
+
+def make_crops(args, jobs, processes):
     """Make this process's share of the crops.
 
     Returns ({target: what `align_photo` returns}, FaceDetector.looks).
     """
     own_jobs = jobs[processes.rank :: processes.world]
-    outcomes = {}
-    waiting = []
-    earlier_report = {} if args.realign else read_report(args.aligned_folder)
-    for job in own_jobs:
-        interrupt.raise_if_asked()
-        facts = None
-        if not args.realign:
-            facts = earlier_outcome(job) or rejection(job, earlier_report)
-        if facts:
-            outcomes[job.target] = facts
-        else:
-            waiting.append(job)
+    outcomes = {} if args.realign else find_earlier_outcomes(own_jobs, args.aligned_folder)
+    waiting = [job for job in own_jobs if job.target not in outcomes]
     if not waiting:
         return outcomes, Counter()
     detector = None
-    if not has_landmarks:
+    if not args.landmarks:
         detector = FaceDetector(processes.device)
         if processes.is_main:
             print(f"detecting faces on {processes.device}", flush=True)
@@ -823,20 +878,48 @@ def describe_outcome(job, facts):
     return facts | {"id": job.identity, "source": job.source, "crop": crop}
 
 
-def write_report(mapping, report, looks, folder):
-    """Write alignment_report.json and the picture of the worst crops; print the totals."""
+def count_outcomes(report):
+    """{status or flag: how many photographs have it}."""
     totals = Counter(entry["status"] for entry in report)
     for entry in report:
         if entry["flag"]:
             totals.update(entry["flag"].split(", "))
+    return totals
+
+
+def entries_to_keep(mapping, report, folder):
+    """The entries of earlier reports that the next runs must know, beside those of `report`.
+
+    They are those of other people, since runs with other pairs may use the same folder, and those
+    of photographs that cannot be read now, on a drive that is not there, for instance: if their
+    crops have been rejected, they stay rejected when they are back. The data set may have moved, so
+    a photograph is known by its ID and file name.
+    """
+
+    def name_of(entry):
+        return entry["id"], Path(entry["source"]).name
+
+    unreadable = {name_of(entry) for entry in report if entry["status"] == "unreadable"}
+    kept = []
+    for entry in read_report(folder):
+        was_readable = entry["status"] != "unreadable"
+        if entry["id"] not in mapping or (was_readable and name_of(entry) in unreadable):
+            kept.append(entry)
+    return kept
+
+
+def write_report(mapping, report, looks, folder):
+    """Write alignment_report.json and the picture of the worst crops, alignment_sheet.png."""
     with_crop = [entry for entry in report if entry["crop"]]
     with_crop.sort(key=lambda entry: (-entry["residual"], entry["crop"]))
     sheet = [entry["crop"] for entry in with_crop[:100]]
-    # Runs with other pairs may use the same folder: what they have reported is kept.
-    others = [entry for entry in read_report(folder).values() if entry["id"] not in mapping]
-    content = {"totals": totals, "sheet": sheet, "photographs": report}
-    content["looks"] = {"coarse": looks["coarse"], "fine": looks["fine"]}
-    content["photographs_of_others"] = others
+    content = {
+        "totals": count_outcomes(report),
+        "sheet": sheet,
+        "photographs": report,
+        "looks": {"coarse": looks["coarse"], "fine": looks["fine"]},
+        "photographs_of_others": entries_to_keep(mapping, report, folder),
+    }
     write_json(Path(folder, "alignment_report.json"), content)
     if sheet:
         # Imported here, since it takes longer than PyTorch, and only this picture needs it.
@@ -846,7 +929,10 @@ def write_report(mapping, report, looks, folder):
         with replacing(Path(folder, "alignment_sheet.png")) as temporary:
             save_image(crops, temporary, "png", nrow=10)
 
-    counts = ", ".join(f"{n} {what}" for what, n in totals.items())
+
+def print_report(mapping, report, looks, folder):
+    """Print the totals, and why the first five photographs without a crop have none."""
+    counts = ", ".join(f"{n} {what}" for what, n in count_outcomes(report).items())
     print(f"{len(report)} photographs of {len(mapping)} people: {counts}")
     if looks:
         print(f"faces: {looks['coarse']} settled by a coarse look, {looks['fine']} by a fine one")
@@ -877,9 +963,9 @@ class CropFinder:
     """
 
     def __init__(self, args, aligned):
-        self.known = {}  # {path: (ID, crop)}
-        self.files = args.aligned_json
-        self.folders = [os.path.dirname(os.path.abspath(args.aligned_json))]
+        self.known = {}  # {path of a photograph or a crop: (ID, crop in use or None)}
+        self.files = args.aligned_json  # for messages
+        self.folders = [os.path.dirname(os.path.abspath(args.aligned_json))]  # where paths start
         for identity, crops in aligned.items():
             self.known |= {os.path.abspath(crop): (identity, crop) for crop in crops}
         if os.path.exists(args.id_to_images):
@@ -888,17 +974,17 @@ class CropFinder:
             self._add_photographs(args, aligned)
         self._add_unused_crops(args)
 
+    def _add_photographs(self, args, aligned):
+        for identity, sources in read_flag(args, "id_to_images", read_id_to_images).items():
+            crop_named = {Path(crop).stem: crop for crop in aligned.get(identity, [])}
+            names = file_names(dict.fromkeys(sources), home_of_photographs(args))
+            for source, name in names.items():
+                self.known.setdefault(source, (identity, crop_named.get(name)))
+
     def _add_unused_crops(self, args):
         for identity, crops in read_flag(args, "aligned_json", read_id_to_images).items():
             for crop in crops:
                 self.known.setdefault(crop, (identity, None))
-
-    def _add_photographs(self, args, aligned):
-        for identity, sources in read_flag(args, "id_to_images", read_id_to_images).items():
-            crops = {Path(crop).stem: crop for crop in aligned.get(identity, [])}
-            names = file_names(dict.fromkeys(sources), home_of_photographs(args))
-            for source, name in names.items():
-                self.known.setdefault(source, (identity, crops.get(name)))
 
     def __call__(self, path, where):
         for folder in self.folders:

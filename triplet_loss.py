@@ -24,8 +24,9 @@ DISTANCES = ("cosine", "euclidean")
 class TripletLoss(nn.Module):
     """Triplet margin loss; `margin` is in units of the distance and above 0.
 
-    Everything is computed in float32, whatever autocast says: near a loss of zero, bf16 has only
-    two digits left. Where two embeddings coincide, the euclidean distance has the gradient 0.
+    Everything is computed in float32, whatever autocast says: bf16 has two to three digits, too few
+    for the difference of two distances that are nearly equal. Where two embeddings coincide, the
+    euclidean distance has the gradient 0.
     """
 
     STATISTICS = (
@@ -82,57 +83,64 @@ class TripletLoss(nn.Module):
         `max(0, d(a_i, p_i) - d(a_j, n_j) + margin)`, after the second term of the quadruplet loss
         (Chen et al., CVPR 2017).
 
-        A pair counts where d(a_i, p_i) + margin exceeds d(a_j, n_j). The sum over these pairs needs
-        only how often each distance is part of one, which sorting tells in T log T steps.
+        Only pairs where d(a_i, p_i) + margin exceeds d(a_j, n_j) add to the sum. So it suffices to
+        know in how many such pairs each distance is; sorting counts them in T log T steps.
         """
         with_margin = to_positive + self.margin
         sorted_with_margin = with_margin.detach().sort().values
         sorted_negative = to_negative.detach().sort().values
         n = len(with_margin)
-        n_below = torch.searchsorted(sorted_negative, with_margin.detach())
-        n_at_most = torch.searchsorted(sorted_with_margin, to_negative.detach(), right=True)
-        n_above = n - n_at_most
-        total = (n_below * with_margin).sum() - (n_above * to_negative).sum()
+        n_negatives_below = torch.searchsorted(sorted_negative, with_margin.detach())
+        n_not_above = torch.searchsorted(sorted_with_margin, to_negative.detach(), right=True)
+        n_positives_above = n - n_not_above
+        total = (n_negatives_below * with_margin).sum() - (n_positives_above * to_negative).sum()
         return total / n**2
 
-    def sums_over_all_triplets(self, matrix, n, block=None):
+    def sums_over_all_triplets(self, matrix, n, value_number=None):
         """(5,) float64: the sums of STATISTICS over all triplets of two twins.
 
-        matrix: (n + m, n + m) distances of the n images of one twin and the m of the other. block
-        (n + m,): an anchor's positives are the images of its person in another block; without it,
-        all but the anchor. Each anchor's positives are compared with its sorted negatives, so
-        nothing grows with the number of triplets.
+        matrix: (n + m, n + m) distances of the n images of one twin and the m of the other.
+        value_number (n + m,): an anchor's positives are the images of its person with another
+        number, as in triplet_dataset.Positives; without it, all but the anchor itself. Each
+        anchor's positives are compared with its sorted negatives, so time and memory do not grow
+        with the number of triplets.
         """
-        if block is None:
-            block = torch.arange(len(matrix), device=matrix.device)
+        if value_number is None:
+            value_number = torch.arange(len(matrix), device=matrix.device)
+        first_twin = slice(0, n)
+        second_twin = slice(n, None)
         sums = torch.zeros(len(self.STATISTICS), dtype=torch.float64, device=matrix.device)
-        for own, twin in ((slice(0, n), slice(n, None)), (slice(n, None), slice(0, n))):
-            is_positive = block[own, None] != block[own]
-            n_twin = matrix[own, twin].shape[1]
-            to_positive = matrix[own, own].contiguous()
-            to_negative = matrix[own, twin].sort(1).values.contiguous()
-            with_margin = (to_positive + self.margin).contiguous()
+        for person, twin in ((first_twin, second_twin), (second_twin, first_twin)):
+            is_positive = value_number[person, None] != value_number[person]
+            to_positive = matrix[person, person].contiguous()
+            # A row for each anchor, sorted.
+            to_negative = matrix[person, twin].sort(1).values.contiguous()
+            n_negatives = to_negative.shape[1]
+            with_margin = to_positive + self.margin
             n_active = torch.searchsorted(to_negative, with_margin)
             n_violated = torch.searchsorted(to_negative, to_positive)
-            # The sum of the negatives that are below each positive with its margin.
+            # The active negatives are the first ones of the row: place n_active of the running
+            # sum, which begins with 0, is their sum.
             running_sum = F.pad(to_negative.double().cumsum(1), (1, 0))
-            excess = n_active * with_margin.double() - running_sum.gather(1, n_active)
-            of_each_positive = (
-                excess,
-                n_twin * to_positive.double(),
-                to_negative.double().sum(1, keepdim=True).expand_as(excess),
+            loss = n_active * with_margin.double() - running_sum.gather(1, n_active)
+            # For each anchor and positive, the sums over all negatives.
+            sums_over_negatives = (
+                loss,
+                n_negatives * to_positive.double(),
+                to_negative.double().sum(1, keepdim=True).expand_as(loss),
                 n_active,
                 n_violated,
             )
-            sums += torch.stack([values[is_positive].sum().double() for values in of_each_positive])
+            totals = [values[is_positive].sum().double() for values in sums_over_negatives]
+            sums += torch.stack(totals)
         return sums
 
     def statistics(self, to_positive, to_negative):
         """(5,) tensor without gradients: the means named in STATISTICS, of distances (T,).
 
-        They are the triplet loss; both distances; "active_triplets", the share with a loss above
-        zero, which alone have a gradient; and "violated_triplets", the share with
-        d(a, p) > d(a, n), where the twin looks more like the person than the person does.
+        They are the triplet loss; both distances; "active_triplets", the share of triplets with a
+        loss above zero, since only these have a gradient; and "violated_triplets", the share with
+        d(a, p) > d(a, n), where the twin is nearer to the anchor than the same person is.
         """
         to_positive = to_positive.detach()
         to_negative = to_negative.detach()

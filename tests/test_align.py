@@ -770,6 +770,32 @@ def test_a_rejected_photograph_stays_out_after_a_run_of_other_people(with_a_dele
     assert_one_is_rejected(with_a_deleted_crop)
 
 
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_rejected_photograph_stays_out_after_runs_without_the_photographs(
+    with_a_deleted_crop, is_noticed
+):
+    folder = with_a_deleted_crop
+    if is_noticed:
+        assert_one_is_rejected(folder)
+    (folder / "photos").rename(folder / "unplugged")
+    for _ in range(2):
+        assert align.main(landmark_flags(folder, folder)) == 2
+    (folder / "unplugged").rename(folder / "photos")
+    assert_one_is_rejected(folder)
+
+
+def test_the_report_keeps_every_photograph_of_others(aligned):
+    for number in range(2):
+        (aligned / "photos" / f"family00A_{number}.jpg").unlink()
+    run_stage(aligned, aligned)
+    pairs = aligned / "others.json"
+    pairs.write_text('[["family01A", "family01B"]]')
+    run_stage(aligned, aligned, f"--pairs={pairs}")
+    others = read_report(aligned)["photographs_of_others"]
+    missing = {Path(entry["source"]).name for entry in others if entry["status"] == "unreadable"}
+    assert missing == {"family00A_0.jpg", "family00A_1.jpg"}
+
+
 def test_realign_brings_a_rejected_photograph_back(with_a_deleted_crop):
     assert_one_is_rejected(with_a_deleted_crop)
     totals, _ = run_stage(with_a_deleted_crop, with_a_deleted_crop, "--realign")
