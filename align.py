@@ -576,6 +576,8 @@ class Job(NamedTuple):
 
     identity: str
     source: str
+    photograph: str  # `source` from the data set's folder on, which stays when that folder moves
+    n_bytes: int | None  # its size; None if there is no such file
     target: Path
     landmarks: list | None  # five points; [] for no face; None if no landmark file has them
     key: str | None  # a hash of all that the crop depends on; None if there is no such file
@@ -584,8 +586,7 @@ class Job(NamedTuple):
 def plan_jobs(id_to_images, folder, landmarks, home):
     """The Jobs of all photographs of {ID: [path, ...]}; crops go to `folder`/<ID>/<stem>.png.
 
-    landmarks: as `read_landmarks` returns them, {} to detect them. home: the folder from which
-    `make_key` and `file_names` take the paths, so that crops stay valid when the data set moves.
+    landmarks: as `read_landmarks` returns them, {} to detect them. home: the data set's folder.
     """
     jobs = []
     first_spelling = {}
@@ -596,21 +597,24 @@ def plan_jobs(id_to_images, folder, landmarks, home):
             reason = "some file systems would put their crops into one folder"
             raise InputError(f"{message}, and {reason}; rename one")
         for source, name in file_names(dict.fromkeys(sources), home).items():
-            points = landmarks.get(source)
+            photograph = Path(relative_path(source, home)).as_posix()
             target = Path(folder, file_name(identity), f"{name}.png")
-            jobs.append(Job(identity, source, target, points, make_key(source, home, points)))
+            points = landmarks.get(source)
+            n_bytes = None
+            key = None
+            if os.path.isfile(source):
+                info = os.stat(source)
+                n_bytes = info.st_size
+                key = make_key(photograph, n_bytes, info.st_mtime_ns, points)
+            jobs.append(Job(identity, source, photograph, n_bytes, target, points, key))
     return jobs
 
 
-def make_key(source, home, points):
-    """A hash of all that a photograph's crop depends on; None if there is no such file."""
-    if not os.path.isfile(source):
-        return None
+def make_key(*photograph_and_points):
+    """A hash of all that a crop depends on."""
     sizes = [DECODED_SIZE, MIN_DECODED_EYES, DETECTION_SIZE]
     settings = ["arcface-112", *sizes, MAX_RESIDUAL, MIN_EYES]
-    info = os.stat(source)
-    photograph = [relative_path(source, home), info.st_size, info.st_mtime_ns]
-    return hashlib.sha256(repr([*settings, *photograph, points]).encode()).hexdigest()
+    return hashlib.sha256(repr([*settings, *photograph_and_points]).encode()).hexdigest()
 
 
 def earlier_outcome(job):
@@ -645,9 +649,9 @@ def rejection(job, entry):
             return None
         if job.target.with_name(Path(entry["crop"]).name).is_file():
             return None  # it is there under the name that it had before others had the same stem
-    facts = {name: entry[name] for name in ("residual", "eyes", "key")}
+    facts = {name: entry[name] for name in ("residual", "eyes")}
     reason = "its crop was deleted; --realign makes all crops again"
-    return facts | {"status": "rejected", "reason": reason, "flag": ""}
+    return facts | {"status": "rejected", "reason": reason, "flag": "", "key": job.key}
 
 
 def align_photo(job, detector=None):
@@ -832,11 +836,14 @@ def read_jobs(args, pairs_flag):
 
 def find_earlier_outcomes(jobs, folder):
     """{target: facts} of the photographs that were aligned before, or whose crop was rejected."""
-    earlier_entries = {(entry["id"], entry["key"]): entry for entry in read_report(folder)}
+    earlier_entries = {}
+    for entry in read_report(folder):
+        earlier_entries[entry["id"], entry["photograph"], entry["n_bytes"]] = entry
     outcomes = {}
     for job in jobs:
         interrupt.raise_if_asked()
-        entry = earlier_entries.get((job.identity, job.key))
+        # Not by the key: a copied data set has other times, and rejected crops still stay out.
+        entry = earlier_entries.get((job.identity, job.photograph, job.n_bytes))
         facts = earlier_outcome(job) or rejection(job, entry)
         if facts:
             outcomes[job.target] = facts
@@ -875,7 +882,13 @@ def describe_outcome(job, facts):
     """The entry of a photograph in alignment_report.json."""
     has_crop = facts["status"] in ("aligned", "already done")
     crop = str(job.target) if has_crop else None
-    return facts | {"id": job.identity, "source": job.source, "crop": crop}
+    return facts | {
+        "id": job.identity,
+        "source": job.source,
+        "photograph": job.photograph,
+        "n_bytes": job.n_bytes,
+        "crop": crop,
+    }
 
 
 def count_outcomes(report):
@@ -892,12 +905,11 @@ def entries_to_keep(mapping, report, folder):
 
     They are those of other people, since runs with other pairs may use the same folder, and those
     of photographs that cannot be read now, on a drive that is not there, for instance: if their
-    crops have been rejected, they stay rejected when they are back. The data set may have moved, so
-    a photograph is known by its ID and file name.
+    crops have been rejected, they stay rejected when they are back.
     """
 
     def name_of(entry):
-        return entry["id"], Path(entry["source"]).name
+        return entry["id"], entry["photograph"]
 
     unreadable = {name_of(entry) for entry in report if entry["status"] == "unreadable"}
     kept = []

@@ -763,6 +763,21 @@ def test_a_rejected_photograph_stays_out_where_the_data_set_has_moved(with_a_del
     assert_one_is_rejected(moved)
 
 
+def test_a_rejected_photograph_stays_out_of_a_copy_with_new_times(with_a_deleted_crop):
+    copied = with_a_deleted_crop.with_name("copied")
+    shutil.copytree(with_a_deleted_crop, copied, copy_function=shutil.copyfile)
+    totals, _ = run_stage(copied, copied)
+    assert totals == {"aligned": 11, "rejected": 1}
+
+
+def test_a_photograph_that_replaces_a_rejected_one_is_aligned(with_a_deleted_crop):
+    photograph = with_a_deleted_crop / "photos" / "family00A_1.jpg"
+    with Image.open(photograph) as image:
+        image.save(photograph, quality=50)
+    totals, _ = run_stage(with_a_deleted_crop, with_a_deleted_crop)
+    assert totals == {"already done": 11, "aligned": 1}
+
+
 def test_a_rejected_photograph_stays_out_after_a_run_of_other_people(with_a_deleted_crop):
     pairs = with_a_deleted_crop / "others.json"
     pairs.write_text('[["family01A", "family01B"]]')
