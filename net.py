@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from configparser import RawConfigParser
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -239,11 +240,11 @@ def embed(model, crops, device, heads=None, batch_size=None, description=None, f
             batch = slice(start, start + batch_size)
             images = to_input(crops[batch].to(device, non_blocking=True))
             features = model.features(images)
-            mirrored = model.features(images.flip(3)) if flip else None
+            mirrored_features = model.features(images.flip(3)) if flip else None
             for head, result in zip(heads, results, strict=True):
                 raw = head(features)
                 if flip:
-                    raw = raw + head(mirrored)
+                    raw = raw + head(mirrored_features)
                 result[batch], _ = to_unit_length(raw)
     return results
 
@@ -254,10 +255,11 @@ def check_alive(embeddings, network, way_out="take another checkpoint"):
     That is: one of them is zero or not finite, or all of them are the same. `network` names it and
     `way_out` says what to do, for the message.
     """
-    norms = torch.linalg.vector_norm(embeddings, dim=1)
-    if not ((norms - 1).abs() < 1e-3).all():
+    norms = torch.linalg.vector_norm(embeddings, dim=1)  # of a living network's: 1
+    if not ((norms - 1).abs() < 1e-3).all():  # written so that NaN is refused too
         reason = "the norm of an embedding is zero or not finite"
         raise InputError(f"{network} is dead: {reason}; {way_out}")
+    # The mean of different unit vectors is shorter than 1; 5e-7 is float32's rounding.
     length_of_mean = torch.linalg.vector_norm(embeddings.mean(0))
     if len(embeddings) > 1 and length_of_mean > 1 - 5e-7:
         raise InputError(f"{network} is dead: all its embeddings are the same; {way_out}")
@@ -277,7 +279,8 @@ def weights_sha256(model, backbone_only=False):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 NETWORK_KEY = re.compile(r"(?:^|\.)((?:input_layer|body|output_layer)\..+)")
-SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")  # of the checkpoints in a folder
+# Where a folder is named, its checkpoints are the files that end so.
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 OTHER_FILES = {  # how files that are no checkpoints begin, what they are, and the way out
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with `git lfs pull`",
     b"<": "a web page: download the file itself",
@@ -324,8 +327,8 @@ def load_checkpoint(
     Reads AdaFace's Lightning `.ckpt`, our `.pth`, safetensors, and any nested dict that holds
     exactly one network, under any prefix. The `facts` of the result are what `save_checkpoint`
     wrote. arch: the expected architecture, None for any. channels: "RGB" or "BGR", the input of a
-    network of CVLface (keys `net.*`), where no yaml beside the file says so. Raises InputError
-    for all else.
+    network of CVLface (keys `net.*`); by default what the yaml beside the file says. Raises
+    InputError for all else.
     """
     return network_of(path, read_checkpoint(path), arch, channels)
 
@@ -333,7 +336,7 @@ def load_checkpoint(
 def network_of(path, content, arch=None, channels=None):
     """The network in the content of a checkpoint file, as `load_checkpoint` returns it."""
     prefix, weights = find_the_only_network(path, content)
-    if re.search(r"(^|[./])net\.$", prefix):
+    if re.search(r"(^|[./])net\.$", prefix):  # a network of CVLface
         turn_into_bgr(path, weights, channels)
     model = build_model(find_architecture(path, weights, arch))
     try:
@@ -341,6 +344,7 @@ def network_of(path, content, arch=None, channels=None):
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         problem = f"not a whole {model.arch} network"
+        # Units of another design, such as face.evoLVe's, have the same names but fewer layers.
         if "body.1.res_layer.5.weight" not in weights:
             problem = "its residual units are not AdaFace's"
         message = f"{path}: {problem} ({reason} ...); take a whole checkpoint of AdaFace"
@@ -383,8 +387,9 @@ def find_networks(content, entry=""):
 def turn_into_bgr(path, weights, channels):
     """Make the first layer of a network of CVLface take BGR, if it takes RGB."""
     if channels is None:
-        yamls = [file.read_text() for file in Path(path).parent.glob("*.yaml")]
-        found = set(re.findall(r"color_space:\W*(RGB|BGR)", " ".join(yamls)))
+        yamls = Path(path).parent.glob("*.yaml")
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in yamls]
+        found = set(re.findall(r"color_space:\W*(RGB|BGR)", " ".join(texts)))
         if len(found) != 1:
             raise InputError(
                 f"{path}: a network of CVLface, which takes RGB or BGR; "
@@ -408,7 +413,8 @@ def find_architecture(path, weights, expected):
                     f"{path}: its tensors fit {name}, not {expected}; say --arch {name}"
                 )
             return name
-    raise InputError(f"{path}: no network of AdaFace has {n_units} residual units")
+    units = f"{n_units} residual units {'with' if has_se else 'without'} squeeze-and-excitation"
+    raise InputError(f"{path}: no network of AdaFace has {units}")
 
 
 def check_weights(path, model):
@@ -432,7 +438,8 @@ def read_checkpoint(path):
         raise InputError(f"{path}: no such checkpoint file")
     with open(path, "rb") as file:
         beginning = file.read(64)
-    # A JSON header after its length. The length may begin as an ONNX model does.
+    # A safetensors file begins with 8 bytes, the length of its header, and the header's "{". The
+    # length may look like the beginning of one of OTHER_FILES.
     is_safetensors = beginning[8:9] == b"{"
     if not is_safetensors:
         for other, what in OTHER_FILES.items():
@@ -452,6 +459,7 @@ def read_checkpoint(path):
 
 def explain_unreadable(error):
     """Why a checkpoint cannot be read, and what to do, in one line."""
+    # PyTorch's reason stands behind its advice to load the file without weights_only.
     reason = str(error).rpartition("WeightsUnpickler error: ")[2]
     reason = " ".join(reason.split())[:200] or type(error).__name__
     way_out = "download or copy it again"
@@ -461,7 +469,11 @@ def explain_unreadable(error):
 
 
 def unpickle(path, is_zip):
-    """What `torch.save` wrote, is_zip: with PyTorch 1.6 or later; unknown classes are replaced."""
+    """The content of a file of `torch.save`, with stand-ins for classes that PyTorch refuses.
+
+    is_zip: whether the file is a zip archive, as since PyTorch 1.6. An older file with such classes
+    is refused.
+    """
     stand_ins = []
     if is_zip:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -472,12 +484,12 @@ def unpickle(path, is_zip):
 
 def make_stand_in(name):
     """An inert class in place of one that a checkpoint names."""
-    if name.startswith("numpy."):  # numpy's objects are given a state that a dict does not take
+    if name.startswith("numpy."):  # PyTorch gives a numpy object its state, which is ignored
         methods = {
             "__init__": lambda self, *_, **__: None,
             "__setstate__": lambda self, _: None,
         }
-    else:  # an empty dict, since PyTorch fills no other kind of object
+    else:  # a dict, since other objects become one too: PyTorch sets the items of dicts alone
         methods = {"__new__": lambda cls, *_, **__: OrderedDict()}
     return type(name, (), methods)
 
@@ -506,13 +518,16 @@ def list_checkpoints(names):
     for name in names:
         if Path(name).is_dir():
             inside = sorted(Path(name).iterdir())
-            found = [str(p) for p in inside if p.suffix in SUFFIXES and not p.name.startswith(".")]
+            visible = [file for file in inside if not file.name.startswith(".")]
+            found = [str(file) for file in visible if file.suffix in CHECKPOINT_SUFFIXES]
+            problem = f"no file ending in {', '.join(CHECKPOINT_SUFFIXES)} there"
         elif "*" in name:
             found = sorted(glob.glob(name))
+            problem = "no file has such a name"
         else:
             found = [name]
         if not found:
-            raise InputError(f"{name}: no file ending in {', '.join(SUFFIXES)} there")
+            raise InputError(f"{name}: {problem}")
         for file in found:
             files.setdefault(os.path.abspath(file), file)
     return list(files.values())
@@ -566,23 +581,31 @@ def read_json(path, expected, kind=dict):
     return content
 
 
-def read_csv(path, columns):
-    """The rows of a CSV file as dicts, which have at least these columns; InputError otherwise."""
-    expected = f"expected a CSV file with the columns {', '.join(columns)}"
+def read_csv_rows(path, expected):
+    """The rows of a CSV file, each a list of strings, without the empty ones.
+
+    The file is UTF-8, with or without a byte order mark. `expected` describes the right content.
+    Raises InputError for a file that cannot be read.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, skipinitialspace=True, restval="")
-            rows = list(table)
+            return [row for row in csv.reader(file, skipinitialspace=True) if row]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; {expected}") from error
     except (ValueError, csv.Error) as error:  # ValueError: what is not UTF-8
         raise InputError(f"{path}: {error}; {expected}") from error
-    titles = table.fieldnames or []
-    missing = [column for column in columns if column not in titles]
+
+
+def read_csv(path, columns):
+    """The rows of a CSV file as dicts, which have at least these columns; InputError otherwise."""
+    expected = f"expected a CSV file with the columns {', '.join(columns)}"
+    rows = read_csv_rows(path, expected)
+    titles = rows.pop(0) if rows else []
+    missing = set(columns) - set(titles)
     if missing or not rows:
         found = ", ".join(titles) or "none"
         raise InputError(f"{path}: {expected} and at least one row; its columns are: {found}")
-    return rows
+    return [dict(zip_longest(titles, row, fillvalue="")) for row in rows]
 
 
 def dict_without_repeated_keys(entries):
@@ -613,8 +636,8 @@ def write_csv(path, rows):
 def file_name(text):
     """A file name for any text: never a path, and different for different texts.
 
-    All but letters, digits, "_", "-", "." and space become %XX. A name of more bytes than file
-    systems take is cut, and gets "+" and a hash of the whole text.
+    All but letters, digits, "_", "-", "." and space become %XX, and an empty text becomes "%". A
+    name of more bytes than file systems take is cut, and gets "+" and a hash of the whole text.
     """
     if text == "":
         return "%"
@@ -650,7 +673,7 @@ def file_names(paths, home="."):
         if counts[stem.casefold()] > 1:
             relative = Path(relative_path(path, home)).as_posix()
             digest = hashlib.sha256(ascii(relative).encode()).hexdigest()
-            names[path] += f"+{digest[:8]}"  # no other name has a plus sign
+            names[path] += f"+{digest[:8]}"  # file_name leaves no "+" of the stem's own
     return names
 
 
@@ -671,6 +694,7 @@ class Parser(argparse.ArgumentParser):
 
 def number_between(kind, low, high):
     """An argparse type: a number of `kind` (int or float) from `low` to `high`, both included."""
+    noun = "a whole number" if kind is int else "a number"
 
     def parse(text):
         try:
@@ -678,7 +702,7 @@ def number_between(kind, low, high):
         except ValueError:
             number = None
         if number is None or not low <= number <= high:
-            message = f"must be {kind.__name__} from {low} to {high}, not {text!r}"
+            message = f"must be {noun} from {low} to {high}, not {text!r}"
             raise argparse.ArgumentTypeError(message)
         return number
 
@@ -764,32 +788,36 @@ def report_errors(name, work, interrupted_message, memory_advice):
         return fail(name, 130, interrupted_message)
     except InputError as error:
         return fail(name, 2, str(error), every_process=isinstance(error, OwnError))
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return fail(name, 2, f"out of memory: {memory_advice}", every_process=True)
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # not from the system
             raise
-        file = error.filename2 or error.filename
+        file = error.filename2 or error.filename  # of a renaming: the new name
         message = f"{file}: {error.strerror}" if file else str(error.strerror)
         return fail(name, 2, message, every_process=True)
     return 0
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError says that memory is short, also in the words of cuDNN and cuBLAS."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    """Whether an error says that the memory of a GPU or the main memory is short."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The words of cuDNN and cuBLAS, and those of PyTorch on a CPU.
+    return "ALLOC_FAILED" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
 def fail(name, code, message, every_process=False):
     """Print the one line of an error on stderr; returns the exit code.
 
     All processes of torchrun meet the same wrong input, so only the first says so. A full disk or
-    memory may be met by one alone, which then says so itself (every_process).
+    memory may be met by one alone, which then says so itself (every_process). A process that is not
+    yet connected to others says all.
     """
-    may_speak = os.environ.get("RANK", "0") == "0" or not dist.is_initialized()
-    if may_speak or every_process:
+    is_first = not dist.is_initialized() or os.environ.get("RANK", "0") == "0"
+    if is_first or every_process:
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -332,9 +332,10 @@ def build_parser():
 def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     """The settings of each run that a command line asks for.
 
-    `fold` of a run is the one that it leaves out, None without --folds. The quickest come first:
-    frozen before full, and in each mode those with fewer triplets first. Raises InputError for
-    wrong flags.
+    Each run has one value of every flag. Besides the flags it has `command`, the command line, and
+    `fold`, the number of the fold that it leaves out, None without --folds. The quickest runs come
+    first: frozen before full, and in each mode those with fewer triplets first. Raises InputError
+    for wrong flags.
     """
     args = build_parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
@@ -357,12 +358,18 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
         if fold:
             run.run_name = file_name(f"{run.run_name}_fold{fold}of{args.folds}")
         runs.append(run)
-    names = [run.run_name for run in runs]
-    for name in names:
-        if names.count(name) > 1:
-            way_out = "give values that differ in their first six digits"
-            raise InputError(f"{name}: two runs would have this name; {way_out}")
+    refuse_equal_names(runs)
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
+
+
+def refuse_equal_names(runs):
+    """Raise InputError if two runs have one name, since names round numbers to six digits."""
+    names = set()
+    for run in runs:
+        if run.run_name in names:
+            way_out = "give values that differ in their first six digits"
+            raise InputError(f"{run.run_name}: two runs would have this name; {way_out}")
+        names.add(run.run_name)
 
 
 def values_of(args, name, default):
@@ -383,11 +390,12 @@ def default_name(args):
         value = getattr(args, name)
         is_named = name in ("freeze_backbone", "train_percentage", "margin")
         if not is_named and value != flag.default:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
+            # A column of --cross may hold a slash.
+            text = f"{value:g}" if isinstance(value, float) else file_name(str(value))
             run_name += f"_{name}{text}"
     if args.seed != DEFAULT_SEED:
         run_name += f"_seed{args.seed}"
-    if len(run_name) > LONGEST_NAME:
+    if len(run_name.encode()) > LONGEST_NAME:
         return file_name(run_name)  # cuts it
     return run_name  # not through file_name, which would also replace the plus sign of "1e+06"
 
@@ -397,9 +405,9 @@ class RunFolder:
     """The files of one run: its settings, its log, the state to resume from, its best checkpoint.
 
     `log`: the content of training_log.json. `finished`: the run is complete. `can_continue`:
-    there is a state to resume from. `first_config`: the settings that a finished or continued run
-    began with. Raises InputError for flags that would spoil an earlier run, before anything of it
-    is touched.
+    there is a state to resume from. `first_config`: the config.json of a run that is finished or
+    goes on, {} for a new run. Also sets `args.epochs` where the command line does not say it.
+    Raises InputError for flags that would spoil an earlier run, before anything of it is touched.
     """
 
     def __init__(self, args):
@@ -421,6 +429,7 @@ class RunFolder:
         self.can_continue = False
         self.locks = []
         self.refuse_if_locked()
+        # `claim` compares: another process may train this run between here and there.
         self.times_at_first = self.times_of_change()
         if args.resume:
             self.look_at_earlier_run()
@@ -490,7 +499,7 @@ class RunFolder:
                 changes.append(f"{name} was {first.get(name)}, is {value}")
         if changes:
             message = f"cannot resume: {'; '.join(changes)}"
-            way_out = "use the earlier values, or another --run_name"
+            way_out = "go back to what the run began with, or take another --run_name"
             raise InputError(f"{self.folder}: {message}; {way_out}")
 
     def lock_files(self):
@@ -513,7 +522,8 @@ class RunFolder:
     def claim(self, config):
         """Lock the run and write config.json; a new run also removes what an earlier one left.
 
-        Raises InputError if another process has trained the run since this one looked at it.
+        A run that goes on counts as unfinished from now on, also if it had ended before. Raises
+        InputError if another process has trained the run since this one looked at it.
         """
         for path in self.lock_files():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -525,6 +535,8 @@ class RunFolder:
             for path in (self.state_file, self.log_file, *self.checkpoints()):
                 path.unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)
+        if self.can_continue:
+            self.write_log()
 
     def release(self):
         """Let other processes train this run."""
@@ -555,16 +567,17 @@ class RunFolder:
         return is_kept
 
     def write_log(self):
-        """Write training_log.json of a run that goes on.
+        """Write training_log.json of a run that has not ended yet.
 
-        "stopped" is not said before all other files are there: --resume relies on that.
+        --resume takes a run whose log says "stopped" as finished. So it stays null here, until
+        TwinTrainer.conclude has written all other files.
         """
         write_json(self.log_file, {**self.log, "stopped": None})
 
     def find_best_checkpoint(self):
-        """Set the path of the best epoch's checkpoint, which may have moved to --output_dir.
+        """Correct the path of the best checkpoint in `log`, if it has moved to --output_dir.
 
-        Raises InputError if it is gone and the run is to go on.
+        Raises InputError if the file is gone and the run is to go on.
         """
         path = self.log["best_checkpoint"]
         if path is None:
@@ -630,9 +643,9 @@ def lock_file(path, shared=False):
 
 # ---- parts of training ---------------------------------------------------------------------------
 def choose_precision(name, device, frozen, first_precision=None):
-    """fp32, bf16 or fp16 for the training steps on a device; InputError if it lacks what is needed.
+    """fp32, bf16 or fp16 for the training steps; InputError if the device does not have it.
 
-    name: the flag's value. first_precision: the one that a resumed run began with.
+    name: the value of --precision. first_precision: the one that a resumed run began with.
     """
     is_cuda = device.type == "cuda"
     if is_cuda:
@@ -710,7 +723,8 @@ def backbone_features(model, people, processes):
         at_once = IMAGES_AT_ONCE[processes.device.type]
         # In each round all processes agree on whether to stop (raise_if_interrupted), so all make
         # equally many rounds. In the last one a process may have no images.
-        n_rounds = math.ceil(math.ceil(len(crops) / processes.world) / at_once)
+        largest_share = math.ceil(len(crops) / processes.world)
+        n_rounds = math.ceil(largest_share / at_once)
         hidden = not processes.is_main
         parts = []
         with torch.no_grad():
@@ -724,10 +738,11 @@ def backbone_features(model, people, processes):
 
 
 def lineage_of(facts):
-    """What a checkpoint has been trained on, and has seen in training or validation, in all rounds.
+    """Whom and what a checkpoint, and those it came from, were trained on and validated with.
 
-    {"trained_ids", "seen_ids": IDs; "trained_images", "seen_images": (N, 36) perceptual hashes;
-    "crop_sha256": hashes of all images}, all empty for upstream's checkpoints.
+    "trained_ids" and "trained_images" were trained on; "seen_ids" and "seen_images" were trained
+    on or validated with. The images are (N, 36) perceptual hashes. "crop_sha256" is a list of the
+    SHA-256 hashes of the seen images. All are empty for upstream's checkpoints.
     """
     config = facts.get("config", {})
     trained_ids = config.get("train_ids", [])
@@ -764,8 +779,7 @@ class TwinTrainer:
         trainer.align()               # photographs -> crops and --aligned_json
         trainer.train()               # crops -> checkpoint, logs, curves
 
-    people: what an earlier trainer has read from the same files, to save reading them again. Wrong
-    flags are refused before anything of an earlier run is touched.
+    people: what an earlier trainer has read from the same files, to save reading them again.
     """
 
     def __init__(self, args: argparse.Namespace, people: People | None = None):
@@ -776,7 +790,7 @@ class TwinTrainer:
         self.run = RunFolder(args)
         self.criterion = TripletLoss(args.margin, args.distance)
         if self.run.finished:
-            self.refuse_other_start()
+            self.run.refuse_other_recipe({"weights_sha256": self.hash_of_start()})
             return
         if self.needs_start_file() and not Path(args.pretrained).is_file():
             way_out = "see 'Weights' in README, or take --pretrained none for random weights"
@@ -789,10 +803,6 @@ class TwinTrainer:
     def needs_start_file(self):
         """Whether the run begins with weights from a file."""
         return self.args.pretrained != "none" and not self.run.can_continue
-
-    def refuse_other_start(self):
-        """Raise InputError if a finished run began with other weights than these."""
-        self.run.refuse_other_recipe({"weights_sha256": self.hash_of_start()})
 
     def say(self, text):
         """Print a line, once for all processes, without breaking the progress bar."""
@@ -839,21 +849,23 @@ class TwinTrainer:
 
     # -- before the first epoch
     def load_people(self):
-        """Read the pairs and the crops, unless `people` were given; returns the People.
-
-        Also sets `fold_ids`, so that a sweep finds out here whether there are too many --folds.
-        """
+        """Read the pairs and the crops, unless `people` were given; returns the People."""
         if not self.people:
             self.people = People(*read_people(self.args, "aligned_json", "train_pairs"))
             for warning in self.people.warnings:
                 self.say(f"warning: {warning}")
-        self.fold_ids = set()  # the people of the fold that this run leaves out
-        if self.args.folds:
-            fold_of = deal_people_into_folds(
-                self.people.pairs, self.args.folds, self.args.split_seed
-            )
-            self.fold_ids = {name for name, fold in fold_of.items() if fold == self.args.fold}
         return self.people
+
+    def find_fold_ids(self):
+        """The set of IDs of the fold that this run leaves out; empty without --folds.
+
+        Raises InputError if there are fewer families than --folds.
+        """
+        args = self.args
+        if not args.folds:
+            return set()
+        fold_of = deal_people_into_folds(self.people.pairs, args.folds, args.split_seed)
+        return {name for name, fold in fold_of.items() if fold == args.fold}
 
     def read_values(self):
         """{crop: value} of the column that --cross names; None without it."""
@@ -872,8 +884,9 @@ class TwinTrainer:
         args = self.args
         people = self.load_people()
         id_to_images, pairs = people.id_to_images, people.pairs
+        self.fold_ids = self.find_fold_ids()
         self.value_of = self.read_values()
-        # Without the pairs that make no triplet.
+        # Its `pairs` are only those that make a triplet.
         usable = TwinTripletDataset(id_to_images, pairs, value_of=self.value_of)
         self.n_skipped = usable.n_skipped
         if self.value_of:
@@ -900,10 +913,12 @@ class TwinTrainer:
         self.prepare_validation(val_pairs)
 
     def prepare_validation(self, val_pairs):
-        """Set what is measured after each epoch: the watched images, `val_set` and its evaluator.
+        """Set what is measured after each epoch.
 
-        The watched images, `watched_rows`, are those of validation. `seen_rows`: all images that
-        the run trains on or validates with.
+        `watched_rows`: the images that are embedded after each epoch, which are those of validation
+        or, without validation, some of training. `val_set`: the triplets of the validation pairs.
+        `evaluator`: measures these pairs. Both are None without validation. `seen_rows`: all images
+        of training and validation.
         """
         self.val_set = None
         self.evaluator = None
@@ -926,14 +941,15 @@ class TwinTrainer:
     def load_network(self):
         """Load the network to train; returns the state to resume from, None for a new run.
 
-        `lineage` then says what the network that the run started from has been trained on.
+        Also sets `weights_hash` and `lineage` (see `lineage_of`) of the network that the run began
+        with, and the log of a run that goes on.
         """
         args = self.args
         torch.manual_seed(args.seed)
         state = None
         if self.run.can_continue:
             state = read_checkpoint(self.run.state_file)
-            # Besides the network that is trained, the state holds its average.
+            # Only this entry: the averaged weights in the state would be a second network.
             model = network_of(self.run.state_file, {"state_dict": state["state_dict"]})
             self.run.log = state["log"]
             self.run.find_best_checkpoint()
@@ -959,6 +975,7 @@ class TwinTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.start_embeddings = None  # of the training images, before training
         self.watched_embeddings = {}  # {"start", "best"}: of the watched images
+        self.saved_at = time.monotonic()  # SAVE_SECONDS count from here, then from each save
         self.recipe = self.make_recipe(self.weights_hash)
         self.run.refuse_other_recipe(self.recipe)
 
@@ -971,13 +988,14 @@ class TwinTrainer:
         """
         self.trained = self.model.output_layer if self.args.freeze_backbone else self.model
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
-        self.averaged_model = self.average
-        if self.args.freeze_backbone:
-            with torch.device("meta"):  # without weights: all layers are replaced
-                self.averaged_model = Backbone(self.model.arch)
-            self.averaged_model.input_layer = self.model.input_layer
-            self.averaged_model.body = self.model.body
-            self.averaged_model.output_layer = self.average
+        if not self.args.freeze_backbone:
+            self.averaged_model = self.average
+            return
+        with torch.device("meta"):  # without weights: all layers are replaced
+            self.averaged_model = Backbone(self.model.arch)
+        self.averaged_model.input_layer = self.model.input_layer
+        self.averaged_model.body = self.model.body
+        self.averaged_model.output_layer = self.average
 
     def update_average(self):
         """Move the averaged weights towards the trained ones.
@@ -1004,10 +1022,9 @@ class TwinTrainer:
         problem = self.processes.from_main(problem)
         if problem:
             raise problem
-        self.saved_at = time.monotonic()
 
     def restore(self, state):
-        """Take over everything that last.pth holds besides the weights."""
+        """Take over what last.pth holds, besides what `load_network` has taken from it."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         self.used_triplets = state["used_triplets"].numpy()
@@ -1038,9 +1055,9 @@ class TwinTrainer:
     def hash_of_start(self, model=None):
         """The hash of the weights that the run starts from, for the recipe.
 
-        model: the network, if it is loaded already. Of random weights it is their architecture,
-        since the seed decides the rest. A run that began earlier does not need the file: if it is
-        still there, it is compared, and if it is gone, the stored hash is trusted.
+        model: the network, if it is loaded already; else it is loaded here. For random weights,
+        the architecture stands in place of a hash, since the seed decides the rest. If the file of
+        a run that began earlier is gone, this is the hash that the run has stored.
         """
         args = self.args
         if args.pretrained == "none":
@@ -1131,7 +1148,7 @@ class TwinTrainer:
         self.say(describe_epoch(entry, is_kept))
 
     def measure_start(self):
-        """Epoch 0: set `start_embeddings`; returns the start's part of the log entry."""
+        """Set `start_embeddings`; returns what epoch 0 logs in place of `train_epoch`'s part."""
         with torch.no_grad():
             self.start_embeddings = self.embed(self.model, self.train_rows)
         statistics = mean_statistics(self.criterion, self.train_set, self.start_embeddings)
@@ -1140,8 +1157,8 @@ class TwinTrainer:
     def train_epoch(self, epoch):
         """Make the steps of one epoch; returns its part of the log entry.
 
-        The statistics in it are means over the steps, of which each has other weights and may be
-        less precise than fp32.
+        The statistics in it are means over the steps. The weights change from step to step, and
+        steps may be less precise than fp32.
         """
         args = self.args
         steps = self.train_set.steps(epoch, args.images_per_batch, args.batch_size)
@@ -1163,10 +1180,7 @@ class TwinTrainer:
             if epoch == 1 and n_done == min(5, len(steps)):
                 self.announce_time(began, n_done, len(steps))
             if n_done % CHECK_EVERY == 0 or n_done == len(steps):
-                where = f"epoch {epoch}, step {n_done}"
-                self.refuse_if_not_finite(sums, where)
-                network = f"{self.run.name}, {where}: the network"
-                check_alive(self.step_embeddings, network, self.advice_on_divergence())
+                self.refuse_if_diverged(sums, f"epoch {epoch}, step {n_done}")
         # A small sample may have no triplet inside the groups of an epoch, which then has no step.
         means = (sums / max(1, len(steps))).tolist()
         statistics = dict(zip(names, means, strict=True))
@@ -1175,23 +1189,23 @@ class TwinTrainer:
         return {**statistics, "steps": len(steps), "distinct_triplets_used": n_used}
 
     def step(self, triplets):
-        """One optimizer step on (T, 3) triplets; returns their statistics, float64.
+        """One optimizer step, which embeds each distinct image once.
 
-        Each distinct image is embedded once. A triplet is three positions in the list of training
-        images. The result has a value for each name in TripletLoss.STATISTICS.
+        triplets: (T, 3) int64, positions in the list of training images. Returns a float64 tensor
+        with a value for each name in TripletLoss.STATISTICS. Also sets `step_embeddings`.
         """
         args, criterion = self.args, self.criterion
         positions, inverse = np.unique(triplets, return_inverse=True)
         positions = torch.from_numpy(positions)  # of the distinct images
-        in_step = torch.from_numpy(inverse.reshape(-1, 3))  # the triplets, as rows of `embeddings`
-        in_step = in_step.to(self.device, non_blocking=True)
+        embedding_rows = torch.from_numpy(inverse.reshape(-1, 3))  # of each triplet
+        embedding_rows = embedding_rows.to(self.device, non_blocking=True)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             embeddings = self.embed(self.model, self.train_rows[positions])
         self.step_embeddings = embeddings.detach()
         at_start = self.start_embeddings[positions.to(self.device, non_blocking=True)]
 
-        to_positive, to_negative = criterion.distances(embeddings, in_step)
+        to_positive, to_negative = criterion.distances(embeddings, embedding_rows)
         triplet_loss = criterion.loss(to_positive, to_negative)
         quadruplet_loss = criterion.quadruplet_loss(to_positive, to_negative)
         drift = (1 - (embeddings * at_start).sum(1)).mean()
@@ -1238,14 +1252,19 @@ class TwinTrainer:
         text = f"{self.args.epochs} epochs of {steps}, each with {validation:.1f} s of validation"
         self.say(f"at most about {minutes:.0f} min: {text}")
 
-    def refuse_if_not_finite(self, sums, where):
-        """Stop the run if the loss or a weight is not finite any more; this waits for a GPU."""
+    def refuse_if_diverged(self, sums, where):
+        """Raise InputError if the loss, a weight or the last step's embeddings say so.
+
+        sums: of the statistics. where: the epoch and the step, for the message. Waits for a GPU.
+        """
+        place = f"{self.run.name}, {where}"
+        way_out = self.advice_on_divergence()
         weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
         are_finite = [values.isfinite().all() for values in (sums, *weights)]
         if not torch.stack(are_finite).all():
             problem = "the loss or the weights are not finite"
-            way_out = self.advice_on_divergence()
-            raise InputError(f"{self.run.name}, {where}: {problem}; {way_out}")
+            raise InputError(f"{place}: {problem}; {way_out}")
+        check_alive(self.step_embeddings, f"{place}: the network", way_out)
 
     def advice_on_divergence(self):
         return f"start again with a --learning_rate below {self.args.learning_rate:g}"
@@ -1261,18 +1280,17 @@ class TwinTrainer:
         if epoch == 0:
             way_out = "take another checkpoint to start from"
         check_alive(embeddings, f"{self.run.name}, epoch {epoch}: the network", way_out)
-        of_pairs = {}
-        of_triplets = {}
+        pair_figures = {}
+        triplet_figures = {}
         if self.val_set is not None:
-            of_pairs = self.evaluator.figures(self.evaluator.score(embeddings))
-            of_triplets = mean_statistics(self.criterion, self.val_set, embeddings)
+            pair_figures = self.evaluator.figures(self.evaluator.score(embeddings))
+            triplet_figures = mean_statistics(self.criterion, self.val_set, embeddings)
+        thresholds = [name for name, _ in OPERATING_POINTS.values()]  # evaluation applies them
         figures = {}
-        for name in ("eer", "auc", "general_auc"):
-            figures[f"val_{name}"] = of_pairs.get(name)
-        for name, _ in OPERATING_POINTS.values():  # thresholds, which the evaluation applies
-            figures[f"val_{name}"] = of_pairs.get(name)
+        for name in ("eer", "auc", "general_auc", *thresholds):
+            figures[f"val_{name}"] = pair_figures.get(name)
         for name in ("loss", "active_triplets", "violated_triplets"):
-            figures[f"val_{name}"] = of_triplets.get(name)
+            figures[f"val_{name}"] = triplet_figures.get(name)
         return embeddings, figures
 
     # -- files
@@ -1309,7 +1327,7 @@ class TwinTrainer:
         }
 
     def save_if_due(self):
-        """Save the state, unless that was done a short while ago."""
+        """Write last.pth and the curves, and delete superseded checkpoints, every SAVE_SECONDS."""
         is_due = time.monotonic() - self.saved_at > SAVE_SECONDS
         if self.processes.is_main and is_due:
             self.save_state()
@@ -1385,9 +1403,9 @@ def figures_of(entry):
 
 
 def describe_values(column, dataset, whole):
-    """What is left if a positive must differ from its anchor in a column of the metadata.
+    """The line that says how many triplets and positives the condition of --cross leaves.
 
-    whole: the dataset of the same pairs without that condition.
+    dataset: with the condition. whole: of the same pairs, without it.
     """
     n_negatives_only = (dataset.positives.count == 0).sum()
     return (
@@ -1461,7 +1479,10 @@ def plot_panels(path, log, title, curves):
 
 # ---- one run, or a sweep -------------------------------------------------------------------------
 def train_runs(runs):
-    """Train the runs of `parse_runs`; returns the names of those of a sweep that failed."""
+    """Train the runs of `parse_runs`; returns the names of those that failed in a sweep.
+
+    The InputError of a single run is raised.
+    """
     if len(runs) > 1:
         return run_sweep(runs)
     (args,) = runs
@@ -1504,6 +1525,7 @@ def run_sweep(runs):
     if waiting:
         align_if_asked(leader)
         people = leader.load_people()
+        leader.find_fold_ids()  # refuses too many --folds before any run is trained
 
     def train(args):
         logs[args.run_name] = TwinTrainer(args, people).train()
@@ -1585,7 +1607,7 @@ def suggest_evaluation(logs, pretrained):
 
 
 def read_validated_runs(logs):
-    """The ValidatedRuns of training logs; [] unless all were validated on the same people."""
+    """The ValidatedRuns of training logs; [] unless all were validated on the same pairs."""
     runs = []
     validated_on = set()
     for log in logs:
@@ -1594,7 +1616,8 @@ def read_validated_runs(logs):
         if "val_auc_samples" not in content:
             return []
         config = log["config"]
-        validated_on.add((config["split_seed"], tuple(config["val_ids"])))
+        pairs_of_run = (config["split_seed"], config["cross"], tuple(config["val_ids"]))
+        validated_on.add(pairs_of_run)
         val_auc = log["epochs"][log["best_epoch"]]["val_auc"]
         samples = content["val_auc_samples"].numpy()
         runs.append(ValidatedRun(path, config, config["recipe"], val_auc, samples))

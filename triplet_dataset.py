@@ -11,7 +11,6 @@ Triplets are numbered, never stored. Of each pair, a percentage takes the beginn
 shuffled order of its numbers, so the 5 % sample lies inside the 10 % sample of the same seed.
 """
 
-import csv
 import hashlib
 import math
 import os
@@ -30,12 +29,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from net import CROP_SIZE, InputError, interrupt, progress, read_flag, read_json, to_input
+from net import (
+    CROP_SIZE,
+    InputError,
+    interrupt,
+    progress,
+    read_csv_rows,
+    read_flag,
+    read_json,
+    to_input,
+)
 
 # Two crops are copies if at most this many of the 288 bits of their perceptual hashes differ.
 # Among 2,040 real crops, those of different people differ in at least 40 bits. Of copies saved as
 # JPEG of quality 20, or at half the size, 95 of 100 differ in at most 15.
 MAX_DIFFERING_BITS = 15
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")  # of photographs that Pillow reads with pillow-heif
 GROUP_SIZE = 8  # images of a person that meet in a grouped step, at most
 TRIPLETS_AT_ONCE = 1 << 20  # in one part of `by_pair`, at most
 
@@ -58,9 +67,9 @@ def resolve(folder, path):
 
 
 def compose_accents(name, where):
-    """An ID with its accents composed (NFC), so that both spellings are one ID.
+    """An ID with its accents composed (NFC), so that both spellings of a name are one ID.
 
-    where: the file, for the message if it is no string.
+    Raises InputError for an ID that is not a string; the message begins with `where`.
     """
     if not isinstance(name, str):
         raise InputError(f"{where}: an ID must be a string, not {reprlib.repr(name)}")
@@ -107,7 +116,9 @@ def list_people(folder):
 def is_image(path):
     """Whether a file is an image by its name; those that systems leave behind are not."""
     is_hidden = path.name.startswith(".")  # .DS_Store, ._photo.jpg
-    return not is_hidden and path.suffix.lower() in Image.registered_extensions()
+    suffix = path.suffix.lower()
+    # HEIC counts even if nothing can read it here: the aligner says what to install.
+    return not is_hidden and (suffix in Image.registered_extensions() or suffix in HEIC_SUFFIXES)
 
 
 def count_other_files(folder):
@@ -125,13 +136,9 @@ def read_csv_pairs(path, id_to_images):
 
     The first line is taken for titles, and left out, if nothing in it is an ID of `id_to_images`.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file, skipinitialspace=True) if row]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; expected a CSV file of two columns") from error
+    rows = read_csv_rows(path, "expected a CSV file of two columns")
     if rows and not any(compose_accents(name, path) in id_to_images for name in rows[0]):
-        rows = rows[1:]  # the titles
+        rows = rows[1:]  # without the titles
     if not rows:
         raise InputError(f"{path}: expected two columns, ID and twin's ID, with at least one pair")
     return rows
@@ -149,33 +156,32 @@ def read_pairs(path, id_to_images, missing="has no images listed; add them or de
     else:
         content = read_json(path, '[["ID", "twin\'s ID"], ...] with at least one pair', list)
     pairs = {}
-    for number, pair in enumerate(content, 1):
-        where = f"{path}: pair {number}"
-        if isinstance(pair, list):
-            pair = [compose_accents(name, where) for name in pair]
-        check_pair(where, pair, id_to_images, missing)
-        pairs.setdefault(frozenset(pair), tuple(pair))
-    repeated = len(content) - len(pairs)
-    if not repeated:
-        return list(pairs.values()), []
-    warning = f"{repeated} of {len(content)} pairs repeat an earlier one; each is used once"
-    return list(pairs.values()), [warning]
+    for number, entry in enumerate(content, 1):
+        pair = parse_pair(f"{path}: pair {number}", entry, id_to_images, missing)
+        pairs.setdefault(frozenset(pair), pair)
+    notes = []
+    n_repeated = len(content) - len(pairs)
+    if n_repeated:
+        counts = f"{n_repeated} of {len(content)} pairs"
+        notes.append(f"{counts} repeat an earlier one; each is used once")
+    return list(pairs.values()), notes
 
 
-def check_pair(where, pair, id_to_images, missing):
-    """Raise InputError for an entry that is no pair of two listed people.
+def parse_pair(where, entry, id_to_images, missing):
+    """(ID, ID) of an entry of a pair list; InputError if it is no pair of two listed people.
 
     where: how the message begins. missing: how it ends for an ID that is not listed.
     """
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise InputError(f"{where} is {reprlib.repr(pair)}; expected two IDs, both strings")
-    first, second = pair
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise InputError(f"{where} is {reprlib.repr(entry)}; expected two IDs, both strings")
+    first, second = (compose_accents(name, where) for name in entry)
     if first == second:
         message = f"ID {first!r} is paired with itself; correct or delete the entry"
         raise InputError(f"{where}: {message}")
-    for name in pair:
+    for name in (first, second):
         if name not in id_to_images:
             raise InputError(f"{where}: ID {name!r} {missing}")
+    return first, second
 
 
 def read_people(args, images_flag, pairs_flag):
@@ -192,21 +198,22 @@ def read_people(args, images_flag, pairs_flag):
         "out --skip_alignment; else delete the pair"
     )
     pairs, notes = read_flag(args, pairs_flag, read_pairs, id_to_images, missing)
-    there, n_gone = find_existing_crops(id_to_images, pairs)
-    if n_gone and any(there.values()):  # if all are gone, load_crops names the first as missing
+    existing, n_gone = find_existing_crops(id_to_images, pairs)
+    # If all are gone, they stay in the list, and load_crops names the first as missing.
+    if n_gone and any(existing.values()):
         notes.append(f"{n_gone} listed crops are gone and are passed over")
-        id_to_images |= there
+        id_to_images |= existing
     return id_to_images, pairs, notes
 
 
 def find_existing_crops(id_to_images, pairs):
     """({ID: [path, ...]} of the files that exist, how many do not), for the people of the pairs."""
-    there = {}
+    existing = {}
     n_gone = 0
     for name in {name for pair in pairs for name in pair}:
-        there[name] = [path for path in id_to_images[name] if os.path.exists(path)]
-        n_gone += len(id_to_images[name]) - len(there[name])
-    return there, n_gone
+        existing[name] = [path for path in id_to_images[name] if os.path.exists(path)]
+        n_gone += len(id_to_images[name]) - len(existing[name])
+    return existing, n_gone
 
 
 # ---- people, families, crops ---------------------------------------------------------------------
@@ -254,7 +261,8 @@ def deal_people_into_folds(pairs, n_folds, seed):
     family_of = find_families(sorted(tuple(sorted(pair)) for pair in pairs))
     n_pairs = np.bincount([family_of[first] for first, _ in pairs])
     if len(n_pairs) < n_folds:
-        raise InputError(f"--folds {n_folds}: the pairs make only {len(n_pairs)} families")
+        message = f"the pairs make only {len(n_pairs)} families; take no more folds than families"
+        raise InputError(f"--folds {n_folds}: {message}")
     folds = deal_into_folds(n_pairs, n_folds, seed)
     return {name: int(folds[family]) + 1 for name, family in family_of.items()}
 
@@ -331,7 +339,8 @@ class TwinImages:
         self.family_of_person = np.array([family_of[name] for name in self.ids], np.int64)
         self.family = np.repeat(self.family_of_person, self.count)
         index = {name: i for i, name in enumerate(self.ids)}
-        self.pairs = np.array([(index[a], index[b]) for a, b in pairs], np.int64)
+        indices = [(index[a], index[b]) for a, b in pairs]
+        self.pairs = np.array(indices, np.int64).reshape(-1, 2)  # also without a pair
 
     def count_triplets(self, positives):
         """(P,) the number of triplets of each pair, with either twin as the anchor's person.
@@ -359,7 +368,7 @@ def read_crop(path):
                 description = "partly transparent"
     except FileNotFoundError:
         hint = "run the alignment stage again"
-        if os.sep == "/" and "\\" in path:
+        if os.sep == "/" and "\\" in str(path):
             hint = "its path was written on Windows, so run the alignment stage here"
         raise InputError(f"{path}: no such aligned crop; {hint}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -472,7 +481,8 @@ class People:
             for row in rows:
                 self._set_owner(row, name, first_copy[row])
                 is_listed_twice = row in distinct
-                # An image that is left out has no say: it may be a copy where this one is not.
+                # Only a copy of an image that is kept is left out. A copy of one that was left out
+                # may differ enough from the kept one.
                 is_copy = first_copy[row] >= 0 and self._is_copy_of_any(row, distinct)
                 if not is_listed_twice and not is_copy:
                     distinct.append(row)
@@ -492,8 +502,8 @@ class People:
         first_copy: the first row that has the same image, -1 if none before `row` has it.
         """
         original = row if first_copy < 0 else first_copy
-        owner = self.owner[original] or name
-        if owner != name:
+        owner = self.owner[original]
+        if owner not in (None, name):
             paths = list(self.crops.row)
             raise InputError(
                 f"{paths[row]}: listed under ID {name!r}, but it is the same image as "
@@ -542,7 +552,7 @@ class Positives:
         first_of_value = np.cumsum(n_images_of_value) - n_images_of_value
         self._n_excluded = n_images_of_value[self.value_number]
         self._first_excluded = first_of_value[self.value_number]
-        self._person_begin = images.first[images.person]
+        self._first_of_person = images.first[images.person]
         n_positives = images.count[images.person] - self._n_excluded
         self.before = np.append(0, np.cumsum(n_positives))
         self.begin = self.before[images.first]
@@ -552,15 +562,15 @@ class Positives:
         """(anchors, positives), rows of the images, of the pairs with these numbers."""
         anchor = np.searchsorted(self.before, number, side="right") - 1
         place = number - self.before[anchor]  # among the anchor's positives
-        positive = self._person_begin[anchor] + place
+        positive = self._first_of_person[anchor] + place
         is_after_excluded = positive >= self._first_excluded[anchor]
         return anchor, positive + self._n_excluded[anchor] * is_after_excluded
 
     def number_of(self, anchor, positive):
         """The inverse of `pair_at`."""
-        is_after_excluded = positive > self._first_excluded[anchor]
+        is_after_excluded = positive >= self._first_excluded[anchor]
         n_skipped = self._n_excluded[anchor] * is_after_excluded
-        place = positive - self._person_begin[anchor] - n_skipped  # among the anchor's positives
+        place = positive - self._first_of_person[anchor] - n_skipped  # among the anchor's positives
         return self.before[anchor] + place
 
 
@@ -612,8 +622,10 @@ class TwinTripletDataset(Dataset):
         self._count = self.images.count[self.images.pairs]
         self._begin_of_positives = self.positives.begin[self.images.pairs]
         self._n_positives = self.positives.count[self.images.pairs]
-        # Of each pair, (P,): the possible triplets, and where its sampled ones begin and end.
+        # Of each pair, (P,): the possible triplets, how many of them have their anchor in the first
+        # twin, and where its sampled ones begin and end.
         self._maximum = self.images.count_triplets(self.positives)
+        self._n_of_first = self._n_positives[:, 0] * self._count[:, 1]
         n_sampled = (percentage * self._maximum + 99) // 100
         self._end = np.cumsum(n_sampled)
         self._begin = self._end - n_sampled
@@ -647,16 +659,27 @@ class TwinTripletDataset(Dataset):
         within_pair = place
         if self.percentage < 100:  # the sample begins the shuffled order of the pair's triplets
             within_pair = self._shuffle.number_at(pair, place)
-        # The triplets whose anchor is in the first twin come first.
-        n_of_first = self._n_positives[pair, 0] * self._count[pair, 1]
-        own = (within_pair >= n_of_first).astype(np.int64)  # 0: the first twin, 1: the second
+        # From here on the inverse of `_number_within_pair`.
+        own = (within_pair >= self._n_of_first[pair]).astype(np.int64)
         twin = 1 - own
-        number = within_pair - n_of_first * own
-        # number = image_pair * n_twin + negative: for each (anchor, positive) pair of the person,
-        # all images of the twin.
+        number = within_pair - own * self._n_of_first[pair]
         image_pair, negative = np.divmod(number, self._count[pair, twin])
         anchor, positive = self.positives.pair_at(self._begin_of_positives[pair, own] + image_pair)
         return np.stack([anchor, positive, self._first[pair, twin] + negative], 1)
+
+    def _number_within_pair(self, triplets, pair, own):
+        """(K, 3) int64 rows -> (K,) numbers of these triplets among all of their pair.
+
+        pair, own: (K,) or one number, the pair and which of its twins the anchor shows, 0 for the
+        first or 1. The triplets of the first twin come before those of the second. For each
+        (anchor, positive) pair of one twin follow all images of the other, as negatives.
+        """
+        anchor, positive, negative = triplets.T
+        twin = 1 - own
+        image_pair = self.positives.number_of(anchor, positive)
+        image_pair -= self._begin_of_positives[pair, own]
+        number = image_pair * self._count[pair, twin] + negative - self._first[pair, twin]
+        return own * self._n_of_first[pair] + number
 
     @cached_property
     def _pair_keys(self):
@@ -676,20 +699,14 @@ class TwinTripletDataset(Dataset):
 
         The numbers go over all possible triplets, sampled or not.
         """
-        anchor, positive, negative = triplets.T
+        anchor, _, negative = triplets.T
         keys, order = self._pair_keys
         n_people = len(self.images.ids)
         key = self.images.person[anchor] * n_people + self.images.person[negative]
         found = order[np.searchsorted(keys, key)]
         own, pair = np.divmod(found, len(self.pairs))  # own: 0 for the pair's first twin, else 1
-        twin = 1 - own
-        image_pair = self.positives.number_of(anchor, positive)
-        image_pair -= self._begin_of_positives[pair, own]
-        number = image_pair * self._count[pair, twin] + negative - self._first[pair, twin]
-        # The triplets whose anchor is in the first twin come before all of the second's.
-        n_before = own * self._n_positives[pair, 0] * self._count[pair, 1]
-        begin = np.cumsum(self._maximum) - self._maximum
-        return begin[pair] + n_before + number
+        n_before_pair = np.cumsum(self._maximum) - self._maximum
+        return n_before_pair[pair] + self._number_within_pair(triplets, pair, own)
 
     def triplets_among(self, pair, groups):
         """The sampled triplets of a pair that use only some images: (K, 3) int64 rows.
@@ -699,21 +716,17 @@ class TwinTripletDataset(Dataset):
         """
         n_sampled = self._end[pair] - self._begin[pair]
         found = []
-        n_before = 0  # triplets whose anchor is in the first twin come first
         for own, twin in ((0, 1), (1, 0)):
-            first_own, first_twin = self._first[pair, own], self._first[pair, twin]
-            rows = (first_own + groups[own], first_own + groups[own], first_twin + groups[twin])
-            triplets = np.stack(np.meshgrid(*rows, indexing="ij"), -1).reshape(-1, 3)
+            own_rows = self._first[pair, own] + groups[own]
+            twin_rows = self._first[pair, twin] + groups[twin]
+            grid = np.meshgrid(own_rows, own_rows, twin_rows, indexing="ij")
+            triplets = np.stack(grid, -1).reshape(-1, 3)
             anchor_value, positive_value = self.positives.value_number[triplets[:, :2]].T
             triplets = triplets[anchor_value != positive_value]
             if self.percentage < 100:
-                anchor, positive, negative = triplets.T
-                image_pair = self.positives.number_of(anchor, positive)
-                image_pair -= self._begin_of_positives[pair, own]
-                number = n_before + image_pair * self._count[pair, twin] + negative - first_twin
+                number = self._number_within_pair(triplets, pair, own)
                 triplets = triplets[self._shuffle.place_of(pair, number) < n_sampled]
             found.append(triplets)
-            n_before = self._n_positives[pair, 0] * self._count[pair, 1]
         return np.concatenate(found)
 
     def by_pair(self):
@@ -749,9 +762,10 @@ class TwinTripletDataset(Dataset):
 class Shuffle:
     """For each pair, a seeded shuffled order of the numbers 0 to n - 1, computed and not stored.
 
-    A Feistel network of keyed hashes permutes the numbers of 2 b bits, where 2 b bits hold n - 1. A
-    result that is not below n is permuted again, until it is (cycle walking: Black and Rogaway,
-    CT-RSA 2002). So the order of a billion triplets takes no memory, and has an inverse.
+    A Feistel network of keyed hashes permutes the numbers of 2 * half_bits bits, the fewest that
+    hold n - 1. A result that is not below n is permuted again, until it is (cycle walking: Black
+    and Rogaway, CT-RSA 2002). So the order of a billion triplets takes no memory, and has an
+    inverse.
     """
 
     ROUNDS = 6
@@ -766,13 +780,13 @@ class Shuffle:
 
     def number_at(self, pair, place):
         """The numbers at places (K,) of the shuffled orders; pair: (K,) or one pair's number."""
-        return self._walk(pair, place, range(self.ROUNDS), self._forward)
+        return self._walk(pair, place, range(self.ROUNDS), self._round)
 
     def place_of(self, pair, number):
         """The inverse of `number_at`."""
-        return self._walk(pair, number, range(self.ROUNDS)[::-1], self._backward)
+        return self._walk(pair, number, range(self.ROUNDS)[::-1], self._inverse_round)
 
-    def _walk(self, pair, values, rounds, step):
+    def _walk(self, pair, values, rounds, one_round):
         """Permute values (K,), each of them again until it is below the n of its pair."""
         values = np.asarray(values).astype(np.uint64)
         pair = np.broadcast_to(pair, values.shape)
@@ -784,15 +798,15 @@ class Shuffle:
             left = values[unfinished] >> bits
             right = values[unfinished] & mask
             for r in rounds:
-                left, right = step(left, right, self.keys[their_pair, r], mask)
+                left, right = one_round(left, right, self.keys[their_pair, r], mask)
             values[unfinished] = (left << bits) | right
             unfinished = unfinished[values[unfinished] >= self.sizes[their_pair]]
         return values.astype(np.int64)
 
-    def _forward(self, left, right, key, mask):
+    def _round(self, left, right, key, mask):
         return right, left ^ (mixed(right, key) & mask)
 
-    def _backward(self, left, right, key, mask):
+    def _inverse_round(self, left, right, key, mask):
         return right ^ (mixed(left, key) & mask), left
 
 
@@ -820,18 +834,19 @@ class ShuffledSteps:
         return math.ceil(len(self.dataset) / self.batch_size)
 
     def __getitem__(self, i):
-        places = range(len(self.dataset))
-        start = places[:: self.batch_size][i]
-        numbers = self.shuffle.number_at(0, places[start : start + self.batch_size])
+        start = range(0, len(self.dataset), self.batch_size)[i]  # a range raises IndexError
+        stop = min(start + self.batch_size, len(self.dataset))
+        numbers = self.shuffle.number_at(0, np.arange(start, stop))
         return self.dataset.triplets(numbers)
 
 
 class GroupedSteps:
     """The steps of an epoch that embeds each image about once.
 
-    Each person's images are split at random into groups of at most GROUP_SIZE. Each group meets
-    one group of the twin; the shorter list repeats. Two groups that meet are a block. Blocks are
-    shuffled, and a step takes blocks as long as its images are no more than `images_per_batch`.
+    For each pair, the images of either twin are split at random into groups of at most GROUP_SIZE.
+    Each group meets one group of the other twin; the shorter list of groups repeats. Two groups
+    that meet are a block. Blocks are shuffled, and a step takes blocks as long as its images are
+    no more than `images_per_batch`.
     `[i]` is the (T, 3) int64 rows of all sampled triplets inside a step's blocks. Everything
     follows from the seed and the epoch. Raises InputError if a block would not fit into a step.
     """

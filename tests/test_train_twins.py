@@ -1972,7 +1972,7 @@ def test_a_bare_freeze_backbone_means_true(flags, value):
     ("flags", "message"),
     [
         ("--pretrained missing.ckpt", "missing.ckpt: no such file"),
-        ("--images_per_batch 15", "--images_per_batch: must be int from 16 to "),
+        ("--images_per_batch 15", "--images_per_batch: must be a whole number from 16 to "),
         ("--precision fp16", "--precision fp32 or bf16"),
         ("--device cuda:77", "--device cuda:77: "),
         ("--resume --overwrite", "--overwrite: "),
