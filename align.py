@@ -90,6 +90,7 @@ SURELY_SEEN = 32
 BOX_TOLERANCE = 0.2  # by which share areas and ratings of one face may differ between two looks
 MAX_MEGAPIXELS = 500  # of a photograph, which takes three bytes a pixel
 Image.MAX_IMAGE_PIXELS = None  # no limit of Pillow's, which would print a warning
+NO_VALUE = ("", "na", "n/a", "nan", "null")  # how tables write that a value is missing
 RAW_SUFFIXES = (".nef", ".nrw", ".dng", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef")
 NEW_SUBFILE_TYPE = 254  # TIFF tag: what the first image in the file is
 REDUCED_IMAGE = 1  # the bit of that tag for a thumbnail
@@ -291,6 +292,8 @@ class FaceDetector:
                 'pip install "face-alignment>=1.5", or give --landmarks'
             ) from error
         except Exception as error:  # no connection, no space, a damaged file
+            if is_out_of_memory(error):
+                raise
             folder = f"{torch.hub.get_dir()}/checkpoints"
             raise OwnError(
                 f"face-alignment's weights cannot be loaded ({error}): "
@@ -800,8 +803,9 @@ def align_files(args, pairs_flag="pairs", processes=None):
         write_report(mapping, report, looks, args.aligned_folder)
         print_report(mapping, report, looks, args.aligned_folder)
         if os.path.isdir(args.id_to_images):
-            n_other = count_other_files(args.id_to_images)
-            print(f"{n_other} other files in {args.id_to_images} are passed over")
+            kinds = count_other_files(args.id_to_images)
+            text = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none"
+            print(f"other files in {args.id_to_images}, which are passed over: {text}")
     if not any(mapping.values()):
         reason = "no photographs are listed"
         if report:
@@ -1023,12 +1027,8 @@ def read_pair_list(path, finder):
     fold; or it has a line of two paths and 0 or 1 for each pair. Raises InputError for wrong
     entries.
     """
-    if str(path).lower().endswith(".csv"):
-        rows = read_csv(path, ("path_1", "path_2", "same"))
-    else:
-        rows = read_lines_of_pairs(path)
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_rows_of_pairs(path), 1):
         where = f"{path}: pair {number}"
         if row["same"].strip() not in ("0", "1"):
             raise InputError(f"{where}: same must be 1 or 0, not {row['same']!r}")
@@ -1039,8 +1039,17 @@ def read_pair_list(path, finder):
             names = " and ".join(repr(name) for name in ids)
             raise InputError(f"{where}: same is {row['same']}, but the images are of {names}")
         fold = row["fold"].strip() if "fold" in row else None
+        if fold == "":
+            raise InputError(f"{where}: fold is empty; fill it in, or leave the column out")
         pairs.append(ListedPair(where, ids, crops, same, fold))
     return pairs
+
+
+def read_rows_of_pairs(path):
+    """The rows of a pair list, as dicts, before its paths are looked up."""
+    if str(path).lower().endswith(".csv"):
+        return read_csv(path, ("path_1", "path_2", "same"), optional=["fold"])
+    return read_lines_of_pairs(path)
 
 
 def read_lines_of_pairs(path):
@@ -1065,20 +1074,33 @@ def read_lines_of_pairs(path):
 def read_metadata(path, columns, finder):
     """{column: {crop: value}} of a CSV file with the column `path` and these columns.
 
-    Empty values, and images whose crop is not in use, are left out. Raises InputError for an image
-    with two values.
+    NO_VALUE, and images whose crop is not in use, are left out. Raises InputError for an image with
+    two values, and for a value in two spellings.
     """
     values = {column: {} for column in columns}
     for number, row in enumerate(read_csv(path, ("path", *columns)), 1):
         _, crop = finder(row["path"], f"{path}: row {number}")
         for column in columns:
             value = row[column].strip()
-            if not crop or not value:
+            if not crop or value.casefold() in NO_VALUE:
                 continue
             if values[column].setdefault(crop, value) != value:
                 message = f"another row says {values[column][crop]!r}, not {value!r}, of this image"
                 raise InputError(f"{path}: row {number}: {message}; keep the right one")
+    for column, value_of in values.items():
+        refuse_two_spellings(path, column, value_of)
     return values
+
+
+def refuse_two_spellings(path, column, value_of):
+    """Raise InputError if two values differ in capitals or in ".0" alone: they would be two."""
+    spelling = {}
+    for value in value_of.values():
+        plain = value.casefold().removesuffix(".0")
+        first = spelling.setdefault(plain, value)
+        if first != value:
+            message = f"{column} has the values {first!r} and {value!r}; give them one spelling"
+            raise InputError(f"{path}: {message}")
 
 
 def refuse_missing_values(path, column, value_of, crops):

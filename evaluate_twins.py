@@ -36,6 +36,7 @@ from align import (
     align_files,
     read_metadata,
     read_pair_list,
+    read_rows_of_pairs,
     refuse_missing_values,
 )
 from net import (
@@ -50,6 +51,7 @@ from net import (
     number_between,
     pick_device,
     progress,
+    read_csv,
     read_flag,
     relative_path,
     replacing,
@@ -360,7 +362,8 @@ class TwinEvaluator:
     `counts`: how many images, pairs of each kind and families there are.
     `weightings` (R, F): how often each resample draws each family, the same for all networks.
     `folds` {kind: (K,)}: the fold of each genuine and twin pair. Whole families are dealt by the
-    seed, so that folds have about equally many pairs; {} if fewer than N_FOLDS families have pairs.
+    seed, so that folds have about equally many pairs; {} if fewer than N_FOLDS families have
+    genuine pairs or fewer have twin pairs.
 
     listed: ListedPairs. Only these are the genuine and twin pairs, in the folds that they name, if
     they name any, and "families" of `counts` are only those with such pairs.
@@ -379,8 +382,12 @@ class TwinEvaluator:
     ):
         self.images = images
         generator = np.random.default_rng(seed)
-        # Renumbered: families without an image do not count.
-        _, self.family = np.unique(images.family, return_inverse=True)
+        # In the order of their smallest IDs, so that results do not depend on that of the files.
+        smallest_id = {}
+        for name, family in zip(images.ids, images.family_of_person, strict=True):
+            smallest_id[family] = min(name, smallest_id.get(family, name))
+        names = [smallest_id[family] for family in images.family]
+        _, self.family = np.unique(names, return_inverse=True)
         if listed:
             self.rows, self.folds = rows_of_list(listed, images)
         else:
@@ -400,10 +407,13 @@ class TwinEvaluator:
             "general": n_general,
             "families": self.n_families,
         }
+        # Families with pairs of each kind, or the fewer of the two.
+        n_with_pairs = min(self._count_families(kind) for kind in ("genuine", "twin"))
         if listed:
-            n_with_pairs = [self._count_families(kind) for kind in ("genuine", "twin")]
-            self.counts["families"] = min(n_with_pairs)
-        if not self.folds:
+            self.counts["families"] = n_with_pairs
+        if n_with_pairs < N_FOLDS:
+            self.folds = {}
+        elif not self.folds:
             self.folds = self._deal_into_folds(seed)
         equal = np.full(self.n_families, 1 / self.n_families)
         self.weightings = generator.multinomial(self.n_families, equal, resamples)
@@ -425,11 +435,9 @@ class TwinEvaluator:
         return len(np.unique(self.family[self.rows[kind][:, 0]]))
 
     def _deal_into_folds(self, seed):
-        """The folds of the genuine and twin pairs, by families; {} with too few of them."""
+        """The folds of the genuine and twin pairs, by families."""
         family_of_pair = {kind: self.family[self.rows[kind][:, 0]] for kind in ("genuine", "twin")}
         n_pairs = np.bincount(np.concatenate(list(family_of_pair.values())))
-        if np.count_nonzero(n_pairs) < N_FOLDS:
-            return {}
         fold = deal_into_folds(n_pairs, N_FOLDS, seed)
         return {kind: fold[family] for kind, family in family_of_pair.items()}
 
@@ -601,8 +609,8 @@ def general_pairs(family, group, generator):
 def rows_of_list(listed, images):
     """({kind: (K, 2) rows}, {kind: (K,) fold}) of ListedPairs; without folds in the list, {}.
 
-    Pairs of which an image has no crop, or is the copy of another, are left out. Raises InputError
-    for wrong entries.
+    Pairs of which an image has no crop, or is the copy of another, are left out, and a pair that is
+    listed several times, in whichever order, counts once. Raises InputError for wrong entries.
     """
     row_of = {path: row for row, path in enumerate(images.paths)}
     family_of = dict(zip(images.ids, images.family_of_person, strict=True))
@@ -613,6 +621,7 @@ def rows_of_list(listed, images):
         raise InputError(f"--pair_list: {message}; give it {N_FOLDS}, or leave it out")
     rows = {"genuine": [], "twin": []}
     folds = {"genuine": [], "twin": []}
+    seen = set()
     for pair in listed:
         for name in pair.ids:
             if name not in family_of:
@@ -624,7 +633,9 @@ def rows_of_list(listed, images):
         if pair.crops[0] == pair.crops[1] and pair.crops[0]:
             raise InputError(f"{pair.where}: an image is paired with itself; delete the entry")
         kind = "genuine" if pair.same else "twin"
-        if all(crop in row_of for crop in pair.crops):
+        is_repeated = frozenset(pair.crops) in seen
+        seen.add(frozenset(pair.crops))
+        if all(crop in row_of for crop in pair.crops) and not is_repeated:
             rows[kind].append([row_of[crop] for crop in pair.crops])
             folds[kind].append(fold_names.index(pair.fold))
     rows = {kind: np.array(found, np.int64).reshape(-1, 2) for kind, found in rows.items()}
@@ -866,7 +877,9 @@ def group_by_recipe(checkpoints):
     for checkpoint in checkpoints:
         key = checkpoint.path
         if checkpoint.recipe:
-            key = json.dumps(checkpoint.recipe, sort_keys=True)
+            # A cross-validation tests other networks on each fold: it is a setting of its own.
+            folds = checkpoint.config.get("folds")
+            key = json.dumps([checkpoint.recipe, folds], sort_keys=True)
         seed = checkpoint.config.get("seed")
         occurrences[key, seed] += 1
         groups.setdefault((key, occurrences[key, seed]), []).append(checkpoint)
@@ -905,7 +918,7 @@ def chosen_by_validation(settings):
     """The name of the setting with the highest mean validation AUC.
 
     Settings without validation are passed over. None if fewer than two are left, or if they were
-    validated on different people.
+    validated on different pairs.
     """
     means = {}
     validated_on = set()
@@ -915,7 +928,10 @@ def chosen_by_validation(settings):
             continue
         means[setting.name] = sum(values) / len(values)
         for checkpoint in setting.checkpoints:
-            validated_on.add(tuple(sorted(checkpoint.config.get("val_ids", []))))
+            config = checkpoint.config
+            val_ids = tuple(sorted(config.get("val_ids", [])))
+            # --cross decides which pairs of these people count.
+            validated_on.add((val_ids, config.get("cross")))
     if len(means) < 2 or len(validated_on) > 1:
         return None
     return max(means, key=means.get)
@@ -993,7 +1009,7 @@ def list_families(evaluator, checkpoint):
             scores[kind] = np.sort(checkpoint.scores[kind][is_own])
         genuine, twin = scores["genuine"], scores["twin"]
         row = {
-            "ids": " + ".join(images.ids[person] for person in people),
+            "ids": " + ".join(sorted(images.ids[person] for person in people)),
             "images": int((evaluator.family == family).sum()),
             "genuine_pairs": len(genuine),
             "twin_pairs": len(twin),
@@ -1010,8 +1026,12 @@ def list_families(evaluator, checkpoint):
     return sorted(rows, key=lambda row: (row["twin_auc"] is None, row["twin_auc"]))
 
 
-def write_comparison(folder, checkpoints, settings, chosen):
-    """Write the files of the comparison; the first checkpoint is the baseline."""
+def write_comparison(args, checkpoints, settings, chosen, notes):
+    """Write the files of the comparison; the first checkpoint is the baseline.
+
+    notes: the warnings about the data.
+    """
+    folder = Path(args.output_dir)
     baseline = checkpoints[0]
     entries = []
     table = []
@@ -1030,6 +1050,8 @@ def write_comparison(folder, checkpoints, settings, chosen):
         for name, figure in figures.items():
             table.append(comparison_row(checkpoint, name, figure))
     content = {
+        "command": args.command,
+        "warnings": notes,
         "baseline": baseline.name,
         "chosen_by_validation": chosen,
         "settings": [
@@ -1047,8 +1069,10 @@ def write_comparison(folder, checkpoints, settings, chosen):
     write_csv(folder / "comparison.csv", table)
     plot_comparison(folder / "comparison.png", settings)
     plot_data_percentage(folder / "data_percentage.png", settings)
+    strata_file = folder / "strata.png"
+    strata_file.unlink(missing_ok=True)  # of an earlier evaluation
     if settings[0].strata:
-        plot_strata(folder / "strata.png", settings)
+        plot_strata(strata_file, settings)
 
 
 def comparison_row(checkpoint, name, figure):
@@ -1155,6 +1179,11 @@ def describe_overlap(setting):
                 "people, so its figures look better than they are."
             )
     return lines
+
+
+def describe_cross(args):
+    """The line that says which pairs the main figures count."""
+    return f"The genuine pairs are only those whose images have two values of {args.cross}."
 
 
 def describe_operating_points(setting):
@@ -1570,8 +1599,11 @@ CAPTIONS = {
 }
 
 
-def write_report(args, settings, chosen, strata, evaluator, device):
-    """Write report.html: the whole evaluation on one page, with its pictures inside."""
+def write_report(args, settings, chosen, strata, evaluator, notes, device):
+    """Write report.html: the whole evaluation on one page, with its pictures inside.
+
+    notes: the warnings about the data.
+    """
     folder = Path(args.output_dir)
     baseline = settings[0]
     parts = ["<h1>Telling identical twins apart</h1>"]
@@ -1585,7 +1617,12 @@ def write_report(args, settings, chosen, strata, evaluator, device):
             parts.append(f"<p><strong>{escape(line)}</strong></p>")
     if chosen:
         parts.append(f"<p>Validation would have chosen: {escape(chosen)}.</p>")
+    parts += [f"<p>Note: {escape(note)}.</p>" for note in notes]
     parts.append("<h2>Figures</h2>")
+    if args.cross:
+        parts.append(f"<p>{escape(describe_cross(args))}</p>")
+    if args.pair_list:
+        parts.append(f"<p>The genuine and twin pairs are those of {escape(args.pair_list)}.</p>")
     parts.append(html_table(["setting", *TABLE_COLUMNS], rows_of_figures(settings)))
     parts.append(
         "<p>In brackets: 95 % intervals by bootstrap over families. 10-fold: accuracy on ten folds "
@@ -1675,11 +1712,17 @@ def evaluate(args):
     """The whole evaluation of the command line; returns its Checkpoints, the baseline first."""
     if (args.cross or args.by) and not args.metadata:
         raise InputError("--cross and --by need --metadata, the file with those columns")
+    if args.metadata and not (args.cross or args.by):
+        raise InputError("--metadata is of no use without --cross or --by, which name its columns")
     device = pick_device(args.device)
     # All files are read before the alignment, so that a wrong entry does not cost hours.
     images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
     id_to_images, pairs, notes = read_people(args, images_flag, "test_pairs")
     checkpoints = open_checkpoints(args, pairs)
+    if args.pair_list:
+        read_flag(args, "pair_list", read_rows_of_pairs)
+    if args.metadata:
+        read_flag(args, "metadata", read_csv, ("path", *columns_of(args)))
     aligned = id_to_images if args.skip_alignment else align_files(args, "test_pairs")
     people = People(aligned, pairs, notes)
     add_overlap_by_images(args, checkpoints, people)
@@ -1688,7 +1731,7 @@ def evaluate(args):
     for warning in people.warnings:
         print(f"warning: {warning}")
     evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device)
-    report(args, checkpoints, evaluator, strata, device)
+    report(args, checkpoints, evaluator, strata, people.warnings, device)
     return checkpoints
 
 
@@ -1704,19 +1747,29 @@ def make_evaluators(args, people, checkpoints):
         listed = read_flag(args, "pair_list", read_pair_list, finder)
     group_of = group_by_network(checkpoints)
     evaluator = TwinEvaluator(images, args.seed, listed=listed, group_of=group_of)
+    if group_of and not evaluator.counts["general"]:
+        people.warnings.append(
+            "no general figures: no two families are in one fold of each cross-validation"
+        )
     n_without_crop = (images.count == 0).sum()
     if n_without_crop:
         people.warnings.append(f"{n_without_crop} people have no crop; their pairs are not tested")
     if listed:
         n_left_out = len(listed) - evaluator.counts["genuine"] - evaluator.counts["twin"]
         if n_left_out:
-            reason = "an image has no crop, or is the copy of another"
+            reason = "an image has no crop, is the copy of another, or the pair is listed before"
             people.warnings.append(f"{n_left_out} pairs of --pair_list are left out: {reason}")
         people.warnings += evaluator.warn_of_split_families()
     strata = {}
     if args.metadata:
         metadata = read_columns(args, finder, images)
         evaluator, strata = make_strata(args, evaluator, metadata)
+    for label, part in list(strata.items()):
+        counts = part.counts
+        if not counts["genuine"] or not counts["twin"]:
+            del strata[label]
+            found = f"{counts['genuine']} genuine and {counts['twin']} twin pairs"
+            people.warnings.append(f"{label}: there are no figures, with {found}")
     people.warnings += evaluator.warn_of_large_families()
     return evaluator, strata
 
@@ -1739,12 +1792,14 @@ def group_by_network(checkpoints):
     return group_of
 
 
+def columns_of(args):
+    """The columns of --metadata that --cross and --by name."""
+    return [*args.by, args.cross] if args.cross else args.by
+
+
 def read_columns(args, finder, images):
     """{column: {path: value}} of --cross and --by; InputError if an image lacks a value."""
-    columns = list(args.by)
-    if args.cross:
-        columns.append(args.cross)
-    metadata = read_flag(args, "metadata", read_metadata, columns, finder)
+    metadata = read_flag(args, "metadata", read_metadata, columns_of(args), finder)
     for column, value_of in metadata.items():
         refuse_missing_values(args.metadata, column, value_of, images.paths)
     return metadata
@@ -1753,7 +1808,7 @@ def read_columns(args, finder, images):
 def make_strata(args, evaluator, metadata):
     """(the TwinEvaluator of the main figures, {label: that of a stratum}) of --cross and --by.
 
-    metadata: {column: {path: value}}. Strata without genuine or without twin pairs are left out.
+    metadata: {column: {path: value}}. A stratum may be without genuine or without twin pairs.
     """
     strata = {}
     main = evaluator
@@ -1776,12 +1831,8 @@ def make_strata(args, evaluator, metadata):
                 keep[kind] = (first == value) & (second == value)
             strata[f"{column}: {value}"] = main.part(keep)
         differs = {kind: first != second for kind, (first, second) in values.items()}
-        strata[f"{column}: different"] = main.part(differs)
-    filled = {}
-    for label, part in strata.items():
-        if part.counts["genuine"] and part.counts["twin"]:
-            filled[label] = part
-    return main, filled
+        strata[f"{column}: two values"] = main.part(differs)
+    return main, strata
 
 
 def open_checkpoints(args, pairs):
@@ -1858,21 +1909,26 @@ def pool_folds(checkpoints, people):
     pooled = []
     for group in groups.values():
         if group[0].fold_ids & test_ids:
-            pooled.append(pool_runs(group, test_ids))
+            pooled.append(pool_runs(group, people.pairs))
         else:
             pooled += group
     name_cross_validations(pooled)
     return pooled
 
 
-def pool_runs(runs, test_ids):
-    """The Checkpoint of the runs of a cross-validation; InputError if not one for each fold."""
+def pool_runs(runs, pairs):
+    """The Checkpoint of the runs of a cross-validation.
+
+    Raises InputError if they are not one for each fold, and if a test pair is not in one fold.
+    """
     first = runs[0]
     n_folds = first.config["folds"]
     folds = [run.config["fold"] for run in runs]
     missing = [fold for fold in range(1, n_folds + 1) if fold not in folds]
     repeated = sorted({fold for fold in folds if folds.count(fold) > 1})
-    strangers = test_ids - {name for run in runs for name in run.fold_ids}
+    fold_of = {name: run.config["fold"] for run in runs for name in run.fold_ids}
+    strangers = {name for pair in pairs for name in pair if name not in fold_of}
+    divided = [pair for pair in pairs if fold_of.get(pair[0]) != fold_of.get(pair[1])]
     problem = None
     if missing:
         problem = f"the runs of folds {missing} of {n_folds} are missing"
@@ -1880,6 +1936,8 @@ def pool_runs(runs, test_ids):
         problem = f"there are several runs of folds {repeated} of {n_folds}"
     elif strangers:
         problem = f"{len(strangers)} of the test people are in none of its folds"
+    elif divided:
+        problem = f"{' and '.join(divided[0])} are a test pair, but in different folds"
     if problem:
         raise InputError(
             f"{first.path}: {problem}; give --checkpoints one run of each of the {n_folds} folds, "
@@ -2018,11 +2076,11 @@ def validation_thresholds(checkpoint, checkpoints):
     return {}
 
 
-def report(args, checkpoints, evaluator, strata, device):
+def report(args, checkpoints, evaluator, strata, notes, device):
     """Print the comparison of all checkpoints; write its files and the page to mail."""
     settings = group_settings(checkpoints)
     chosen = chosen_by_validation(settings)
-    write_comparison(Path(args.output_dir), checkpoints, settings, chosen)
+    write_comparison(args, checkpoints, settings, chosen, notes)
     counts = evaluator.counts
     n_people = (evaluator.images.count > 0).sum()
     print(
@@ -2031,9 +2089,11 @@ def report(args, checkpoints, evaluator, strata, device):
         f"{counts['general']} general impostor pairs"
     )
     print(comparison_table(settings, chosen))
+    if args.cross:
+        print(describe_cross(args))
     if strata:
         print(strata_table(settings, strata))
-    write_report(args, settings, chosen, strata, evaluator, device)
+    write_report(args, settings, chosen, strata, evaluator, notes, device)
     print(f"results in {args.output_dir}; report.html is one page with all of it")
 
 

@@ -596,15 +596,28 @@ def read_csv_rows(path, expected):
         raise InputError(f"{path}: {error}; {expected}") from error
 
 
-def read_csv(path, columns):
-    """The rows of a CSV file as dicts, which have at least these columns; InputError otherwise."""
-    expected = f"expected a CSV file with the columns {', '.join(columns)}"
+def read_csv(path, columns, optional=()):
+    """The rows of a CSV file as dicts, which have at least these columns; InputError otherwise.
+
+    The file may write the titles of these and of the optional columns in capitals.
+    """
+    expected = f"expected a CSV file in UTF-8 with the columns {', '.join(columns)}"
     rows = read_csv_rows(path, expected)
-    titles = rows.pop(0) if rows else []
+    spelling = {column.casefold(): column for column in (*columns, *optional)}
+    titles = []
+    for title in rows.pop(0) if rows else []:
+        title = title.strip()
+        titles.append(spelling.get(title.casefold(), title))
     missing = set(columns) - set(titles)
     if missing or not rows:
         found = ", ".join(titles) or "none"
         raise InputError(f"{path}: {expected} and at least one row; its columns are: {found}")
+    if len(set(titles)) < len(titles):
+        raise InputError(f"{path}: two columns have one title: {', '.join(titles)}; rename one")
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(titles):
+            way_out = "put values with a comma in quotation marks"
+            raise InputError(f"{path}: row {number} has {len(row)} values; {way_out}")
     return [dict(zip_longest(titles, row, fillvalue="")) for row in rows]
 
 

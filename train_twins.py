@@ -13,6 +13,7 @@ it. The output of a frozen backbone is computed once per image and run.
 
 import argparse
 import copy
+import errno
 import glob
 import hashlib
 import itertools
@@ -68,6 +69,7 @@ from net import (
     number_between,
     progress,
     read_checkpoint,
+    read_csv,
     read_flag,
     read_json,
     report_errors,
@@ -93,6 +95,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks; runs are not locked there
     fcntl = None
+# The errors of file systems without locks, as some clusters have; runs are not locked there.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 CHECK_EVERY = 50  # steps between checks that the network is alive; each waits for the GPU
 SAVE_SECONDS = 60  # at least this long between two writes of last.pth
@@ -344,6 +348,8 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
     swept["seed"] = values_of(args, "seed", DEFAULT_SEED)
     if args.cross and not args.metadata:
         raise InputError("--cross needs --metadata, the file with that column")
+    if args.metadata and not args.cross:
+        raise InputError("--metadata is of no use without --cross, which names a column of it")
     folds = range(1, args.folds + 1) if args.folds else [None]
     settings = list(itertools.product(*swept.values()))
     if len(settings) > 1 and args.run_name:
@@ -499,7 +505,10 @@ class RunFolder:
                 changes.append(f"{name} was {first.get(name)}, is {value}")
         if changes:
             message = f"cannot resume: {'; '.join(changes)}"
-            way_out = "go back to what the run began with, or take another --run_name"
+            way_out = (
+                "go back to what the run began with; or --overwrite replaces it, --run_name NAME "
+                "starts another"
+            )
             raise InputError(f"{self.folder}: {message}; {way_out}")
 
     def lock_files(self):
@@ -577,7 +586,7 @@ class RunFolder:
     def find_best_checkpoint(self):
         """Correct the path of the best checkpoint in `log`, if it has moved to --output_dir.
 
-        Raises InputError if the file is gone and the run is to go on.
+        If the file is gone: raises InputError if the run is to go on, warns if it is finished.
         """
         path = self.log["best_checkpoint"]
         if path is None:
@@ -585,7 +594,11 @@ class RunFolder:
         moved = Path(self.args.output_dir, Path(path).name)
         if moved.is_file():
             self.log["best_checkpoint"] = str(moved)
-        elif not Path(path).is_file() and not self.finished:
+        elif not Path(path).is_file():
+            if self.finished:
+                way_out = f"to train it again, delete {self.folder} and repeat the command"
+                print(f"warning: {path} is gone; {way_out}")
+                return
             way_out = "put it back, or start again with --overwrite"
             raise InputError(f"{path}: the checkpoint of the best epoch so far is gone; {way_out}")
 
@@ -638,6 +651,9 @@ def lock_file(path, shared=False):
             file.close()
             way_out = "wait for it, or start another with --run_name"
             raise InputError(f"{path}: another process is training this run; {way_out}") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
     return file
 
 
@@ -761,6 +777,26 @@ def hash_of_pairs(pairs):
     return hashlib.sha256(repr([tuple(pair) for pair in pairs]).encode()).hexdigest()
 
 
+def read_values(args, people):
+    """{crop: value} of the column that --cross names; None without it."""
+    if not args.cross:
+        return None
+    finder = CropFinder(args, people.id_to_images)
+    columns = read_flag(args, "metadata", read_metadata, [args.cross], finder)
+    value_of = columns[args.cross]
+    crops = itertools.chain(*people.id_to_images.values())
+    refuse_missing_values(args.metadata, args.cross, value_of, crops)
+    return value_of
+
+
+def hashes_of_data(args, people):
+    """The part of a recipe that says what the run is trained on, by content."""
+    return {
+        "crops_sha256": hash_of_crops(people, read_values(args, people)),
+        "pairs_sha256": hash_of_pairs(people.pairs),
+    }
+
+
 def hash_of_crops(people, value_of=None):
     """A hash of who has which images, by their pixels, and of the images' values for --cross."""
     content = {}
@@ -867,27 +903,20 @@ class TwinTrainer:
         fold_of = deal_people_into_folds(self.people.pairs, args.folds, args.split_seed)
         return {name for name, fold in fold_of.items() if fold == args.fold}
 
-    def read_values(self):
-        """{crop: value} of the column that --cross names; None without it."""
-        args = self.args
-        if not args.cross:
-            return None
-        finder = CropFinder(args, self.people.id_to_images)
-        columns = read_flag(args, "metadata", read_metadata, [args.cross], finder)
-        value_of = columns[args.cross]
-        crops = itertools.chain(*self.people.id_to_images.values())
-        refuse_missing_values(args.metadata, args.cross, value_of, crops)
-        return value_of
-
     def load_data(self):
         """Read the crops, split the pairs and make the triplets."""
         args = self.args
         people = self.load_people()
         id_to_images, pairs = people.id_to_images, people.pairs
         self.fold_ids = self.find_fold_ids()
-        self.value_of = self.read_values()
+        self.value_of = read_values(args, people)
         # Its `pairs` are only those that make a triplet.
-        usable = TwinTripletDataset(id_to_images, pairs, value_of=self.value_of)
+        try:
+            usable = TwinTripletDataset(id_to_images, pairs, value_of=self.value_of)
+        except InputError as error:
+            if not args.cross:
+                raise
+            raise InputError(f"--cross {args.cross}: {error}") from error
         self.n_skipped = usable.n_skipped
         if self.value_of:
             self.say(describe_values(args.cross, usable, TwinTripletDataset(id_to_images, pairs)))
@@ -1073,9 +1102,7 @@ class TwinTrainer:
         recipe = {flag: getattr(self.args, flag) for flag in RECIPE}
         recipe["precision"] = self.precision
         recipe["weights_sha256"] = weights_hash
-        recipe["crops_sha256"] = hash_of_crops(self.people, self.value_of)
-        recipe["pairs_sha256"] = hash_of_pairs(self.people.pairs)
-        return recipe
+        return recipe | hashes_of_data(self.args, self.people)
 
     def make_config(self):
         """The content of config.json."""
@@ -1487,7 +1514,9 @@ def train_runs(runs):
         return run_sweep(runs)
     (args,) = runs
     trainer = TwinTrainer(args)
-    if not trainer.run.finished:
+    if trainer.run.finished:
+        trainer.run.refuse_other_recipe(hashes_of_data(args, trainer.load_people()))
+    else:
         align_if_asked(trainer)
     trainer.train()
     return []
@@ -1498,8 +1527,11 @@ def align_if_asked(trainer):
     args = trainer.args
     if args.skip_alignment:
         return
+    # Wrong files should fail now, not after an hour of alignment.
     if trainer.needs_start_file():
-        trainer.load_start()  # a wrong file should fail now, not after an hour of alignment
+        trainer.load_start()
+    if args.cross:
+        read_flag(args, "metadata", read_csv, ("path", args.cross))
     trainer.align()
 
 
@@ -1521,11 +1553,14 @@ def run_sweep(runs):
         for run_folder in finished:
             run_folder.refuse_other_recipe({"weights_sha256": weights_hash})
     processes = leader.processes
-    people = None
     if waiting:
         align_if_asked(leader)
-        people = leader.load_people()
-        leader.find_fold_ids()  # refuses too many --folds before any run is trained
+    people = leader.load_people()
+    # What is wrong with these is found here, before any run is trained.
+    leader.find_fold_ids()
+    read_values(leader.args, people)
+    for run_folder in finished:
+        run_folder.refuse_other_recipe(hashes_of_data(run_folder.args, people))
 
     def train(args):
         logs[args.run_name] = TwinTrainer(args, people).train()
@@ -1603,6 +1638,9 @@ def suggest_evaluation(logs, pretrained):
         purpose = "This command tests each run on the fold that it has not seen:"
         command += ["--skip_alignment", "--aligned_json", config["aligned_json"]]
         command += ["--test_pairs", config["train_pairs"]]
+    columns = {log["config"]["cross"] for log in logs}
+    if config["cross"] and len(columns) == 1:
+        command += ["--metadata", config["metadata"], "--cross", config["cross"]]
     return [purpose, shlex.join([*command, "--checkpoints", *checkpoints])]
 
 

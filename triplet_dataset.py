@@ -18,6 +18,7 @@ import reprlib
 import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -122,26 +123,32 @@ def is_image(path):
 
 
 def count_other_files(folder):
-    """How many files there are in a folder of people besides those that `list_people` takes."""
-    count = 0
+    """Counter of the files in a folder of people that `list_people` does not take, by kind.
+
+    A kind is the ending of a file's name, or its whole name if it has none.
+    """
+    kinds = Counter()
     for path in Path(folder).rglob("*"):
         is_in_place = path.parent.parent == Path(folder) and not path.parent.name.startswith(".")
         if path.is_file() and not (is_in_place and is_image(path)):
-            count += 1
-    return count
+            kinds[path.suffix.lower() or path.name] += 1
+    return kinds
 
 
 def read_csv_pairs(path, id_to_images):
-    """[[ID, ID], ...] of a CSV file of two columns, with or without a line of titles.
+    """([[ID, ID], ...], [note, ...]) of a CSV file of two columns, with titles or without.
 
     The first line is taken for titles, and left out, if nothing in it is an ID of `id_to_images`.
     """
-    rows = read_csv_rows(path, "expected a CSV file of two columns")
+    expected = "expected a CSV file in UTF-8 of two columns, ID and twin's ID"
+    rows = read_csv_rows(path, expected)
+    notes = []
     if rows and not any(compose_accents(name, path) in id_to_images for name in rows[0]):
-        rows = rows[1:]  # without the titles
+        notes.append(f"{path}: the first line, {','.join(rows[0])}, is taken for titles")
+        rows = rows[1:]
     if not rows:
-        raise InputError(f"{path}: expected two columns, ID and twin's ID, with at least one pair")
-    return rows
+        raise InputError(f"{path}: {expected}, with at least one pair")
+    return rows, notes
 
 
 def read_pairs(path, id_to_images, missing="has no images listed; add them or delete the pair"):
@@ -152,14 +159,14 @@ def read_pairs(path, id_to_images, missing="has no images listed; add them or de
     have. missing: how the message about such an ID ends.
     """
     if str(path).lower().endswith(".csv"):
-        content = read_csv_pairs(path, id_to_images)
+        content, notes = read_csv_pairs(path, id_to_images)
     else:
         content = read_json(path, '[["ID", "twin\'s ID"], ...] with at least one pair', list)
+        notes = []
     pairs = {}
     for number, entry in enumerate(content, 1):
         pair = parse_pair(f"{path}: pair {number}", entry, id_to_images, missing)
         pairs.setdefault(frozenset(pair), pair)
-    notes = []
     n_repeated = len(content) - len(pairs)
     if n_repeated:
         counts = f"{n_repeated} of {len(content)} pairs"

@@ -92,7 +92,12 @@ def train_and_test(args, data, recipe, folds):
     if code:
         raise SystemExit(f"{recipe.name}: the evaluation failed")
     logs = [json.loads(path.read_text()) for path in sorted(folder.glob("logs/*/*_log.json"))]
-    return logs, json.loads((folder / "results" / "comparison.json").read_text())
+    comparison = json.loads((folder / "results" / "comparison.json").read_text())
+    if len(comparison["settings"]) != 2:  # the start and the recipe
+        problem = "has networks of several settings"
+        way_out = "give a recipe one value of each flag, and take another --output"
+        raise SystemExit(f"{folder}/models {problem}; {way_out}")
+    return logs, comparison
 
 
 def to_file_name(recipe):
@@ -158,7 +163,9 @@ def plot_curves(path, results):
 
 
 def parse_recipe(text):
-    name, _, flags = text.partition(":")
+    name, colon, flags = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"must be 'NAME: FLAGS', not {text!r}")
     return Recipe(name.strip(), shlex.split(flags))
 
 
@@ -181,7 +188,14 @@ def parse_args(argv=None):
     add("--folds", type=int, default=3, help="number of folds (default 3); 0 for none")
     add("--seed", type=int, nargs="+", default=[1, 2, 3])
     add("--device", default="auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for what, names in (
+        ("--data", [data.name for data in args.data]),
+        ("--recipe", [to_file_name(recipe.name) for recipe in args.recipe]),
+    ):
+        if len(set(names)) < len(names):
+            parser.error(f"{what}: two have the same name, so they would share a folder")
+    return args
 
 
 def main(argv=None):

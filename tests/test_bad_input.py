@@ -570,7 +570,7 @@ def test_the_pairs_to_align_may_be_a_csv_file(tmp_path, run_script, titles):
 def test_pairs_as_csv_name_the_form_that_is_expected(tmp_path, refuses):
     path = tmp_path / "pairs.csv"
     path.write_text("id,twin\n")
-    refuses("train_twins.py", {"--train_pairs": path}, "--train_pairs", "expected two columns")
+    refuses("train_twins.py", {"--train_pairs": path}, "--train_pairs", "of two columns")
 
 
 def test_checkpoints_by_wildcard_and_folder(tmp_path, tiny_model):

@@ -935,6 +935,15 @@ def test_thresholds_of_the_start_are_found_by_the_hash_of_its_weights():
     assert ev.validation_thresholds(start, [start, run_from("A")]) == {"val_eer": 0.5}
 
 
+def test_cross_validations_of_other_numbers_of_folds_are_settings_of_their_own():
+    runs = []
+    for seed, folds in ((1, 3), (2, 3), (3, 5), (4, None)):
+        config = {"seed": seed, "folds": folds}
+        runs.append(checkpoint(f"seed{seed}", {}, config=config))
+    groups = [[run.name for run in group] for group in ev.group_by_recipe(runs)]
+    assert groups == [["seed1", "seed2"], ["seed3"], ["seed4"]]
+
+
 def test_other_weights_get_no_thresholds_of_the_start():
     other = checkpoint("start", weights="B")
     assert ev.validation_thresholds(other, [other, run_from("A")]) == {}
@@ -1536,6 +1545,13 @@ def test_validation_does_not_choose_among_those_with_different_people():
     a = validated("a", 0.8, "xy")
     b = validated("b", 0.9, "yx")
     assert chosen_of(a, b, validated("c", 1.0, "z")) is None
+
+
+def test_validation_does_not_choose_among_those_with_different_pairs_of_the_same_people():
+    a = validated("a", 0.8, "xy")
+    b = validated("b", 0.9, "xy")
+    b.facts["config"]["cross"] = "session"
+    assert chosen_of(a, b) is None
 
 
 def test_validation_does_not_choose_a_single_setting():

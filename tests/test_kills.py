@@ -4,6 +4,7 @@ Also two processes that would train one run. With KILLS in the environment, so m
 kind of run (3): `KILLS=20 python -m pytest tests/test_kills.py`.
 """
 
+import errno
 import os
 import random
 import resource
@@ -400,6 +401,21 @@ def test_all_runs_of_a_sweep_go_on_with_more_epochs(experiment):
         assert_same_result(experiment, name, f"alone_{mode}")
 
 
+def test_a_finished_run_that_is_interrupted_in_an_epoch_it_was_given_later_is_not_finished(
+    experiment, run, interrupt
+):
+    flags = f"--freeze_backbone {SHUFFLED}"
+    run(f"{flags} --epochs 3", "whole")
+    run(f"{flags} --epochs 2", "parts")
+    interrupt(f"{flags} --resume --epochs 3", 1, "parts")
+    assert experiment.log("parts")["stopped"] is None
+    command = experiment.flags(f"{flags} --resume", "parts")
+    place = command.index("--epochs")
+    del command[place : place + 2]  # so that it takes the number that it had last
+    assert train_twins.main(command) == 0
+    assert_same_result(experiment, "parts", "whole")
+
+
 # ---- killed --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_and_resumed_ends_the_same(experiment, kind):
@@ -500,6 +516,15 @@ def test_a_process_that_looked_before_another_trained_the_run_does_not_replace_i
     with pytest.raises(net.InputError):
         late.train()
     assert experiment.files() == before
+
+
+def test_runs_are_not_locked_on_a_file_system_without_locks(run, monkeypatch):
+    def flock(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    code, _ = run("--epochs 1")
+    assert code == 0
 
 
 def test_two_processes_train_two_runs_at_once(experiment, run):

@@ -328,6 +328,54 @@ def test_a_crop_that_is_not_in_use_is_known_as_an_image_without_crop(twins):
     assert finder(stranger, "pair 3") == ("test1a", None)
 
 
+def test_a_pair_that_is_listed_again_in_either_order_counts_once(twins, chosen_pairs, capsys):
+    rows = []
+    for row in chosen_pairs:
+        rows.append({"path_1": row["path_1"], "path_2": row["path_2"], "same": row["same"]})
+        rows.append({"path_1": row["path_2"], "path_2": row["path_1"], "same": row["same"]})
+    write_table(twins.folder / "twice.csv", rows)
+    result = evaluate(twins, "twice", f"--pair_list {twins.folder}/twice.csv")
+    found = [(row["path_1"], row["path_2"]) for row in result.pairs]
+    assert sorted(found) == sorted((row["path_1"], row["path_2"]) for row in chosen_pairs)
+    warning = f"warning: {len(chosen_pairs)} pairs of --pair_list are left out: "
+    assert warning in capsys.readouterr().out
+
+
+def test_the_column_of_folds_is_found_whatever_its_capitals(twins, chosen_pairs, of_list):
+    columns = {"path_1": "Path_1", "path_2": "path_2 ", "same": "SAME", "fold": "Fold"}
+    rows = [{title: row[column] for column, title in columns.items()} for row in chosen_pairs]
+    write_table(twins.folder / "capitals.csv", rows)
+    result = evaluate(twins, "capitals", f"--pair_list {twins.folder}/capitals.csv")
+    assert result.metrics["figures"] == of_list.metrics["figures"]
+
+
+def test_ten_folds_of_a_list_need_ten_families_with_both_kinds_of_pairs(twins, chosen_pairs):
+    few = []
+    for row in chosen_pairs:
+        family = int(re.search("[0-9]+", row["id_1"])[0])
+        if row["kind"] == "genuine" or family < 3:
+            few.append(row)
+    for columns in (("path_1", "path_2", "same"), ("path_1", "path_2", "same", "fold")):
+        rows = [{column: row[column] for column in columns} for row in few]
+        write_table(twins.folder / "few.csv", rows)
+        result = evaluate(twins, "few", f"--pair_list {twins.folder}/few.csv")
+        assert result.metrics["counts"]["families"] == 3
+        assert result.metrics["figures"]["accuracy_10_fold"]["value"] is None
+
+
+def test_figures_do_not_depend_on_the_order_of_the_files(twins):
+    images = json.loads(twins.aligned.read_text())
+    turned = twins.aligned.with_name("turned.json")
+    turned.write_text(json.dumps(dict(reversed(images.items()))))
+    pairs = twins.folder / "turned_pairs.json"
+    pairs.write_text(json.dumps(json.loads(twins.pairs.read_text())[::-1]))
+    expected = evaluate(twins, "all").metrics["figures"]
+    result = evaluate(twins, "turned", f"--aligned_json {turned} --test_pairs {pairs}")
+    for name, figure in result.metrics["figures"].items():
+        assert figure["value"] == pytest.approx(expected[name]["value"], abs=1e-6)
+        assert figure["interval"] == pytest.approx(expected[name]["interval"], abs=1e-6)
+
+
 WRONG_LISTS = {
     "an unknown path": ("x.png,{b},0", "pair 1: no image 'x.png' in"),
     "a wrong label": (
@@ -337,6 +385,8 @@ WRONG_LISTS = {
     "no label": ("{a},{b},", "pair 1: same must be 1 or 0, not ''"),
     "strangers": ("{a},{stranger},0", "test0a and test1a are no twins by --test_pairs"),
     "an image with itself": ("{a},{a},1", "an image is paired with itself"),
+    "too many values": ("{a},{b},0,x", "row 1 has 4 values; put values with a comma"),
+    "an empty fold": ("{a},{b},0,", "pair 1: fold is empty"),
     "nothing": ("", "and at least one row"),
 }
 
@@ -344,10 +394,13 @@ WRONG_LISTS = {
 @pytest.mark.parametrize("case", WRONG_LISTS)
 def test_a_wrong_pair_list_is_refused(twins, case, capsys):
     row, message = WRONG_LISTS[case]
+    titles = "path_1,path_2,same"
+    if case == "an empty fold":
+        titles += ",fold"
     images = twins.images
     row = row.format(a=images["test0a"][0], b=images["test0b"][0], stranger=images["test1a"][0])
     path = twins.folder / "wrong.csv"
-    path.write_text(f"path_1,path_2,same\n{row}\n")
+    path.write_text(f"{titles}\n{row}\n")
     arguments = (
         f"--skip_alignment --test_pairs {twins.pairs} --aligned_json {twins.aligned} --device cpu "
         f"--id_to_images none --output_dir {twins.folder}/wrong "
@@ -400,15 +453,39 @@ def test_pairs_within_sessions_and_all_pairs_stand_beside(twins, stratified):
 
 def test_strata_of_a_column_are_pairs_of_one_value_and_of_two(twins, stratified):
     strata = stratified.metrics["strata"]
-    for value in ("no", "yes", "different"):
+    for value in ("no", "yes", "two values"):
         rows = []
         for row in stratified.pairs:
             both = {twins.metadata[row[path]][1] for path in ("path_1", "path_2")}
-            if both == {value} or (value == "different" and len(both) == 2):
+            if both == {value} or (value == "two values" and len(both) == 2):
                 rows.append(row)
         stratum = strata[f"glasses: {value}"]
         assert stratum["figures"]["auc"]["value"] == pytest.approx(auc_of(rows), abs=1e-6)
         assert stratum["counts"]["twin"] == sum(row["kind"] == "twin" for row in rows)
+
+
+def test_a_stratum_without_pairs_of_a_kind_is_named(twins, capsys):
+    first, *others = twins.metadata
+    rows = [{"path": first, "glasses": "sun"}] + [{"path": x, "glasses": "no"} for x in others]
+    write_table(twins.folder / "rare.csv", rows)
+    result = evaluate(twins, "rare", f"--metadata {twins.folder}/rare.csv --by glasses")
+    assert list(result.metrics["strata"]) == ["glasses: no", "glasses: two values"]
+    note = "glasses: sun: there are no figures, with 0 genuine and 0 twin pairs"
+    assert f"warning: {note}" in capsys.readouterr().out
+    assert note in json.loads((result.folder / "comparison.json").read_text())["warnings"]
+    assert note in (result.folder / "report.html").read_text()
+
+
+def test_terminal_and_page_say_which_genuine_pairs_count(twins, capsys):
+    flags = f"--metadata {twins.folder}/metadata.csv --cross session"
+    result = evaluate(twins, "cross", flags)
+    line = "The genuine pairs are only those whose images have two values of session."
+    assert line in capsys.readouterr().out
+    assert line in (result.folder / "report.html").read_text()
+    comparison = json.loads((result.folder / "comparison.json").read_text())
+    assert flags in comparison["command"]
+    evaluate(twins, "cross")
+    assert not (result.folder / "strata.png").exists()
 
 
 def test_strata_have_a_picture(stratified):
@@ -426,19 +503,40 @@ WRONG_METADATA = {
     ),
     "one value": ("--cross session", None, "nobody has images with two values of session"),
     "no metadata": ("--cross session", "", "--cross and --by need --metadata"),
+    "no column": ("", None, "--metadata is of no use without --cross or --by"),
+    "a value that is missing as pandas writes it": (
+        "--by session",
+        "path,session\n{a},NaN\n",
+        "images have no session",
+    ),
+    "two spellings of a value": (
+        "--by session",
+        "path,session\n{a},S\n",
+        "session has the values 'S' and 's'; give them one spelling",
+    ),
+    "a number with and without decimals": (
+        "--by session",
+        "path,session\n{a},1\n{b},1.0\n",
+        "session has the values '1' and '1.0'",
+    ),
+    "two columns of one title": (
+        "--cross session",
+        "path,session,Session\n{a},s,t\n",
+        "two columns have one title",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_METADATA)
 def test_wrong_metadata_is_refused(twins, case, capsys):
     flags, text, message = WRONG_METADATA[case]
-    a = twins.images["test0a"][0]
+    a, b, *others = twins.metadata
     path = twins.folder / "wrong_metadata.csv"
     if text is None:
-        text = "path,session\n" + "".join(f"{crop},s\n" for crop in twins.metadata)
-    elif text.endswith("session\n"):
-        text += "".join(f"{crop},s\n" for crop in list(twins.metadata)[1:])
-    path.write_text(text.format(a=a))
+        text = "path,session\n{a},s\n"
+    text = text.format(a=a, b=b)
+    text += "".join(f"{crop},s\n" for crop in (b, *others) if crop not in text)
+    path.write_text(text)
     arguments = (
         f"--skip_alignment --test_pairs {twins.pairs} --aligned_json {twins.aligned} --device cpu "
         f"--id_to_images none --output_dir {twins.folder}/wrong "
@@ -497,6 +595,39 @@ def test_training_across_sessions_says_what_is_left(experiment, run, capsys):
     run(flags)
     said = capsys.readouterr().out
     assert "triplets have a positive with another session than the anchor; 1 people" in said
+
+
+def test_the_suggested_evaluation_is_across_sessions_too(experiment, capsys):
+    _, flags = sessions_of(experiment)
+    assert train_twins.main(experiment.flags(f"{flags} --epochs 1 --seed 1 2", "")) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "evaluate_twins.py" in x]
+    assert f" --metadata {experiment.folder}/metadata.csv --cross session " in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--cross day --metadata {metadata}", "with the columns path, day"),
+        ("--cross session --metadata missing.csv", "--metadata missing.csv: No such file"),
+        ("--metadata {metadata}", "--metadata is of no use without --cross"),
+        ("--cross place --metadata {metadata}", "--cross place: no pair makes a triplet"),
+    ],
+)
+@pytest.mark.parametrize("sweep", ["", "--folds 3"])
+def test_wrong_metadata_ends_training_before_its_first_run(
+    experiment, capsys, flags, message, sweep
+):
+    sessions_of(experiment)
+    metadata = experiment.folder / "metadata.csv"
+    lines = [f"{line},here" for line in metadata.read_text().splitlines()]
+    metadata.write_text("\n".join([lines[0].replace("here", "place"), *lines[1:]]))
+    if sweep and "place" in flags:
+        pytest.skip("each of the runs says so")
+    flags = experiment.flags(f"{sweep} {flags.format(metadata=metadata)}", "")
+    assert train_twins.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (experiment.folder / "logs").exists()
 
 
 def test_validation_across_sessions_is_across_sessions_too(experiment, run):
@@ -626,6 +757,17 @@ def test_a_missing_fold_is_named(cross_validation, capsys):
     assert ev.main([*cross_validation.evaluation, *some]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the runs of folds [3] of 3 are missing" in line
+
+
+def test_a_test_pair_of_two_folds_is_named(cross_validation, tmp_path, capsys):
+    first, second, *_ = [content["config"]["fold_ids"] for content in cross_validation.contents]
+    pairs = json.loads(cross_validation.experiment.pairs.read_text())
+    divided = [first[0], second[0]]
+    (tmp_path / "pairs.json").write_text(json.dumps([*pairs, divided]))
+    flags = [*cross_validation.evaluation, "--test_pairs", str(tmp_path / "pairs.json")]
+    assert ev.main([*flags, "--checkpoints", *cross_validation.checkpoints]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{' and '.join(divided)} are a test pair, but in different folds" in line
 
 
 def test_a_run_of_a_fold_is_still_refused_on_the_people_whom_it_has_seen(

@@ -839,6 +839,11 @@ def test_default_run_names(tmp_path, monkeypatch, flags, name):
     assert RunFolder(args).name == name
 
 
+def with_metadata(flags):
+    """Flags with --metadata if they need it."""
+    return f"{flags} --metadata metadata.csv" if "--cross" in flags else flags
+
+
 OTHER_VALUES = {
     "distance": "euclidean",
     "images_per_batch": "48",
@@ -863,7 +868,7 @@ def test_the_flags_whose_place_in_the_name_is_tested_are_all_of_the_recipe():
 @pytest.mark.parametrize("flag", OTHER_VALUES)
 def test_a_runs_name_says_each_flag_of_the_recipe_that_is_not_the_default(flag):
     value = OTHER_VALUES[flag]
-    name = default_name(f"--{flag} {value} --metadata metadata.csv")
+    name = default_name(with_metadata(f"--{flag} {value}"))
     assert name == f"full_100pct_margin0.3_{flag}{value}"
 
 
@@ -878,7 +883,7 @@ def test_a_runs_name_spells_a_large_rate_as_numbers_are_spelt():
 
 def test_a_runs_name_that_is_too_long_for_a_file_is_cut_and_still_its_own():
     all_others = " ".join(f"--{flag} {value}" for flag, value in OTHER_VALUES.items())
-    all_others += " --metadata metadata.csv"
+    all_others = with_metadata(all_others)
     first, second = (default_name(f"{all_others} --seed {seed}") for seed in (1, 2))
     assert first != second
     for name in (first, second):
@@ -1588,7 +1593,7 @@ def summary(out):
 @pytest.mark.parametrize("flag", OTHER_VALUES)
 def test_every_flag_of_the_recipe_takes_several_values(flag):
     another = "32" if flag == "batch_size" else str(RECIPE[flag].default)
-    runs = parse_runs([f"--{flag}", OTHER_VALUES[flag], another, "--metadata", "metadata.csv"])
+    runs = parse_runs(with_metadata(f"--{flag} {OTHER_VALUES[flag]} {another}").split())
     assert len({getattr(run, flag) for run in runs}) == 2
 
 
@@ -1826,6 +1831,59 @@ def test_a_sweep_ranks_nothing_without_settings_and_common_validation(many_famil
     assert "python evaluate_twins.py --checkpoints" in out
     assert "Validation chooses" not in out
     assert "Differences" not in out
+
+
+def test_a_sweep_over_columns_of_metadata_ranks_nothing(many_families, capsys):
+    """Each column has other validation pairs."""
+    metadata = many_families.folder / "metadata.csv"
+    lines = ["path,day,place"]
+    for paths in many_families.images.values():
+        lines += [f"{path},{number},{number % 2}" for number, path in enumerate(paths)]
+    metadata.write_text("\n".join(lines))
+    flags = f"--freeze_backbone --epochs 1 {MANY_VALIDATE}"
+    flags += f" --metadata {metadata} --cross day place"
+    assert train_twins.main(many_families.flags(flags, "")) == 0
+    assert "Validation chooses" not in capsys.readouterr().out
+
+
+def test_the_name_of_a_run_is_never_a_path():
+    (args,) = parse_runs(with_metadata("--cross date/time").split())
+    assert args.run_name == "full_100pct_margin0.3_crossdate%2Ftime"
+
+
+@pytest.mark.parametrize("sweep", ["", "--seed 1 2"])
+@pytest.mark.parametrize("changed", ["crops", "pairs"])
+def test_a_finished_run_of_other_crops_or_pairs_is_not_taken_for_this_one(
+    experiment, refusal, sweep, changed
+):
+    assert train_twins.main(experiment.flags(f"--freeze_backbone --epochs 1 {sweep}", "")) == 0
+    if changed == "crops":
+        next(iter(experiment.images.values()))[0].unlink()
+    else:
+        pairs = json.loads(experiment.pairs.read_text())
+        experiment.pairs.write_text(json.dumps(pairs[:-1]))
+    flags = experiment.flags(f"--freeze_backbone --epochs 1 --resume {sweep}", "")
+    assert train_twins.main(flags) == 2
+    line = refusal()
+    assert f"the {changed} are others than at its start" in line
+    assert "--overwrite replaces it" in line
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_says_how_to_train_it_again(
+    experiment, run, capsys
+):
+    _, log = run("--epochs 1")
+    Path(log["best_checkpoint"]).unlink()
+    capsys.readouterr()
+    code, _ = run("--epochs 1 --resume")
+    assert code == 0
+    folder = experiment.folder / "logs" / "run"
+    line = f"is gone; to train it again, delete {folder} and repeat the command"
+    assert line in capsys.readouterr().out
+    shutil.rmtree(folder)
+    code, again = run("--epochs 1 --resume")
+    assert code == 0
+    assert again["best_checkpoint"] == log["best_checkpoint"]
 
 
 def test_several_runs_cannot_share_a_name(run, refusal):

@@ -882,6 +882,21 @@ def test_the_first_line_of_a_csv_file_is_no_title_if_its_ids_are_decomposed(tmp_
     assert pairs == [(COMPOSED, f"{COMPOSED}2"), ("a", "b")]
 
 
+@pytest.mark.parametrize(("titles", "n_notes"), [("", 0), ("id,twin\n", 1)])
+def test_a_first_line_that_is_taken_for_titles_is_said(tmp_path, titles, n_notes):
+    (tmp_path / "x.csv").write_text(f"{titles}a,b\n")
+    pairs, notes = td.read_pairs(tmp_path / "x.csv", {"a": [], "b": []})
+    assert pairs == [("a", "b")]
+    assert notes == [f"{tmp_path}/x.csv: the first line, id,twin, is taken for titles"] * n_notes
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_table_in_another_encoding_says_which_one_is_expected(tmp_path, encoding):
+    (tmp_path / "x.csv").write_text("Jürgen,Jörg\n", encoding=encoding)
+    with pytest.raises(InputError, match=r"x\.csv: .*expected a CSV file in UTF-8"):
+        td.read_pairs(tmp_path / "x.csv", {"Jürgen": [], "Jörg": []})
+
+
 def test_an_id_in_both_spellings_is_refused_for_the_user_to_merge(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({COMPOSED: ["x"], DECOMPOSED: ["y"]}))
     with pytest.raises(InputError, match=r"x\.json: ID .* is there in two spellings; merge"):
@@ -917,12 +932,20 @@ def test_a_folder_of_people_gives_full_paths(folder_of_people, monkeypatch):
     assert td.read_id_to_images("people") == expected
 
 
+def test_heic_photographs_are_listed_though_nothing_can_read_them(folder_of_people):
+    (folder_of_people / "Carla" / "IMG_1.HEIC").write_bytes(b"")
+    listed = td.read_id_to_images(folder_of_people)
+    assert listed["Carla"] == [str(folder_of_people / "Carla/IMG_1.HEIC")]
+
+
 def test_all_other_files_of_a_folder_of_people_are_counted(folder_of_people):
     listed = td.read_id_to_images(folder_of_people)
     n_listed = sum(len(images) for images in listed.values())
     n_files = sum(path.is_file() for path in folder_of_people.rglob("*"))
     assert (n_files, n_listed) == (10, 3)
-    assert td.count_other_files(folder_of_people) == 7
+    kinds = td.count_other_files(folder_of_people)
+    assert sum(kinds.values()) == 7
+    assert kinds == {".jpg": 4, ".txt": 1, ".md": 1, ".DS_Store": 1}
 
 
 def test_a_folder_without_a_photograph_of_anyone_is_refused(tmp_path):
@@ -947,20 +970,23 @@ def test_pairs_are_read_from_a_table_with_or_without_titles(tmp_path, titles, ma
     text = f'{mark}{titles}a,b\n\n"c, the second", 007\nb,a\n'
     (tmp_path / "x.CSV").write_bytes(text.replace("\n", end).encode())
     images = {"a": [], "b": [], "c, the second": [], "007": []}
-    pairs, warnings = td.read_pairs(tmp_path / "x.CSV", images)
+    pairs, notes = td.read_pairs(tmp_path / "x.CSV", images)
     assert pairs == [("a", "b"), ("c, the second", "007")]
-    assert warnings == ["1 of 3 pairs repeat an earlier one; each is used once"]
+    assert notes[-1] == "1 of 3 pairs repeat an earlier one; each is used once"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected two columns, ID and twin's ID, with at least one pair"),
-        (b"ID,twin\n", "expected two columns, ID and twin's ID, with at least one pair"),
+        (b"", "expected a CSV file in UTF-8 of two columns, ID and twin's ID, with at least one"),
+        (
+            b"ID,twin\n",
+            "expected a CSV file in UTF-8 of two columns, ID and twin's ID, with at least one",
+        ),
         (b"a;b\nb;a\n", r"pair 1 is \['b;a'\]; expected two IDs"),
         (b"a,b,c\n", r"pair 1 is \['a', 'b', 'c'\]; expected two IDs"),
         (b"a,nobody\n", "pair 1: ID 'nobody' has no images listed"),
-        ("a,b\né,b".encode("latin-1"), "expected a CSV file of two columns"),
+        ("a,b\né,b".encode("latin-1"), "expected a CSV file in UTF-8 of two columns"),
     ],
 )
 def test_wrong_tables_are_refused_with_file_entry_and_form(tmp_path, content, message):
