@@ -172,11 +172,12 @@ class RankedPairs:
         self.general_below = np.searchsorted(general.scores, genuine.scores, "left")
         self.general_not_above = np.searchsorted(general.scores, genuine.scores, "right")
         if genuine.fold is not None:
-            # For each genuine and then each twin pair, the lowest threshold that rejects it, as
-            # the index of a cell in a table with a row for each fold, flattened.
+            # `accuracy_of_folds` has a table with a row for each fold and a column for each
+            # threshold, and its cells are numbered row by row. For each genuine and then each twin
+            # pair: the cell of its fold and of the lowest threshold that rejects it.
             fold = np.concatenate([genuine.fold, twin.fold])
             lowest_above = np.searchsorted(self.thresholds, scores, "right")
-            self.rejected_at = fold * len(self.thresholds) + lowest_above
+            self.rejection_cell = fold * len(self.thresholds) + lowest_above
 
     def metrics(self, weights, given_thresholds):
         """{name: value} for weights (F,) of the families; see `verification_metrics`.
@@ -232,7 +233,7 @@ class RankedPairs:
         n_twin = np.bincount(self.twin.fold, twin_weights, N_FOLDS)
         gains = np.concatenate([-genuine_weights, twin_weights])
         n_thresholds = len(self.thresholds)
-        gained = np.bincount(self.rejected_at, gains, N_FOLDS * n_thresholds)
+        gained = np.bincount(self.rejection_cell, gains, N_FOLDS * n_thresholds)
         n_right = n_genuine[:, None] + gained.reshape(N_FOLDS, n_thresholds).cumsum(1)
         n_right_elsewhere = n_right.sum(0) - n_right
         chosen = n_right_elsewhere.argmax(1)
@@ -341,9 +342,10 @@ def share_below(scores, sums, threshold):
 
 
 class Estimate(NamedTuple):
-    """The metrics of one network: {name: float or None}, and {name: (R,)} of its R resamples.
+    """The metrics of one network.
 
-    With too few families for resamples, `samples` is None.
+    `figures`: {name: float or None}. `samples`: {name: (R,)} of its R resamples; None if there are
+    too few families for them. `n_families`: how many families there are to draw from.
     """
 
     figures: dict
@@ -359,14 +361,15 @@ class TwinEvaluator:
     the seed, with replacement (`general_is_sampled`).
     `family` (N,): the family of each image, from 0 to `n_families` - 1. Families without an image
     have no number.
-    `counts`: how many images, pairs of each kind and families there are.
+    `counts`: how many images, pairs of each kind and families there are. "families" are those with
+    genuine pairs or those with twin pairs, whichever are fewer.
     `weightings` (R, F): how often each resample draws each family, the same for all networks.
     `folds` {kind: (K,)}: the fold of each genuine and twin pair. Whole families are dealt by the
-    seed, so that folds have about equally many pairs; {} if fewer than N_FOLDS families have
-    genuine pairs or fewer have twin pairs.
+    seed, so that folds have about equally many pairs; {} if "families" of `counts` is less than
+    N_FOLDS.
 
     listed: ListedPairs. Only these are the genuine and twin pairs, in the folds that they name, if
-    they name any, and "families" of `counts` are only those with such pairs.
+    they name any.
     group_of: {ID: number of a group}. General pairs are only of people of one group; a family must
     not be in two.
     Raises InputError if there is no genuine or no twin pair.
@@ -381,13 +384,8 @@ class TwinEvaluator:
         group_of: dict | None = None,
     ):
         self.images = images
-        generator = np.random.default_rng(seed)
-        # In the order of their smallest IDs, so that results do not depend on that of the files.
-        smallest_id = {}
-        for name, family in zip(images.ids, images.family_of_person, strict=True):
-            smallest_id[family] = min(name, smallest_id.get(family, name))
-        names = [smallest_id[family] for family in images.family]
-        _, self.family = np.unique(names, return_inverse=True)
+        self.family = number_families(images)
+        self.n_families = len(np.unique(self.family))
         if listed:
             self.rows, self.folds = rows_of_list(listed, images)
         else:
@@ -397,20 +395,17 @@ class TwinEvaluator:
         group = np.zeros(len(self.family), np.int64)
         if group_of:
             group = np.array([group_of[images.ids[person]] for person in images.person])
+        generator = np.random.default_rng(seed)
         self.rows["general"], n_general = general_pairs(self.family, group, generator)
         self.general_is_sampled = n_general > MAX_GENERAL_PAIRS
-        self.n_families = len(np.unique(self.family))
+        n_with_pairs = min(self._count_families(kind) for kind in ("genuine", "twin"))
         self.counts = {
             "images": len(self.family),
             "genuine": len(self.rows["genuine"]),
             "twin": len(self.rows["twin"]),
             "general": n_general,
-            "families": self.n_families,
+            "families": n_with_pairs,
         }
-        # Families with pairs of each kind, or the fewer of the two.
-        n_with_pairs = min(self._count_families(kind) for kind in ("genuine", "twin"))
-        if listed:
-            self.counts["families"] = n_with_pairs
         if n_with_pairs < N_FOLDS:
             self.folds = {}
         elif not self.folds:
@@ -425,10 +420,11 @@ class TwinEvaluator:
             "twin": "there is no pair with images of both twins",
         }
         for kind, reason in reasons.items():
+            if len(self.rows[kind]):
+                continue
             if listed:
                 reason = f"--pair_list has no {kind} pair whose images both have a crop"
-            if len(self.rows[kind]) == 0:
-                raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
+            raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
 
     def _count_families(self, kind):
         """How many families have pairs of a kind."""
@@ -553,15 +549,28 @@ class TwinEvaluator:
             return Estimate(figures, None, n_families)
         weightings = self.weightings
         if description:
-            weightings = self._shown_weightings(description)
+            weightings = self._weightings_with_progress(description)
         samples = self._metrics(scores, weightings, given_thresholds)
         return Estimate(figures, samples, n_families)
 
-    def _shown_weightings(self, description):
+    def _weightings_with_progress(self, description):
         """Yield the weightings of the resamples, with a progress bar and interrupts."""
         for weights in progress(self.weightings, description, "resample"):
             interrupt.raise_if_asked()
             yield weights
+
+
+def number_families(images):
+    """(N,) int: the family of each image, from 0; families without an image have no number.
+
+    They are numbered in the order of their smallest IDs, so that results do not depend on the order
+    of the files.
+    """
+    smallest_id = {}
+    for name, family in zip(images.ids, images.family_of_person, strict=True):
+        smallest_id[family] = min(name, smallest_id.get(family, name))
+    _, numbers = np.unique([smallest_id[family] for family in images.family], return_inverse=True)
+    return numbers
 
 
 def genuine_pairs(images):
@@ -623,18 +632,11 @@ def rows_of_list(listed, images):
     folds = {"genuine": [], "twin": []}
     seen = set()
     for pair in listed:
-        for name in pair.ids:
-            if name not in family_of:
-                raise InputError(f"{pair.where}: ID {name!r} is in no pair of --test_pairs")
-        if family_of[pair.ids[0]] != family_of[pair.ids[1]]:
-            # Siblings count as twins, also without a pair of their own in --test_pairs.
-            message = f"{' and '.join(pair.ids)} are no twins by --test_pairs"
-            raise InputError(f"{pair.where}: {message}; delete the entry")
-        if pair.crops[0] == pair.crops[1] and pair.crops[0]:
-            raise InputError(f"{pair.where}: an image is paired with itself; delete the entry")
+        check_listed_pair(pair, family_of)
         kind = "genuine" if pair.same else "twin"
-        is_repeated = frozenset(pair.crops) in seen
-        seen.add(frozenset(pair.crops))
+        in_any_order = frozenset(pair.crops)
+        is_repeated = in_any_order in seen
+        seen.add(in_any_order)
         if all(crop in row_of for crop in pair.crops) and not is_repeated:
             rows[kind].append([row_of[crop] for crop in pair.crops])
             folds[kind].append(fold_names.index(pair.fold))
@@ -642,6 +644,22 @@ def rows_of_list(listed, images):
     if not has_folds:
         return rows, {}
     return rows, {kind: np.array(found, np.int64) for kind, found in folds.items()}
+
+
+def check_listed_pair(pair, family_of):
+    """Raise InputError for a ListedPair of strangers, or of an image with itself.
+
+    family_of: {ID: family} of the test people.
+    """
+    for name in pair.ids:
+        if name not in family_of:
+            raise InputError(f"{pair.where}: ID {name!r} is in no pair of --test_pairs")
+    # Siblings count as twins, also without a pair of their own in --test_pairs.
+    if family_of[pair.ids[0]] != family_of[pair.ids[1]]:
+        message = f"{' and '.join(pair.ids)} are no twins by --test_pairs"
+        raise InputError(f"{pair.where}: {message}; delete the entry")
+    if pair.crops[0] == pair.crops[1] and pair.crops[0]:
+        raise InputError(f"{pair.where}: an image is paired with itself; delete the entry")
 
 
 # ---- comparison with a baseline ------------------------------------------------------------------
@@ -808,6 +826,12 @@ class Checkpoint:
         return (test_ids & self.fold_ids) or test_ids
 
     @property
+    def seen_ids(self):
+        """The IDs that it was trained or validated on, in this or an earlier round of training."""
+        own = {*self.config.get("train_ids", []), *self.config.get("val_ids", [])}
+        return own | {*self.facts.get("seen_ids", [])}
+
+    @property
     def recipe(self):
         """What makes two training runs the same setting; {} for upstream's and for older files."""
         return self.config.get("recipe", {})
@@ -858,11 +882,12 @@ def group_settings(checkpoints):
 
 def compare_group(group, baseline=None):
     """(figures, {label of a stratum: figures}) of Checkpoints that are one setting."""
-    figures = compare([checkpoint.estimate for checkpoint in group], baseline and baseline.estimate)
+    against = None if baseline is None else baseline.estimate
+    figures = compare([checkpoint.estimate for checkpoint in group], against)
     strata = {}
     for label in group[0].strata or {}:
-        estimates = [checkpoint.strata[label] for checkpoint in group]
-        strata[label] = compare(estimates, baseline and baseline.strata[label])
+        against = None if baseline is None else baseline.strata[label]
+        strata[label] = compare([checkpoint.strata[label] for checkpoint in group], against)
     return figures, strata
 
 
@@ -1094,6 +1119,7 @@ def comparison_row(checkpoint, name, figure):
     }
 
 
+# The columns of the tables, {title: figure}, and what stands below the first one.
 STRATA_COLUMNS = {"AUC": "auc", "EER %": "eer", "FNMR %": "fnmr_0.001"}
 TABLE_COLUMNS = {
     "EER %": "eer",
@@ -1105,6 +1131,11 @@ TABLE_COLUMNS = {
     "FNMR %": "fnmr_0.001",
     "general AUC": "general_auc",
 }
+TABLE_NOTES = (
+    "Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.",
+    "10-fold: accuracy on ten folds of families, mean and standard deviation.",
+    "A dash means that there are too few pairs or families to say.",
+)
 
 
 def comparison_table(settings, chosen):
@@ -1118,9 +1149,7 @@ def comparison_table(settings, chosen):
         for name in TABLE_COLUMNS.values():
             cells.append(f"  {describe_figure(setting.figures, name):>13}")
         lines.append(f"{setting.name:{width}}{''.join(cells)}")
-    lines.append("Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.")
-    lines.append("10-fold: accuracy on ten folds of families, mean and standard deviation.")
-    lines.append("A dash means that there are too few pairs to say.")
+    lines += TABLE_NOTES
     for setting in settings:
         if setting is not baseline:
             lines += describe_setting(setting, baseline)
@@ -1189,22 +1218,18 @@ def describe_cross(args):
 def describe_operating_points(setting):
     """The lines of the table that say what the thresholds of the validation people really give."""
     lines = []
+    labels = {"twin_fmr": "twin FMR", "general_fmr": "general FMR", "fnmr": "FNMR"}
     for point, (_, purpose) in OPERATING_POINTS.items():
-        rates = {
-            "twin FMR": setting.figures[f"twin_fmr_{point}"],
-            "general FMR": setting.figures[f"general_fmr_{point}"],
-            "FNMR": setting.figures[f"fnmr_{point}"],
-        }
         texts = []
-        for label, figure in rates.items():
+        for rate, label in labels.items():
+            figure = setting.figures[f"{rate}_{point}"]
             if figure["value"] is None:
                 continue
-            percent = 100 * figure["value"]
-            bounds = figure["interval"] or []
-            bounds_in_percent = [100 * bound for bound in bounds]
-            texts.append(f"{label} {format_with_interval(percent, bounds_in_percent, '.3g')} %")
-        at = f"at the validation people's threshold for {purpose}"
+            bounds = [100 * bound for bound in figure["interval"] or []]
+            percent = format_with_interval(100 * figure["value"], bounds, ".3g")
+            texts.append(f"{label} {percent} %")
         if texts:
+            at = f"at the validation people's threshold for {purpose}"
             lines.append(f"  {setting.name}, {at}: {', '.join(texts)}.")
     return lines
 
@@ -1289,17 +1314,17 @@ def plot_rates(axes, curves, kind):
 
     curves: [(name, scores as of TwinEvaluator.score, {metric: value} for the legend), ...].
     """
-    _, scores, _ = curves[0]  # all have the same pairs
-    # A logarithmic axis has no 0: curves end at one pair.
-    lowest = min(10, 100 / len(scores["twin"]))
+    _, scores_of_first, _ = curves[0]
+    n_twin_pairs = len(scores_of_first["twin"])  # all networks have the same pairs
+    lowest = min(10, 100 / n_twin_pairs)  # a logarithmic axis has no 0: curves end at one pair
     for name, scores, figures in curves:
         fmr, fnmr = error_rates(scores)
         at_eer = int(np.argmin(np.abs(fmr - fnmr)))
-        short_lines = wrap_name(name, 32)  # which leave the curves their room
+        wrapped_name = wrap_name(name, 32)  # a wide legend would narrow the curves
         axes.plot(
             np.maximum(fmr, lowest),
             100 - fnmr if kind == "roc" else fnmr,
-            label=f"{short_lines}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
+            label=f"{wrapped_name}\nAUC {figures['auc']:.3f}, EER {100 * figures['eer']:.1f} %",
             drawstyle="steps-post",
             marker="o",
             markevery=[at_eer],
@@ -1376,7 +1401,7 @@ def describe_rates(scores, threshold):
     for kind in ("twin", "general"):
         if len(scores[kind]):
             rate = 100 * (scores[kind] >= threshold).mean()
-            lines.append(f"{kind} FMR {rate:.2g} %")
+            lines.append(f"{kind} FMR {rate:.3g} %")  # two digits would make 99.6 1e+02
     return "\n".join(lines)
 
 
@@ -1535,6 +1560,8 @@ def plot_data_percentage(path, settings):
         differing = setting.differing.items()
         others = [words for flag, words in differing if flag != "train_percentage"]
         label = ", ".join(others) or "all runs"
+        if share in lines.get(label, {}):  # the recipe comes again, as with two epochs of one run
+            label = setting.name
         lines.setdefault(label, {})[share] = setting.figures
         ticks[share] = f"{share} %\n{first.config['n_touched_images']} images"
 
@@ -1605,46 +1632,14 @@ def write_report(args, settings, chosen, strata, evaluator, notes, device):
     notes: the warnings about the data.
     """
     folder = Path(args.output_dir)
-    baseline = settings[0]
     parts = ["<h1>Telling identical twins apart</h1>"]
-    if len(settings) > 1:
-        parts.append(f"<p>Do these networks do it better than {escape(baseline.name)}?</p>")
-    for setting in settings[1:]:
-        for line in describe_setting(setting, baseline):
-            parts.append(f"<p><strong>{escape(line)}</strong></p>")
-    for setting in settings:
-        for line in describe_overlap(setting):
-            parts.append(f"<p><strong>{escape(line)}</strong></p>")
-    if chosen:
-        parts.append(f"<p>Validation would have chosen: {escape(chosen)}.</p>")
-    parts += [f"<p>Note: {escape(note)}.</p>" for note in notes]
+    parts += html_of_answer(settings, chosen, notes)
     parts.append("<h2>Figures</h2>")
-    if args.cross:
-        parts.append(f"<p>{escape(describe_cross(args))}</p>")
-    if args.pair_list:
-        parts.append(f"<p>The genuine and twin pairs are those of {escape(args.pair_list)}.</p>")
-    parts.append(html_table(["setting", *TABLE_COLUMNS], rows_of_figures(settings)))
-    parts.append(
-        "<p>In brackets: 95 % intervals by bootstrap over families. 10-fold: accuracy on ten folds "
-        "of families. Twin FMR and FNMR are at the threshold where the general FMR is 0.1 %.</p>"
-    )
-    if strata:
-        parts.append(f"<pre>{escape(strata_table(settings, strata))}</pre>")
-    names = ["comparison.png"]
-    if strata:
-        names.append("strata.png")
-    if any("train_percentage" in setting.checkpoints[0].recipe for setting in settings[1:]):
-        names.append("data_percentage.png")
-    parts += [html_figure(folder / name) for name in names]
+    parts += html_of_figures(args, settings, strata)
+    parts += html_of_comparison_pictures(folder, settings)
     for setting in settings:
         parts.append(f"<h2>{escape(setting.name)}</h2>")
-        hardest = describe_hardest_families(setting)
-        if hardest:
-            parts.append(f"<p>Hardest families: {escape(hardest)}.</p>")
-        parts += [f"<p>{escape(line)}</p>" for line in describe_operating_points(setting)]
-        results = folder / setting.checkpoints[0].name
-        for name in ("roc_curve", "det_curve", "score_distributions", "hardest_pairs"):
-            parts.append(html_figure(results / f"{name}.png"))
+        parts += html_of_setting(folder, setting)
     parts.append("<h2>How this was measured</h2>")
     parts.append(html_table(["what", "how many"], evaluator.counts.items()))
     parts.append(html_table(["", ""], list_conditions(args, settings, device)))
@@ -1657,6 +1652,62 @@ def write_report(args, settings, chosen, strata, evaluator, notes, device):
     )
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def html_of_answer(settings, chosen, notes):
+    """Yield the paragraphs that say whether the settings are better, and what to mind."""
+    baseline = settings[0]
+    if len(settings) > 1:
+        yield html_paragraph(f"Do these networks do it better than {baseline.name}?")
+    important = []
+    for setting in settings[1:]:
+        important += describe_setting(setting, baseline)
+    for setting in settings:
+        important += describe_overlap(setting)
+    for line in important:
+        yield f"<p><strong>{escape(line)}</strong></p>"
+    if chosen:
+        yield html_paragraph(f"Validation would have chosen: {chosen}.")
+    for note in notes:
+        yield html_paragraph(f"Note: {note}.")
+
+
+def html_of_figures(args, settings, strata):
+    """Yield the tables and what they count."""
+    if args.cross:
+        yield html_paragraph(describe_cross(args))
+    if args.pair_list:
+        yield html_paragraph(f"The genuine and twin pairs are those of {args.pair_list}.")
+    yield html_table(["setting", *TABLE_COLUMNS], rows_of_figures(settings))
+    brackets = "In brackets: 95 % intervals by bootstrap over families."
+    yield html_paragraph(" ".join([brackets, *TABLE_NOTES]))
+    if strata:
+        yield f"<pre>{escape(strata_table(settings, strata))}</pre>"
+
+
+def html_of_comparison_pictures(folder, settings):
+    """Yield the pictures that show all settings, those that have something to show."""
+    yield html_figure(folder / "comparison.png")
+    if settings[0].strata:
+        yield html_figure(folder / "strata.png")
+    if any("train_percentage" in setting.checkpoints[0].recipe for setting in settings[1:]):
+        yield html_figure(folder / "data_percentage.png")
+
+
+def html_of_setting(folder, setting):
+    """Yield what there is on one setting; the pictures are those of its first checkpoint."""
+    hardest = describe_hardest_families(setting)
+    if hardest:
+        yield html_paragraph(f"Hardest families: {hardest}.")
+    for line in describe_operating_points(setting):
+        yield html_paragraph(line)
+    results = folder / setting.checkpoints[0].name
+    for name in ("roc_curve", "det_curve", "score_distributions", "hardest_pairs"):
+        yield html_figure(results / f"{name}.png")
+
+
+def html_paragraph(text):
+    return f"<p>{escape(text)}</p>"
 
 
 def rows_of_figures(settings):
@@ -1715,7 +1766,8 @@ def evaluate(args):
     if args.metadata and not (args.cross or args.by):
         raise InputError("--metadata is of no use without --cross or --by, which name its columns")
     device = pick_device(args.device)
-    # All files are read before the alignment, so that a wrong entry does not cost hours.
+    # All files are read before the alignment, which may take hours. The images that --pair_list
+    # and --metadata name can only be looked up after it.
     images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
     id_to_images, pairs, notes = read_people(args, images_flag, "test_pairs")
     checkpoints = open_checkpoints(args, pairs)
@@ -1764,12 +1816,7 @@ def make_evaluators(args, people, checkpoints):
     if args.metadata:
         metadata = read_columns(args, finder, images)
         evaluator, strata = make_strata(args, evaluator, metadata)
-    for label, part in list(strata.items()):
-        counts = part.counts
-        if not counts["genuine"] or not counts["twin"]:
-            del strata[label]
-            found = f"{counts['genuine']} genuine and {counts['twin']} twin pairs"
-            people.warnings.append(f"{label}: there are no figures, with {found}")
+        people.warnings += drop_empty_strata(strata)
     people.warnings += evaluator.warn_of_large_families()
     return evaluator, strata
 
@@ -1810,29 +1857,57 @@ def make_strata(args, evaluator, metadata):
 
     metadata: {column: {path: value}}. A stratum may be without genuine or without twin pairs.
     """
-    strata = {}
     main = evaluator
+    strata = {}
     if args.cross:
-        value_of = metadata[args.cross]
-        main = evaluator.across(value_of)
-        if not main.counts["genuine"]:
-            message = f"nobody has images with two values of {args.cross}"
-            raise InputError(f"--cross {args.cross}: {message}")
-        first, second = evaluator.values_of_pairs("genuine", value_of)
-        strata[f"genuine pairs of two values of {args.cross}"] = main
-        strata[f"genuine pairs of one {args.cross}"] = evaluator.part({"genuine": first == second})
-        strata["all genuine pairs"] = evaluator
+        main, strata = make_strata_of_cross(evaluator, args.cross, metadata[args.cross])
     for column in args.by:
-        value_of = metadata[column]
-        values = {kind: main.values_of_pairs(kind, value_of) for kind in ("genuine", "twin")}
-        for value in sorted(set(value_of.values())):
-            keep = {}
-            for kind, (first, second) in values.items():
-                keep[kind] = (first == value) & (second == value)
-            strata[f"{column}: {value}"] = main.part(keep)
-        differs = {kind: first != second for kind, (first, second) in values.items()}
-        strata[f"{column}: two values"] = main.part(differs)
+        strata |= make_strata_of_values(main, column, metadata[column])
     return main, strata
+
+
+def make_strata_of_cross(evaluator, column, value_of):
+    """(the TwinEvaluator of the main figures, {label: that of a stratum}) of --cross.
+
+    value_of: {path: value}. Raises InputError if no genuine pair has two values.
+    """
+    main = evaluator.across(value_of)
+    if not main.counts["genuine"]:
+        message = f"nobody has images with two values of {column}"
+        raise InputError(f"--cross {column}: {message}")
+    first, second = evaluator.values_of_pairs("genuine", value_of)
+    strata = {
+        f"genuine pairs of two values of {column}": main,
+        f"genuine pairs of one {column}": evaluator.part({"genuine": first == second}),
+        "all genuine pairs": evaluator,
+    }
+    return main, strata
+
+
+def make_strata_of_values(evaluator, column, value_of):
+    """{label: TwinEvaluator} of --by: the pairs with each value, and those with two values."""
+    values = {kind: evaluator.values_of_pairs(kind, value_of) for kind in ("genuine", "twin")}
+    strata = {}
+    for value in sorted(set(value_of.values())):
+        keep = {}
+        for kind, (first, second) in values.items():
+            keep[kind] = (first == value) & (second == value)
+        strata[f"{column}: {value}"] = evaluator.part(keep)
+    differs = {kind: first != second for kind, (first, second) in values.items()}
+    strata[f"{column}: two values"] = evaluator.part(differs)
+    return strata
+
+
+def drop_empty_strata(strata):
+    """Take out the strata without genuine or without twin pairs; returns a warning for each."""
+    notes = []
+    for label, part in list(strata.items()):
+        counts = part.counts
+        if not counts["genuine"] or not counts["twin"]:
+            del strata[label]
+            found = f"{counts['genuine']} genuine and {counts['twin']} twin pairs"
+            notes.append(f"{label}: there are no figures, with {found}")
+    return notes
 
 
 def open_checkpoints(args, pairs):
@@ -1858,18 +1933,19 @@ def open_checkpoints(args, pairs):
             backbone_hash=weights_sha256(model, backbone_only=True),
             overlap=[],
         )
-        config = checkpoint.config
-        seen_ids = {*config.get("train_ids", []), *config.get("val_ids", [])}
-        seen_ids |= {*model.facts.get("seen_ids", [])}  # also those of earlier rounds of training
-        checkpoint.overlap = sorted(checkpoint.tested_ids(test_ids) & seen_ids)
+        checkpoint.overlap = sorted(checkpoint.tested_ids(test_ids) & checkpoint.seen_ids)
         if checkpoint.overlap and not args.allow_overlap:
-            raise InputError(
-                f"{path}: was trained or validated on {len(checkpoint.overlap)} of the "
-                f"{len(test_ids)} test people: {', '.join(checkpoint.overlap)}; test on others, "
-                "or say --allow_overlap"
-            )
+            names = ", ".join(checkpoint.overlap)
+            number = f"{len(checkpoint.overlap)} of the {len(test_ids)} test people"
+            refuse_overlap(checkpoint, f"{number}: {names}")
         checkpoints.append(checkpoint)
     return checkpoints
+
+
+def refuse_overlap(checkpoint, what):
+    """Raise InputError for a checkpoint; what: that which it has seen."""
+    way_out = "test on others, or say --allow_overlap"
+    raise InputError(f"{checkpoint.path}: was trained or validated on {what}; {way_out}")
 
 
 def add_overlap_by_images(args, checkpoints, people):
@@ -1887,9 +1963,7 @@ def add_overlap_by_images(args, checkpoints, people):
             seen |= people.people_on(checkpoint.facts["seen_images"])
         seen &= checkpoint.tested_ids(test_ids)
         if seen and not args.allow_overlap:
-            names = ", ".join(sorted(seen))
-            message = f"was trained or validated on images of {names}; test on others"
-            raise InputError(f"{checkpoint.path}: {message}, or say --allow_overlap")
+            refuse_overlap(checkpoint, f"images of {', '.join(sorted(seen))}")
         checkpoint.overlap = sorted({*checkpoint.overlap, *seen})
 
 
@@ -1955,8 +2029,11 @@ def pool_runs(runs, pairs):
 
 
 def name_cross_validations(checkpoints):
-    """Name each cross-validation after its runs, and differently from all other checkpoints."""
-    path_of = {}  # {path of a checkpoint: the path whose stem is to be its name}
+    """Name each cross-validation after its runs, and differently from all other checkpoints.
+
+    That of the runs a_fold1of3, a_fold2of3 and a_fold3of3 is a_3folds.
+    """
+    path_of = {}  # {path of a checkpoint: its path, or a made-up one for a cross-validation}
     for checkpoint in checkpoints:
         path_of[checkpoint.path] = checkpoint.path
         if checkpoint.fold_runs:
@@ -2025,13 +2102,14 @@ def embed_with_common_backbone(args, checkpoints, crops, device):
     for checkpoint in checkpoints[1:]:
         # Nothing but the head is kept, so that one backbone at a time is in memory.
         heads.append(load_checkpoint(checkpoint.path, channels=args.channels).output_layer)
+    names = ", ".join(checkpoint.name for checkpoint in checkpoints)
     return embed(
         model,
         crops,
         device,
         heads,
         batch_size=args.batch_size,
-        description=f"embedding with {', '.join(part.name for part in checkpoints)}"[:60],
+        description=f"embedding with {names}"[:60],
         flip=args.flip,
     )
 
@@ -2084,7 +2162,7 @@ def report(args, checkpoints, evaluator, strata, notes, device):
     counts = evaluator.counts
     n_people = (evaluator.images.count > 0).sum()
     print(
-        f"{counts['images']} images of {n_people} people in {counts['families']} families, "
+        f"{counts['images']} images of {n_people} people in {evaluator.n_families} families, "
         f"on {device}:\n{counts['genuine']} genuine, {counts['twin']} twin impostor, "
         f"{counts['general']} general impostor pairs"
     )
@@ -2179,8 +2257,8 @@ def parse_args(argv=None):
     add(
         "--flip",
         action="store_true",
-        help="embed each image and its mirror image, and use the direction of the sum; "
-        "there are no figures at validation thresholds then",
+        help="add the embeddings of each image and of its mirror image; the thresholds of the "
+        "validation people are not applied then, since they are for single embeddings",
     )
     add(
         "--allow_overlap",

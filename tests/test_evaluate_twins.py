@@ -214,6 +214,16 @@ def test_families_without_an_image_do_not_count(few_people):
     assert ev.TwinEvaluator(few_people).counts["families"] == 2  # not that of g and h
 
 
+def test_families_without_twin_pairs_give_no_verdict():
+    sizes = [(3, 3)] * 3 + [(3, 0)] * 5
+    evaluator = ev.TwinEvaluator(people(*sizes))
+    assert evaluator.counts["families"] == 3
+    scores = {kind: np.linspace(0, 1, len(rows)) for kind, rows in evaluator.rows.items()}
+    estimate = evaluator.estimate(scores)
+    comparison = ev.compare([estimate], estimate)
+    assert comparison["auc"]["verdict"] == "too few families to say"
+
+
 def test_all_general_pairs_are_used_if_there_are_not_too_many(few_people):
     assert ev.TwinEvaluator(few_people).general_is_sampled is False
 
@@ -297,7 +307,7 @@ def metrics_under(evaluator, scores, weightings):
     return ev.verification_metrics(
         ev.ScoredPairs(scores["genuine"], families["genuine"][:, 0]),
         ev.ScoredPairs(scores["twin"], families["twin"][:, 0]),
-        ev.ScoredPairs(scores["general"], first * evaluator.counts["families"] + second),
+        ev.ScoredPairs(scores["general"], first * evaluator.n_families + second),
         weightings,
     )
 
@@ -672,7 +682,8 @@ def test_pair_scores_say_who_is_compared_and_what_is_decided(evaluated, independ
 def test_counts_are_those_of_the_listed_pairs(evaluated, independent):
     counts = evaluated.metrics["b"]["counts"]
     general = len(independent.general)
-    expected = {"images": 57, "genuine": 77, "twin": 109, "general": general, "families": 8}
+    expected = {"images": 57, "genuine": 77, "twin": 109, "general": general}
+    expected["families"] = 7  # an eighth has one image of each twin, so no genuine pair
     assert counts == expected
     for kind in ("genuine", "twin"):
         assert len(pair_scores(evaluated, kind)) == counts[kind]
