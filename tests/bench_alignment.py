@@ -2,11 +2,11 @@
 
     python -m tests.bench_alignment --photographs 12 --device cpu
 
-Both networks of the detector run, with random weights, and then answer with the known face. The
-first table has landmarks given. The second compares the detector with one that looks once, at full
-size, in turns: with a large face, which a coarse look settles, and with a small one, which needs a
-fine look. The last one has the share of each part, one photograph after another. This is run by
-hand, not in CI.
+Both networks of the detector run, with random weights; what they find is replaced with the known
+face. The first table is for given landmarks, which need no detector. The second compares the
+detector with one that looks once, at full size, in turns: with a large face, which a coarse look
+settles, and with a small one, which needs a fine look. The last one has the share of each part of
+the work, one photograph after another. This is run by hand, not in CI.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BOXES = {
     "large face": np.array([0.3, 0.2, 0.7, 0.8]),
     "small face": np.array([0.48, 0.46, 0.52, 0.54]),
 }
-SMALLEST_FACE = 16  # side in pixels of what is looked at from which on a face is found
+SMALLEST_FACE = 16  # side in pixels, in the picture that is looked at; none smaller is found
 
 
 class KnownFace(align.FaceDetector):
@@ -49,6 +49,7 @@ class KnownFace(align.FaceDetector):
         super().__init__(device)
         self.points = points
         self.box = None
+        # One method under two names, so that `measure_parts` can time the two kinds of looks apart.
         self.look_coarsely = self.look_finely = self.network.face_detector.detect_from_image
         self.network.face_detector.detect_from_image = self.find_one_face
 
@@ -206,14 +207,16 @@ def run_benchmark(folder, n, device):
 
     jobs = align.plan_jobs({"a": paths}, folder, {}, folder)
     detector = KnownFace(device, points)
-    for detector.box in BOXES.values():  # the first of each size is the slowest, too
-        align.align_photo(jobs[0], detector)
+    for box in BOXES.values():
+        detector.box = box
+        align.align_photo(jobs[0], detector)  # here, too, the first of each size is the slowest
     print()
     compare_looks(jobs, detector, workers=2)
 
     print()
     print_parts("landmarks given", measure_parts(known_jobs, None))
-    for face, detector.box in BOXES.items():
+    for face, box in BOXES.items():
+        detector.box = box
         print_parts(face, measure_parts(jobs, detector))
 
 

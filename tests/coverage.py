@@ -30,21 +30,22 @@ IMAGES_PER_PERSON = (1, 2, 3, 6)
 SCATTER = 0.3  # standard deviation of the logarithm of both spreads below
 LARGE_SIMULATIONS = 10
 FAMILIES_OF_LARGE = 3000
-GENERAL_PAIRS = 100_000  # of a repetition, at most; more are sampled, to save time
+GENERAL_PAIRS = 100_000  # that a repetition scores at most, to save time: a sample of all
 
 
 class Model(NamedTuple):
-    """How far twins, and the images of a person, are apart, in multiples of the families' spread.
+    """Standard deviations of two of the three random vectors; that of the family's vector is 1.
 
-    Of a typical family or person: see SCATTER.
+    They are those of a typical family and of a typical person; SCATTER says how far others differ.
     """
 
-    person: float
-    image: float
+    person: float  # how far twins are apart
+    image: float  # how far the images of a person are apart
 
 
 MODELS = {"hard": Model(1, 3**0.5), "easy": Model(3**0.5, 2**0.5)}
-# Thresholds of others, under the names of operating points: a strict one and a lenient one.
+# A strict and a lenient threshold, fixed beforehand. They have the names of the thresholds that
+# training finds with its validation people, so that TwinEvaluator takes them as such.
 THRESHOLDS = {"val_general": 0.51, "val_eer": 0.2}
 FIGURES = {
     "auc": "twin AUC",
@@ -92,8 +93,8 @@ def true_figures(model):
     return dict(zip(FIGURES, np.mean(results, 0).tolist(), strict=True))
 
 
-def count_intervals(model, truth, n_families, args):
-    """{name: (K, 2) bool}: whether the percentiles and `compare` hold the truth.
+def intervals_that_hold(model, truth, n_families, args):
+    """{name: (K, 2) bool}: whether the percentiles, and the interval of `compare`, hold the truth.
 
     K is the number of repetitions in which the figure exists.
     """
@@ -107,10 +108,10 @@ def count_intervals(model, truth, n_families, args):
         for name in FIGURES:
             if estimate.figures[name] is None:
                 continue
-            both = []
+            answers = []
             for low, high in (interval(estimate.samples[name]), entries[name]["interval"]):
-                both.append(low <= truth[name] <= high)
-            holds[name].append(both)
+                answers.append(low <= truth[name] <= high)
+            holds[name].append(answers)
     return {name: np.array(answers) for name, answers in holds.items()}
 
 
@@ -129,7 +130,7 @@ def print_table(name, args):
     columns = []
     for n_families in args.families:
         with mock.patch.object(evaluate_twins, "MAX_GENERAL_PAIRS", GENERAL_PAIRS):
-            columns.append(count_intervals(MODELS[name], truth, n_families, args))
+            columns.append(intervals_that_hold(MODELS[name], truth, n_families, args))
     sizes = [f"{n} families" for n in args.families]
     print(f"\n| {name}: figure | truth | {' | '.join(sizes)} |")
     print("| --- " * (2 + len(sizes)) + "|")

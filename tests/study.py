@@ -9,8 +9,9 @@ Each of --data is a folder with the pairs and the lists of crops for training an
 usual names. Each recipe (a name and flags of train_twins.py) is cross-validated there with
 train_twins.py --folds: every pair is tested by networks that have seen neither of its people. With
 --further, each recipe is also trained on all training pairs and tested on the test pairs. The
-tables say the difference to the start, a mean over seeds, with a 95 % interval over families. Runs
-that are there are not made again, so a recipe can be added later.
+tables give the difference to the start (the network of --pretrained), a mean over seeds, with a
+95 % interval over families. Runs that are finished are not made again, so a recipe can be added
+later.
 """
 
 import argparse
@@ -51,13 +52,26 @@ class Recipe(NamedTuple):
     flags: list
 
 
-def train_and_test(args, data, recipe, folds):
+def train_and_test(args, data, recipe, cross_validate):
     """Run one recipe on one data set; returns (training logs, content of comparison.json).
 
-    folds: cross-validate on the training pairs; else train on all of them and test on the others.
+    cross_validate: on the training pairs; else train on all of them and test on the test pairs.
     """
-    kind = "folds" if folds else "further"
+    kind = "folds" if cross_validate else "further"
     folder = Path(args.output, data.name, to_file_name(recipe.name), kind)
+    train(args, data, recipe, cross_validate, folder)
+    evaluate(args, data, recipe, cross_validate, folder)
+    logs = [json.loads(path.read_text()) for path in sorted(folder.glob("logs/*/*_log.json"))]
+    comparison = json.loads((folder / "results" / "comparison.json").read_text())
+    if len(comparison["settings"]) != 2:  # the start and the recipe
+        problem = "has networks of several settings"
+        way_out = "give a recipe one value of each flag, and take another --output"
+        raise SystemExit(f"{folder}/models {problem}; {way_out}")
+    return logs, comparison
+
+
+def train(args, data, recipe, cross_validate, folder):
+    """Train one recipe on one data set, with every seed; networks and logs go to `folder`."""
     flags = [
         "--skip_alignment",
         "--resume",
@@ -72,32 +86,27 @@ def train_and_test(args, data, recipe, folds):
         *(str(seed) for seed in args.seed),
         *recipe.flags,
     ]
-    if folds:
+    if cross_validate:
         flags.append(f"--folds={args.folds}")
     if train_twins.main(flags):
         raise SystemExit(f"{recipe.name}: training failed")
-    part = "train" if folds else "test"
-    code = evaluate_twins.main(
-        [
-            "--skip_alignment",
-            f"--test_pairs={data}/{part}_twin_id_pairs.json",
-            f"--aligned_json={data}/id_to_{part}_aligned_images.json",
-            f"--output_dir={folder}/results",
-            f"--device={args.device}",
-            "--checkpoints",
-            args.pretrained,
-            f"{folder}/models",
-        ]
-    )
-    if code:
+
+
+def evaluate(args, data, recipe, cross_validate, folder):
+    """Compare the networks of one recipe with the start; the results go to `folder`."""
+    part = "train" if cross_validate else "test"
+    flags = [
+        "--skip_alignment",
+        f"--test_pairs={data}/{part}_twin_id_pairs.json",
+        f"--aligned_json={data}/id_to_{part}_aligned_images.json",
+        f"--output_dir={folder}/results",
+        f"--device={args.device}",
+        "--checkpoints",
+        args.pretrained,
+        f"{folder}/models",
+    ]
+    if evaluate_twins.main(flags):
         raise SystemExit(f"{recipe.name}: the evaluation failed")
-    logs = [json.loads(path.read_text()) for path in sorted(folder.glob("logs/*/*_log.json"))]
-    comparison = json.loads((folder / "results" / "comparison.json").read_text())
-    if len(comparison["settings"]) != 2:  # the start and the recipe
-        problem = "has networks of several settings"
-        way_out = "give a recipe one value of each flag, and take another --output"
-        raise SystemExit(f"{folder}/models {problem}; {way_out}")
-    return logs, comparison
 
 
 def to_file_name(recipe):
@@ -150,12 +159,13 @@ def plot_curves(path, results):
     with plot_figure(path, 13.0, 4.2, 1, 2) as panels:
         for axes, (key, people) in zip(panels, curves.items(), strict=True):
             for name, (logs, _) in results.items():
+                # Runs stop at different epochs. The curve has those that all have.
                 n_epochs = min(len(log["epochs"]) for log in logs)
                 epochs = [log["epochs"][:n_epochs] for log in logs]
                 values = np.array([[entry[key] for entry in of_run] for of_run in epochs], float)
                 steps = np.array([[entry["steps"] for entry in of_run] for of_run in epochs])
                 change = (values - values[:, :1]).mean(0)
-                label = name if axes is panels[-1] else None
+                label = name if axes is panels[-1] else None  # one legend serves both panels
                 axes.plot(steps.cumsum(1).mean(0), change, label=label)
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.set_xlabel("training steps")
@@ -207,10 +217,10 @@ def main(argv=None):
         parts.append(("further people", False))
     tables = []
     for data in args.data:
-        for title, folds in parts:
+        for title, cross_validate in parts:
             results = {}
             for recipe in args.recipe:
-                results[recipe.name] = train_and_test(args, data, recipe, folds)
+                results[recipe.name] = train_and_test(args, data, recipe, cross_validate)
             tables.append((f"{data.name}, {title}", results))
             plot_curves(Path(args.output, data.name, f"curves, {title}.png"), results)
     for title, results in tables:
