@@ -608,16 +608,18 @@ def plan_jobs(id_to_images, folder, landmarks, home):
             if os.path.isfile(source):
                 info = os.stat(source)
                 n_bytes = info.st_size
-                key = make_key(photograph, n_bytes, info.st_mtime_ns, points)
+                # A crop that a detector made is not one that a landmark file left out.
+                origin = points if landmarks else "detected"
+                key = make_key(photograph, n_bytes, info.st_mtime_ns, origin)
             jobs.append(Job(identity, source, photograph, n_bytes, target, points, key))
     return jobs
 
 
-def make_key(*photograph_and_points):
+def make_key(*photograph_and_landmarks):
     """A hash of all that a crop depends on."""
     sizes = [DECODED_SIZE, MIN_DECODED_EYES, DETECTION_SIZE]
     settings = ["arcface-112", *sizes, MAX_RESIDUAL, MIN_EYES]
-    return hashlib.sha256(repr([*settings, *photograph_and_points]).encode()).hexdigest()
+    return hashlib.sha256(repr([*settings, *photograph_and_landmarks]).encode()).hexdigest()
 
 
 def earlier_outcome(job):
@@ -787,6 +789,9 @@ def align_files(args, pairs_flag="pairs", processes=None):
     """
     processes = processes or Processes(args.device)
     ids, jobs = read_jobs(args, pairs_flag)
+    refuse_to_replace_images(jobs)
+    if processes.is_main and not args.realign:
+        warn_of_another_data_set(jobs, args.aligned_folder)
     outcomes = {}
     looks = Counter()
     for own_outcomes, own_looks in processes.collect(make_crops(args, jobs, processes)):
@@ -831,6 +836,11 @@ def read_jobs(args, pairs_flag):
     landmarks = {}
     if args.landmarks:
         landmarks = read_flag(args, "landmarks", read_landmarks, home)
+    for flag in ("id_to_images", pairs_flag, "landmarks"):
+        path = getattr(args, flag)
+        if path and os.path.realpath(path) == os.path.realpath(args.aligned_json):
+            message = f"the list of crops would replace the file of --{flag}; name another file"
+            raise InputError(f"--aligned_json {args.aligned_json}: {message}")
     jobs = plan_jobs(photos, args.aligned_folder, landmarks, home)
     if landmarks and all(job.landmarks is None for job in jobs):
         message = f"no photograph of {args.id_to_images} is in it; compare the paths"
@@ -838,16 +848,52 @@ def read_jobs(args, pairs_flag):
     return list(photos), jobs
 
 
+def refuse_to_replace_images(jobs):
+    """Raise InputError if a crop would replace an image that is none of our crops."""
+    for job in jobs:
+        is_crop = True  # also a file that is not there, or damaged
+        with suppress(Exception), Image.open(job.target) as image:
+            is_crop = "alignment" in image.info
+        if not is_crop:
+            message = f"the crop of {job.source} would replace it; name another --aligned_folder"
+            raise InputError(f"{job.target}: {message}")
+
+
+def warn_of_another_data_set(jobs, folder):
+    """Warn if crops of other photographs, which are still there, are about to be replaced."""
+    made_from = {}
+    for entry in read_report(folder):
+        if entry["crop"]:
+            made_from[entry["id"], Path(entry["crop"]).name] = entry
+    n_replaced = 0
+    for job in jobs:
+        entry = made_from.get((job.identity, job.target.name))
+        if entry is None or job.key is None:
+            continue
+        is_another = entry["source"] != job.source and entry["n_bytes"] != job.n_bytes
+        if is_another and os.path.isfile(entry["source"]):
+            n_replaced += 1
+            example = entry["source"]
+    if n_replaced:
+        way_out = "give each data set an --aligned_folder of its own"
+        what = f"{n_replaced} crops of other photographs, such as {example}"
+        print(f"warning: {what}, are replaced; {way_out}")
+
+
 def find_earlier_outcomes(jobs, folder):
     """{target: facts} of the photographs that were aligned before, or whose crop was rejected."""
     earlier_entries = {}
     for entry in read_report(folder):
-        earlier_entries[entry["id"], entry["photograph"], entry["n_bytes"]] = entry
+        # The data set may have moved, or its list alone.
+        for path in (entry["photograph"], entry["source"]):
+            earlier_entries[entry["id"], path, entry["n_bytes"]] = entry
     outcomes = {}
     for job in jobs:
         interrupt.raise_if_asked()
         # Not by the key: a copied data set has other times, and rejected crops still stay out.
         entry = earlier_entries.get((job.identity, job.photograph, job.n_bytes))
+        if entry is None:
+            entry = earlier_entries.get((job.identity, job.source, job.n_bytes))
         facts = earlier_outcome(job) or rejection(job, entry)
         if facts:
             outcomes[job.target] = facts

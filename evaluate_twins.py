@@ -1161,7 +1161,7 @@ def comparison_table(settings, chosen):
     if len(settings) > 1:
         if chosen:
             lines.append(f"Validation would have chosen: {chosen}.")
-        else:
+        elif len(settings) > 2:
             lines.append("There is no common validation to choose a setting by.")
         lines.append("Choosing by the figures above would be selection on the test set.")
     return "\n".join(lines)
@@ -1770,7 +1770,8 @@ def evaluate(args):
     # and --metadata name can only be looked up after it.
     images_flag = "aligned_json" if args.skip_alignment else "id_to_images"
     id_to_images, pairs, notes = read_people(args, images_flag, "test_pairs")
-    checkpoints = open_checkpoints(args, pairs)
+    checkpoints, notes_on_checkpoints = open_checkpoints(args, pairs)
+    notes += notes_on_checkpoints
     if args.pair_list:
         read_flag(args, "pair_list", read_rows_of_pairs)
     if args.metadata:
@@ -1911,7 +1912,7 @@ def drop_empty_strata(strata):
 
 
 def open_checkpoints(args, pairs):
-    """The Checkpoints that the flags name, each file once, the baseline first.
+    """([Checkpoint, ...], [warning, ...]) of the flags, each network once, the baseline first.
 
     Raises InputError for one that was trained or validated on a test person, by its ID. The runs of
     a cross-validation are tested on the people of their own fold, if those are test people.
@@ -1923,23 +1924,34 @@ def open_checkpoints(args, pairs):
     paths = list_checkpoints(names)
     folders = file_names(paths)
     checkpoints = []
+    notes = []
+    path_of_weights = {}
     for path in paths:
         model = load_checkpoint(path, channels=args.channels)
+        weights_hash = weights_sha256(model)
+        first = path_of_weights.setdefault(weights_hash, path)
+        if first != path:
+            notes.append(f"{path} holds the same network as {first}, which is used once")
+            continue
         checkpoint = Checkpoint(
             path,
             folders[path],
             model.facts,
-            weights_hash=weights_sha256(model),
+            weights_hash=weights_hash,
             backbone_hash=weights_sha256(model, backbone_only=True),
             overlap=[],
         )
+        # train_twins.py adds this at the end of a run that has validation.
+        if checkpoint.config.get("n_val_pairs") and "against_start" not in checkpoint.facts:
+            way_out = "finish it with --resume, or leave the checkpoint out"
+            notes.append(f"{path}: its training has not ended; {way_out}")
         checkpoint.overlap = sorted(checkpoint.tested_ids(test_ids) & checkpoint.seen_ids)
         if checkpoint.overlap and not args.allow_overlap:
             names = ", ".join(checkpoint.overlap)
             number = f"{len(checkpoint.overlap)} of the {len(test_ids)} test people"
             refuse_overlap(checkpoint, f"{number}: {names}")
         checkpoints.append(checkpoint)
-    return checkpoints
+    return checkpoints, notes
 
 
 def refuse_overlap(checkpoint, what):

@@ -335,6 +335,11 @@ def load_checkpoint(
 
 def network_of(path, content, arch=None, channels=None):
     """The network in the content of a checkpoint file, as `load_checkpoint` returns it."""
+    # last.pth does not say what it was trained on in the way of a checkpoint, so no leak would be
+    # found.
+    if isinstance(content, dict) and "lineage" in content:
+        message = "this is the state from which --resume goes on"
+        raise InputError(f"{path}: {message}; take the checkpoint of that run, in --output_dir")
     prefix, weights = find_the_only_network(path, content)
     if re.search(r"(^|[./])net\.$", prefix):  # a network of CVLface
         turn_into_bgr(path, weights, channels)

@@ -465,7 +465,8 @@ class RunFolder:
                 self.find_best_checkpoint()
                 return
         if self.state_file.is_file():
-            self.first_config = read_json(self.folder / "config.json", "the settings of the run")
+            expected = "the settings of the run; without it, start again with --overwrite"
+            self.first_config = read_json(self.folder / "config.json", expected)
             self.can_continue = True
 
     def refuse_to_replace(self):
@@ -862,6 +863,9 @@ class TwinTrainer:
             if self.processes.is_main:
                 self.run.delete_superseded()  # which a kill at the very end may have left
             self.say(f"{self.run.name} is finished after {n_epochs} epochs; best: {best}")
+            if log["stopped"] == "epochs" and self.args.epochs > n_epochs:
+                state = self.run.state_file
+                self.say(f"It cannot go on: {state} is gone. --overwrite starts it anew.")
             return log
         try:
             state = self.load_network()
@@ -902,6 +906,19 @@ class TwinTrainer:
             return set()
         fold_of = deal_people_into_folds(self.people.pairs, args.folds, args.split_seed)
         return {name for name, fold in fold_of.items() if fold == args.fold}
+
+    def refuse_folds_of_known_people(self):
+        """Raise InputError if --folds would test the start on people whom it has seen."""
+        args = self.args
+        if not args.folds or not self.needs_start_file():
+            return
+        known = {*lineage_of(self.load_start().facts)["seen_ids"]} & {*self.people.id_to_images}
+        if known:
+            message = f"was trained or validated on {len(known)} of these people"
+            way_out = "start from a network that was not"
+            raise InputError(
+                f"--folds: {args.pretrained} {message}, so no fold tests it; {way_out}"
+            )
 
     def load_data(self):
         """Read the crops, split the pairs and make the triplets."""
@@ -1558,6 +1575,7 @@ def run_sweep(runs):
     people = leader.load_people()
     # What is wrong with these is found here, before any run is trained.
     leader.find_fold_ids()
+    leader.refuse_folds_of_known_people()
     read_values(leader.args, people)
     for run_folder in finished:
         run_folder.refuse_other_recipe(hashes_of_data(run_folder.args, people))
@@ -1580,7 +1598,8 @@ def run_sweep(runs):
     if done:
         leader.say(summarize_runs(done, leader.args.pretrained))
     for name in failed:
-        leader.say(f"FAILED: {name}, for the reason above; repeat the command with --resume")
+        way_out = "when it is mended, repeat the command with --resume and without --overwrite"
+        leader.say(f"FAILED: {name}, for the reason above; {way_out}")
     return failed
 
 

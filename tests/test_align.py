@@ -770,6 +770,18 @@ def test_a_rejected_photograph_stays_out_of_a_copy_with_new_times(with_a_deleted
     assert totals == {"aligned": 11, "rejected": 1}
 
 
+def test_a_rejected_photograph_comes_back_when_its_entry_in_the_report_is_deleted(
+    with_a_deleted_crop,
+):
+    assert_one_is_rejected(with_a_deleted_crop)
+    path = with_a_deleted_crop / "crops" / "alignment_report.json"
+    report = json.loads(path.read_text())
+    kept = [entry for entry in report["photographs"] if entry["status"] != "rejected"]
+    path.write_text(json.dumps(report | {"photographs": kept}))
+    totals, _ = run_stage(with_a_deleted_crop, with_a_deleted_crop)
+    assert totals == {"already done": 11, "aligned": 1}
+
+
 def test_a_photograph_that_replaces_a_rejected_one_is_aligned(with_a_deleted_crop):
     photograph = with_a_deleted_crop / "photos" / "family00A_1.jpg"
     with Image.open(photograph) as image:
@@ -797,6 +809,60 @@ def test_a_rejected_photograph_stays_out_after_runs_without_the_photographs(
         assert align.main(landmark_flags(folder, folder)) == 2
     (folder / "unplugged").rename(folder / "photos")
     assert_one_is_rejected(folder)
+
+
+def test_a_rejected_photograph_stays_out_when_the_list_alone_moves(with_a_deleted_crop):
+    folder = with_a_deleted_crop
+    assert_one_is_rejected(folder)
+    lists = folder / "lists"
+    lists.mkdir()
+    for name in ("id_to_images.json", "landmarks.json"):
+        text = (folder / name).read_text().replace('"photos/', f'"{folder}/photos/')
+        (lists / name).write_text(text)
+    totals, _ = run_stage(lists, folder)
+    assert totals["rejected"] == 1
+
+
+def test_an_image_that_is_no_crop_is_never_replaced(aligned):
+    crop = aligned / "crops" / "family00A" / "family00A_1.png"
+    Image.new("RGB", (320, 200)).save(crop)
+    before = crop.read_bytes()
+    for flags in ((), ("--realign",)):
+        assert align.main([*landmark_flags(aligned, aligned), *flags]) == 2
+    assert crop.read_bytes() == before
+
+
+def test_the_list_of_crops_never_replaces_an_input_file(aligned, capsys):
+    flags = landmark_flags(aligned, aligned)
+    for flag, name in (("id_to_images", "id_to_images.json"), ("landmarks", "landmarks.json")):
+        before = (aligned / name).read_text()
+        assert align.main([*flags, f"--aligned_json={aligned / name}"]) == 2
+        line = capsys.readouterr().err
+        assert f"the list of crops would replace the file of --{flag}" in line
+        assert (aligned / name).read_text() == before
+
+
+def test_a_warning_says_that_crops_of_another_data_set_are_replaced(aligned, capsys):
+    other = aligned.with_name("other")
+    shutil.copytree(aligned, other)
+    for path in (other / "photos").iterdir():
+        with Image.open(path) as image:
+            image.save(path, quality=40)
+    run_stage(other, aligned)
+    said = capsys.readouterr().out
+    assert "warning: 12 crops of other photographs, such as " in said
+    assert "give each data set an --aligned_folder of its own" in said
+
+
+def test_photographs_that_the_landmark_file_leaves_out_have_no_crop_whatever_was_made_before(
+    aligned, stand_in
+):
+    assert align.main(detection_flags(aligned, aligned, "--device=cpu", "--realign")) == 0
+    landmarks = json.loads((aligned / "landmarks.json").read_text())
+    few = dict(list(landmarks.items())[:2])
+    (aligned / "landmarks.json").write_text(json.dumps(few))
+    totals, _ = run_stage(aligned, aligned)
+    assert totals == {"aligned": 2, "no landmarks": 10}
 
 
 def test_the_report_keeps_every_photograph_of_others(aligned):

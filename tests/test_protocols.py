@@ -576,6 +576,29 @@ def test_a_column_without_metadata_is_refused(twins, flag, capsys):
     assert "--cross and --by need --metadata" in line
 
 
+# ---- checkpoints that mislead --------------------------------------------------------------------
+def test_a_network_under_two_names_is_used_once(twins, capsys):
+    copy = twins.folder / "copy.pth"
+    copy.write_bytes((twins.folder / "start.pth").read_bytes())
+    result = evaluate(twins, "copy", f"--checkpoints {twins.folder}/start.pth {copy}")
+    comparison = json.loads((result.folder / "comparison.json").read_text())
+    assert [entry["name"] for entry in comparison["checkpoints"]] == ["start"]
+    assert f"{copy} holds the same network as " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_checkpoint_whose_training_has_not_ended_is_named(twins, capsys, has_ended):
+    facts = {"config": {"n_val_pairs": 2}}
+    if has_ended:
+        facts["against_start"] = {}
+    path = twins.folder / "tuned.pth"
+    torch.manual_seed(1)
+    net.save_checkpoint(path, net.build_model("ir_tiny"), **facts)
+    evaluate(twins, "tuned", f"--checkpoints {twins.folder}/start.pth {path}")
+    said = capsys.readouterr().out
+    assert (f"warning: {path}: its training has not ended" in said) == (not has_ended)
+
+
 # ---- training across sessions --------------------------------------------------------------------
 def sessions_of(experiment):
     """Write metadata; returns ({path: session}, the flags that train across these sessions).

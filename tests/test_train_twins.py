@@ -1662,7 +1662,7 @@ def test_a_failed_run_of_several_is_named_the_others_go_on_and_resume_makes_up_f
     out, error = capsys.readouterr()
     rows, _ = summary(out.split("FAILED")[0])
     assert [row[0] for row in rows] == others
-    assert f"FAILED: {failed}, for the reason above; repeat the command with --resume" in out
+    assert f"FAILED: {failed}, for the reason above; when it is mended, repeat the command" in out
     assert f"{failed}: {in_the_way}: Is a directory\n" in error
 
     before = {path: file for path, file in experiment.files().items() if failed not in str(path)}
@@ -1867,6 +1867,35 @@ def test_a_finished_run_of_other_crops_or_pairs_is_not_taken_for_this_one(
     line = refusal()
     assert f"the {changed} are others than at its start" in line
     assert "--overwrite replaces it" in line
+
+
+def test_a_finished_run_whose_state_is_gone_says_that_it_cannot_go_on(experiment, run, capsys):
+    run("--epochs 1")
+    (experiment.folder / "logs" / "run" / "last.pth").unlink()
+    capsys.readouterr()
+    code, _ = run("--epochs 2 --resume")
+    assert code == 0
+    assert "last.pth is gone. --overwrite starts it anew." in capsys.readouterr().out
+
+
+def test_folds_of_people_whom_the_start_has_seen_are_refused_at_once(experiment, run, refusal):
+    _, log = run("--freeze_backbone --epochs 1")
+    flags = f"--freeze_backbone --folds 3 --pretrained {log['best_checkpoint']}"
+    assert train_twins.main(experiment.flags(flags, "again")) == 2
+    line = refusal()
+    n_seen = len({*log["config"]["train_ids"], *log["config"]["val_ids"]})
+    assert f"was trained or validated on {n_seen} of these people" in line
+    assert not (experiment.folder / "logs" / "again_fold1of3").exists()
+
+
+@pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
+def test_the_state_of_a_run_is_no_network_to_start_from(experiment, run, refusal, mode):
+    code, _ = run(f"{mode} --epochs 1")
+    assert code == 0
+    state = experiment.folder / "logs" / "run" / "last.pth"
+    code, _ = run(f"{mode} --pretrained {state}", "second")
+    assert code == 2
+    assert f"{state}: this is the state from which --resume goes on" in refusal()
 
 
 def test_a_finished_run_whose_checkpoint_is_gone_says_how_to_train_it_again(
