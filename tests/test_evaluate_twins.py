@@ -1569,9 +1569,16 @@ def test_validation_does_not_choose_a_single_setting():
     assert chosen_of(validated("a", 0.8, "xy")) is None
 
 
+NO_CHOICE = "There is no common validation to choose a setting by."
+
+
 def test_table_says_that_there_is_no_common_validation():
-    lines = table_of(validated("a", 0.8, "xy"), validated("c", 1.0, "z"))
-    assert lines[-2] == "There is no common validation to choose a setting by."
+    start, a, c = checkpoint("first"), validated("a", 0.8, "xy"), validated("c", 1.0, "z")
+    assert table_of(start, a, c)[-2] == NO_CHOICE
+
+
+def test_table_speaks_of_no_choice_where_there_is_none():
+    assert NO_CHOICE not in table_of(checkpoint("first"), validated("a", 0.8, "xy"))
 
 
 # ---- wrong input, and the whole way --------------------------------------------------------------
