@@ -638,7 +638,11 @@ def read_report(folder):
     if not path.is_file():
         return []
     report = read_json(path, "the report of an alignment; delete it to make a new one")
-    return report.get("photographs", []) + report.get("photographs_of_others", [])
+    entries = report.get("photographs", []) + report.get("photographs_of_others", [])
+    if not all("n_bytes" in entry for entry in entries):
+        way_out = "delete it (crops that you have deleted are then made again)"
+        raise InputError(f"{path}: written by an earlier version of this program; {way_out}")
+    return entries
 
 
 def rejection(job, entry):
@@ -790,7 +794,7 @@ def align_files(args, pairs_flag="pairs", processes=None):
     processes = processes or Processes(args.device)
     ids, jobs = read_jobs(args, pairs_flag)
     refuse_to_replace_images(jobs)
-    if processes.is_main and not args.realign:
+    if processes.is_main:
         warn_of_another_data_set(jobs, args.aligned_folder)
     outcomes = {}
     looks = Counter()
@@ -805,7 +809,7 @@ def align_files(args, pairs_flag="pairs", processes=None):
     if processes.is_main:
         if any(mapping.values()):
             write_mapping(args.aligned_json, mapping)
-        write_report(mapping, report, looks, args.aligned_folder)
+        write_report(report, looks, args.aligned_folder)
         print_report(mapping, report, looks, args.aligned_folder)
         if os.path.isdir(args.id_to_images):
             kinds = count_other_files(args.id_to_images)
@@ -950,27 +954,28 @@ def count_outcomes(report):
     return totals
 
 
-def entries_to_keep(mapping, report, folder):
+def entries_to_keep(report, folder):
     """The entries of earlier reports that the next runs must know, beside those of `report`.
 
-    They are those of other people, since runs with other pairs may use the same folder, and those
-    of photographs that cannot be read now, on a drive that is not there, for instance: if their
-    crops have been rejected, they stay rejected when they are back.
+    They are those of photographs that this run does not list, since runs with other pairs or lists
+    may use the same folder, and of photographs that cannot be read now, on a drive that is not
+    there, for instance: if their crops have been rejected, they stay rejected when they are back.
     """
 
     def name_of(entry):
         return entry["id"], entry["photograph"]
 
-    unreadable = {name_of(entry) for entry in report if entry["status"] == "unreadable"}
+    status_now = {name_of(entry): entry["status"] for entry in report}
     kept = []
     for entry in read_report(folder):
+        now = status_now.get(name_of(entry), "not listed")
         was_readable = entry["status"] != "unreadable"
-        if entry["id"] not in mapping or (was_readable and name_of(entry) in unreadable):
+        if now == "not listed" or (now == "unreadable" and was_readable):
             kept.append(entry)
     return kept
 
 
-def write_report(mapping, report, looks, folder):
+def write_report(report, looks, folder):
     """Write alignment_report.json and the picture of the worst crops, alignment_sheet.png."""
     with_crop = [entry for entry in report if entry["crop"]]
     with_crop.sort(key=lambda entry: (-entry["residual"], entry["crop"]))
@@ -980,7 +985,7 @@ def write_report(mapping, report, looks, folder):
         "sheet": sheet,
         "photographs": report,
         "looks": {"coarse": looks["coarse"], "fine": looks["fine"]},
-        "photographs_of_others": entries_to_keep(mapping, report, folder),
+        "photographs_of_others": entries_to_keep(report, folder),
     }
     write_json(Path(folder, "alignment_report.json"), content)
     if sheet:

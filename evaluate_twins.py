@@ -345,7 +345,7 @@ class Estimate(NamedTuple):
     """The metrics of one network.
 
     `figures`: {name: float or None}. `samples`: {name: (R,)} of its R resamples; None if there are
-    too few families for them. `n_families`: how many families there are to draw from.
+    too few families for them. `n_families`: "families" of TwinEvaluator.counts.
     """
 
     figures: dict
@@ -1054,7 +1054,7 @@ def list_families(evaluator, checkpoint):
 def write_comparison(args, checkpoints, settings, chosen, notes):
     """Write the files of the comparison; the first checkpoint is the baseline.
 
-    notes: the warnings about the data.
+    notes: the warnings about data and checkpoints.
     """
     folder = Path(args.output_dir)
     baseline = checkpoints[0]
@@ -1629,7 +1629,7 @@ CAPTIONS = {
 def write_report(args, settings, chosen, strata, evaluator, notes, device):
     """Write report.html: the whole evaluation on one page, with its pictures inside.
 
-    notes: the warnings about the data.
+    notes: the warnings about data and checkpoints.
     """
     folder = Path(args.output_dir)
     parts = ["<h1>Telling identical twins apart</h1>"]
@@ -1912,7 +1912,7 @@ def drop_empty_strata(strata):
 
 
 def open_checkpoints(args, pairs):
-    """([Checkpoint, ...], [warning, ...]) of the flags, each network once, the baseline first.
+    """([Checkpoint, ...], [warning, ...]) of the flags, copies once, the baseline first.
 
     Raises InputError for one that was trained or validated on a test person, by its ID. The runs of
     a cross-validation are tested on the people of their own fold, if those are test people.
@@ -1925,31 +1925,32 @@ def open_checkpoints(args, pairs):
     folders = file_names(paths)
     checkpoints = []
     notes = []
-    path_of_weights = {}
+    path_of_network = {}
     for path in paths:
         model = load_checkpoint(path, channels=args.channels)
-        weights_hash = weights_sha256(model)
-        first = path_of_weights.setdefault(weights_hash, path)
-        if first != path:
-            notes.append(f"{path} holds the same network as {first}, which is used once")
-            continue
         checkpoint = Checkpoint(
             path,
             folders[path],
             model.facts,
-            weights_hash=weights_hash,
+            weights_hash=weights_sha256(model),
             backbone_hash=weights_sha256(model, backbone_only=True),
             overlap=[],
         )
+        # Not by the weights alone. Runs that differ in --monitor may keep the same weights; and a
+        # copy without a config does not say whom it was trained on, so the other is needed too.
+        network = (checkpoint.weights_hash, repr(checkpoint.config))
+        first = path_of_network.setdefault(network, path)
+        if first != path:
+            notes.append(f"{path} holds the same network as {first}, which is used once")
+            continue
         # train_twins.py adds this at the end of a run that has validation.
         if checkpoint.config.get("n_val_pairs") and "against_start" not in checkpoint.facts:
             way_out = "finish it with --resume, or leave the checkpoint out"
             notes.append(f"{path}: its training has not ended; {way_out}")
         checkpoint.overlap = sorted(checkpoint.tested_ids(test_ids) & checkpoint.seen_ids)
         if checkpoint.overlap and not args.allow_overlap:
-            names = ", ".join(checkpoint.overlap)
             number = f"{len(checkpoint.overlap)} of the {len(test_ids)} test people"
-            refuse_overlap(checkpoint, f"{number}: {names}")
+            refuse_overlap(checkpoint, f"{number}: {', '.join(checkpoint.overlap)}")
         checkpoints.append(checkpoint)
     return checkpoints, notes
 
@@ -2005,7 +2006,8 @@ def pool_folds(checkpoints, people):
 def pool_runs(runs, pairs):
     """The Checkpoint of the runs of a cross-validation.
 
-    Raises InputError if they are not one for each fold, and if a test pair is not in one fold.
+    Raises InputError if they are not one for each fold, if a test person is in none of the folds,
+    and if the two people of a test pair are in different ones.
     """
     first = runs[0]
     n_folds = first.config["folds"]

@@ -337,7 +337,7 @@ def network_of(path, content, arch=None, channels=None):
     """The network in the content of a checkpoint file, as `load_checkpoint` returns it."""
     # last.pth does not say what it was trained on in the way of a checkpoint, so no leak would be
     # found.
-    if isinstance(content, dict) and "lineage" in content:
+    if "lineage" in content:
         message = "this is the state from which --resume goes on"
         raise InputError(f"{path}: {message}; take the checkpoint of that run, in --output_dir")
     prefix, weights = find_the_only_network(path, content)
@@ -587,18 +587,20 @@ def read_json(path, expected, kind=dict):
 
 
 def read_csv_rows(path, expected):
-    """The rows of a CSV file, each a list of strings, without the empty ones.
+    """The rows of a CSV file, each a list of strings, without those that hold no text.
 
     The file is UTF-8, with or without a byte order mark. `expected` describes the right content.
     Raises InputError for a file that cannot be read.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return [row for row in csv.reader(file, skipinitialspace=True) if row]
+            rows = list(csv.reader(file, skipinitialspace=True))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; {expected}") from error
     except (ValueError, csv.Error) as error:  # ValueError: what is not UTF-8
         raise InputError(f"{path}: {error}; {expected}") from error
+    # Spreadsheets leave rows of commas alone at the end.
+    return [row for row in rows if any(cell.strip() for cell in row)]
 
 
 def read_csv(path, columns, optional=()):
@@ -609,16 +611,18 @@ def read_csv(path, columns, optional=()):
     expected = f"expected a CSV file in UTF-8 with the columns {', '.join(columns)}"
     rows = read_csv_rows(path, expected)
     spelling = {column.casefold(): column for column in (*columns, *optional)}
+    first_row = rows.pop(0) if rows else []
     titles = []
-    for title in rows.pop(0) if rows else []:
+    for title in first_row:
         title = title.strip()
         titles.append(spelling.get(title.casefold(), title))
     missing = set(columns) - set(titles)
     if missing or not rows:
         found = ", ".join(titles) or "none"
         raise InputError(f"{path}: {expected} and at least one row; its columns are: {found}")
-    if len(set(titles)) < len(titles):
-        raise InputError(f"{path}: two columns have one title: {', '.join(titles)}; rename one")
+    for column in spelling.values():  # others may be empty columns, as spreadsheets write them
+        if titles.count(column) > 1:
+            raise InputError(f"{path}: two columns have one title, {column}; rename one")
     for number, row in enumerate(rows, 1):
         if len(row) > len(titles):
             way_out = "put values with a comma in quotation marks"

@@ -643,7 +643,8 @@ def lock_file(path, shared=False):
     shared: only find out whether another process has locked it; any number of processes may do so
     at once. Raises InputError if another process has locked it.
     """
-    file = open(path, "ab")  # noqa: SIM115 (it stays open as long as the lock is held)
+    # For reading and writing: NFS asks for the first in shared locks, for the other in others.
+    file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as the lock is held)
     if fcntl:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
@@ -790,10 +791,13 @@ def read_values(args, people):
     return value_of
 
 
-def hashes_of_data(args, people):
-    """The part of a recipe that says what the run is trained on, by content."""
+def hashes_of_data(people, value_of):
+    """The part of a recipe that says what the run is trained on, by content.
+
+    value_of: what `read_values` returns.
+    """
     return {
-        "crops_sha256": hash_of_crops(people, read_values(args, people)),
+        "crops_sha256": hash_of_crops(people, value_of),
         "pairs_sha256": hash_of_pairs(people.pairs),
     }
 
@@ -915,10 +919,8 @@ class TwinTrainer:
         known = {*lineage_of(self.load_start().facts)["seen_ids"]} & {*self.people.id_to_images}
         if known:
             message = f"was trained or validated on {len(known)} of these people"
-            way_out = "start from a network that was not"
-            raise InputError(
-                f"--folds: {args.pretrained} {message}, so no fold tests it; {way_out}"
-            )
+            way_out = "the folds would test on people whom it knows; start from another network"
+            raise InputError(f"--folds: {args.pretrained} {message}; {way_out}")
 
     def load_data(self):
         """Read the crops, split the pairs and make the triplets."""
@@ -1119,7 +1121,7 @@ class TwinTrainer:
         recipe = {flag: getattr(self.args, flag) for flag in RECIPE}
         recipe["precision"] = self.precision
         recipe["weights_sha256"] = weights_hash
-        return recipe | hashes_of_data(self.args, self.people)
+        return recipe | hashes_of_data(self.people, self.value_of)
 
     def make_config(self):
         """The content of config.json."""
@@ -1532,7 +1534,8 @@ def train_runs(runs):
     (args,) = runs
     trainer = TwinTrainer(args)
     if trainer.run.finished:
-        trainer.run.refuse_other_recipe(hashes_of_data(args, trainer.load_people()))
+        people = trainer.load_people()
+        trainer.run.refuse_other_recipe(hashes_of_data(people, read_values(args, people)))
     else:
         align_if_asked(trainer)
     trainer.train()
@@ -1573,12 +1576,14 @@ def run_sweep(runs):
     if waiting:
         align_if_asked(leader)
     people = leader.load_people()
-    # What is wrong with these is found here, before any run is trained.
-    leader.find_fold_ids()
-    leader.refuse_folds_of_known_people()
-    read_values(leader.args, people)
     for run_folder in finished:
-        run_folder.refuse_other_recipe(hashes_of_data(run_folder.args, people))
+        value_of = read_values(run_folder.args, people)
+        run_folder.refuse_other_recipe(hashes_of_data(people, value_of))
+    if waiting:
+        # What is wrong with these is found here, before any run is trained.
+        leader.find_fold_ids()
+        leader.refuse_folds_of_known_people()
+        read_values(leader.args, people)
 
     def train(args):
         logs[args.run_name] = TwinTrainer(args, people).train()

@@ -797,6 +797,19 @@ def test_a_rejected_photograph_stays_out_after_a_run_of_other_people(with_a_dele
     assert_one_is_rejected(with_a_deleted_crop)
 
 
+def test_a_rejected_photograph_stays_out_after_a_run_of_a_shorter_list(with_a_deleted_crop):
+    folder = with_a_deleted_crop
+    assert_one_is_rejected(folder)
+    path = folder / "id_to_images.json"
+    whole = path.read_text()
+    images = json.loads(whole)
+    images["family00A"] = [name for name in images["family00A"] if "family00A_1" not in name]
+    path.write_text(json.dumps(images))
+    run_stage(folder, folder)
+    path.write_text(whole)
+    assert_one_is_rejected(folder)
+
+
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_a_rejected_photograph_stays_out_after_runs_without_the_photographs(
     with_a_deleted_crop, is_noticed
@@ -1063,8 +1076,11 @@ def test_the_sheet_shows_the_worst_crops_first_as_the_report_lists_them(tmp_path
         Image.new("RGB", (112, 112), (0, 0, blue[name])).save(crop)
         facts = {"crop": str(crop), "residual": residual, "status": "aligned", "flag": ""}
         left_out = {"crop": None, "status": "no face", "flag": "", "source": "x", "reason": "none"}
-        report += [facts, left_out]
-    align.write_report({"a": []}, report, Counter(), tmp_path)
+        report += [
+            facts | {"id": "a", "photograph": name},
+            left_out | {"id": "a", "photograph": "x"},
+        ]
+    align.write_report(report, Counter(), tmp_path)
     listed = json.loads((tmp_path / "alignment_report.json").read_text())["sheet"]
     assert [Path(crop).name for crop in listed] == ["1.png", "2.png", "0.png"]
     with Image.open(tmp_path / "alignment_sheet.png") as sheet:

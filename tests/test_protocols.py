@@ -569,6 +569,12 @@ def test_wrong_metadata_is_refused(twins, case, capsys):
     assert message in line
 
 
+def test_empty_columns_and_rows_of_a_spreadsheet_are_passed_over(tmp_path):
+    (tmp_path / "x.csv").write_text("path,session,,\na.jpg,1,,\n,,,\n")
+    (row,) = net.read_csv(tmp_path / "x.csv", ("path", "session"))
+    assert (row["path"], row["session"]) == ("a.jpg", "1")
+
+
 @pytest.mark.parametrize("flag", ["--cross", "--by"])
 def test_a_column_without_metadata_is_refused(twins, flag, capsys):
     assert ev.main(evaluation_flags(twins, "wrong", f"{flag} session")) == 2
@@ -584,6 +590,16 @@ def test_a_network_under_two_names_is_used_once(twins, capsys):
     comparison = json.loads((result.folder / "comparison.json").read_text())
     assert [entry["name"] for entry in comparison["checkpoints"]] == ["start"]
     assert f"{copy} holds the same network as " in capsys.readouterr().out
+
+
+def test_a_copy_that_does_not_say_whom_it_knows_does_not_hide_the_one_that_does(twins, capsys):
+    model = net.load_checkpoint(twins.folder / "start.pth")
+    path = twins.folder / "knows.pth"
+    net.save_checkpoint(path, model, config={"train_ids": ["test0a"]})
+    flags = f"--checkpoints {twins.folder}/start.pth {path}"
+    assert ev.main(evaluation_flags(twins, "hidden", flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: was trained or validated on 1 of the" in line
 
 
 @pytest.mark.parametrize("has_ended", [True, False])

@@ -1888,6 +1888,14 @@ def test_folds_of_people_whom_the_start_has_seen_are_refused_at_once(experiment,
     assert not (experiment.folder / "logs" / "again_fold1of3").exists()
 
 
+def test_finished_folds_do_not_need_the_starts_file(experiment, capsys):
+    flags = "--freeze_backbone --epochs 1 --folds 3"
+    assert train_twins.main(experiment.flags(flags, "")) == 0
+    experiment.start.unlink()
+    assert train_twins.main(experiment.flags(f"{flags} --resume", "")) == 0
+    assert "This command tests each run on the fold" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
 def test_the_state_of_a_run_is_no_network_to_start_from(experiment, run, refusal, mode):
     code, _ = run(f"{mode} --epochs 1")
