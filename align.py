@@ -794,6 +794,7 @@ def align_files(args, pairs_flag="pairs", processes=None):
     processes = processes or Processes(args.device)
     ids, jobs = read_jobs(args, pairs_flag)
     refuse_to_replace_images(jobs)
+    refuse_to_replace_list(args)
     if processes.is_main:
         warn_of_another_data_set(jobs, args.aligned_folder)
     outcomes = {}
@@ -855,12 +856,32 @@ def read_jobs(args, pairs_flag):
 def refuse_to_replace_images(jobs):
     """Raise InputError if a crop would replace an image that is none of our crops."""
     for job in jobs:
+        if os.path.realpath(job.target.parent) == os.path.dirname(os.path.realpath(job.source)):
+            message = "crops would lie among the photographs; name another --aligned_folder"
+            raise InputError(f"{job.target.parent}: {message}")
         is_crop = True  # also a file that is not there, or damaged
         with suppress(Exception), Image.open(job.target) as image:
             is_crop = "alignment" in image.info
         if not is_crop:
             message = f"the crop of {job.source} would replace it; name another --aligned_folder"
             raise InputError(f"{job.target}: {message}")
+
+
+def refuse_to_replace_list(args):
+    """Raise InputError if --aligned_json is there and lists images outside --aligned_folder.
+
+    Then it is a list that a user has made of other crops.
+    """
+    if not os.path.exists(args.aligned_json):
+        return
+    folder = os.path.realpath(args.aligned_folder)
+    for images in read_flag(args, "aligned_json", read_id_to_images).values():
+        for image in images:
+            is_own = Path(os.path.realpath(image)).is_relative_to(folder)
+            if os.path.isfile(image) and not is_own:
+                message = f"it lists {image}, which is not in --aligned_folder"
+                way_out = "say --skip_alignment to use this list, or name another file"
+                raise InputError(f"--aligned_json {args.aligned_json}: {message}; {way_out}")
 
 
 def warn_of_another_data_set(jobs, folder):

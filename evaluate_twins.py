@@ -1951,8 +1951,30 @@ def open_checkpoints(args, pairs):
         if checkpoint.overlap and not args.allow_overlap:
             number = f"{len(checkpoint.overlap)} of the {len(test_ids)} test people"
             refuse_overlap(checkpoint, f"{number}: {', '.join(checkpoint.overlap)}")
+        notes += note_on_spellings(checkpoint, test_ids)
         checkpoints.append(checkpoint)
+    for group in group_by_recipe(checkpoints):
+        lengths = {(run.config.get("epochs"), run.config.get("patience")) for run in group}
+        if len(lengths) > 1:
+            names = ", ".join(run.name for run in group)
+            notes.append(f"{names}: their mean is of runs with different --epochs or --patience")
     return checkpoints, notes
+
+
+def note_on_spellings(checkpoint, test_ids):
+    """[warning] if only capitals, spaces or zeros tell test IDs from IDs that it has seen."""
+
+    def plain(name):
+        return name.strip().casefold().lstrip("0")
+
+    seen = {plain(name): name for name in checkpoint.seen_ids}
+    tested = checkpoint.tested_ids(test_ids) - checkpoint.seen_ids
+    alike = sorted(name for name in tested if plain(name) in seen)
+    if not alike:
+        return []
+    example = f"such as {alike[0]!r}, for it was trained on {seen[plain(alike[0])]!r}"
+    what = f"{len(alike)} test people may be people that it has seen, in another spelling"
+    return [f"{checkpoint.path}: {what}, {example}"]
 
 
 def refuse_overlap(checkpoint, what):
@@ -2068,6 +2090,9 @@ def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
     home = os.path.dirname(os.path.abspath(args.aligned_json))
     for checkpoint, embeddings in embed_images(args, checkpoints, images, crops, device):
         measure(args, checkpoint, checkpoints, evaluator, strata, embeddings)
+        for name in ("comparison.json", "comparison.csv", "report.html"):
+            # If this evaluation ends early, that of an earlier one must not stand beside it.
+            Path(args.output_dir, name).unlink(missing_ok=True)
         folder = Path(args.output_dir, checkpoint.name)
         write_result(folder, evaluator, strata, checkpoint, crops, home, args.flip)
 

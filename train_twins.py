@@ -471,12 +471,24 @@ class RunFolder:
 
     def refuse_to_replace(self):
         """Raise InputError if there is a run of this name that no flag allows to replace."""
+        start = Path(self.args.pretrained).resolve()
+        if start in [path.resolve() for path in self.checkpoints()]:
+            message = "a new run of this name would delete the network that it starts from"
+            raise InputError(f"--pretrained {start}: {message}; name the run with --run_name")
         if self.args.overwrite:
             return
         replace = "--overwrite replaces it, --run_name NAME starts another"
         if self.log_file.is_file() and not self.args.resume:
             raise InputError(f"{self.folder}: this run exists; --resume continues it, {replace}")
         checkpoints = self.checkpoints()
+        if checkpoints and self.log_file.is_file():
+            # The log may name one more epoch than the state that was written last. A run that was
+            # killed before it wrote a state begins again.
+            epochs = read_json(self.log_file, "a training log")["epochs"]
+            seconds = sum(entry["timing"]["seconds"] for entry in epochs[:-1])
+            if seconds > SAVE_SECONDS:
+                message = f"it is gone, and with it {len(epochs) - 1} epochs; put it back, or"
+                raise InputError(f"{self.state_file}: {message} {replace}")
         if checkpoints and not self.log_file.is_file():
             message = "a run of this name has written it, but its log is gone"
             raise InputError(f"{checkpoints[0]}: {message}; {replace}")
@@ -609,14 +621,24 @@ class RunFolder:
         return sorted(path for path in paths if path.stem.removeprefix(self.prefix).isdigit())
 
     def delete_superseded(self):
-        """Delete this run's checkpoints but the best one.
+        """Delete this run's checkpoints but the best one, and none of another run of this name.
 
         Call it only after the log or the state that names the best one is on disk.
         """
         best = Path(self.log["best_checkpoint"] or "").name
         for path in self.checkpoints():
-            if path.name != best:
+            if path.name != best and self.has_written(path):
                 path.unlink()
+
+    def has_written(self, path):
+        """Whether a checkpoint with a name of this run's is of this run, and not of another one."""
+        try:
+            config = read_checkpoint(path).get("config", {})
+        except InputError:  # this program writes no damaged file
+            return False
+        own_config = self.log["config"]
+        same = ("recipe", "seed", "folds", "fold")
+        return all(config.get(name) == own_config.get(name) for name in same)
 
 
 def judge_last_epoch(figures, monitor):

@@ -845,6 +845,35 @@ def test_an_image_that_is_no_crop_is_never_replaced(aligned):
     assert crop.read_bytes() == before
 
 
+def test_crops_never_lie_among_the_photographs(aligned, capsys):
+    folder = aligned / "people"
+    images = json.loads((aligned / "id_to_images.json").read_text())
+    landmarks = json.loads((aligned / "landmarks.json").read_text())
+    moved = {}
+    for identity, paths in images.items():
+        (folder / identity).mkdir(parents=True)
+        for path in paths:
+            shutil.copy(aligned / path, folder / identity)
+            moved[f"{identity}/{Path(path).name}"] = landmarks[path]
+    (folder / "landmarks.json").write_text(json.dumps(moved))
+    before = sorted(folder.rglob("*"))
+    flags = landmark_flags(folder, aligned, f"--id_to_images={folder}")
+    assert align.main([*flags, f"--aligned_folder={folder}"]) == 2
+    assert "crops would lie among the photographs" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_list_of_crops_elsewhere_is_never_replaced(aligned, capsys):
+    own = aligned / "mine.png"
+    Image.new("RGB", (112, 112)).save(own)
+    path = aligned / "own.json"
+    path.write_text(json.dumps({"a": [str(own)]}))
+    before = path.read_bytes()
+    assert align.main(landmark_flags(aligned, aligned, f"--aligned_json={path}")) == 2
+    assert "say --skip_alignment to use this list" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_the_list_of_crops_never_replaces_an_input_file(aligned, capsys):
     flags = landmark_flags(aligned, aligned)
     for flag, name in (("id_to_images", "id_to_images.json"), ("landmarks", "landmarks.json")):

@@ -602,6 +602,30 @@ def test_a_copy_that_does_not_say_whom_it_knows_does_not_hide_the_one_that_does(
     assert f"{path}: was trained or validated on 1 of the" in line
 
 
+def test_test_people_in_another_spelling_are_named(twins, capsys):
+    path = twins.folder / "spelling.pth"
+    torch.manual_seed(2)
+    net.save_checkpoint(path, net.build_model("ir_tiny"), config={"train_ids": ["Test0A "]})
+    evaluate(twins, "spelling", f"--checkpoints {twins.folder}/start.pth {path}")
+    said = capsys.readouterr().out
+    assert f"warning: {path}: 1 test people may be people that it has seen" in said
+    assert "such as 'test0a', for it was trained on 'Test0A '" in said
+
+
+def test_the_comparison_of_an_earlier_evaluation_is_gone_if_this_one_ends_early(twins, capsys):
+    dead = net.build_model("ir_tiny")
+    for parameter in dead.parameters():
+        torch.nn.init.zeros_(parameter)
+    net.save_checkpoint(twins.folder / "dead.pth", dead)
+    result = evaluate(twins, "early")
+    assert (result.folder / "comparison.json").exists()
+    flags = f"--checkpoints {twins.folder}/start.pth {twins.folder}/dead.pth"
+    assert ev.main(evaluation_flags(twins, "early", flags)) == 2
+    assert (result.folder / "start" / "metrics.json").exists()
+    for name in ("comparison.json", "comparison.csv", "report.html"):
+        assert not (result.folder / name).exists()
+
+
 @pytest.mark.parametrize("has_ended", [True, False])
 def test_a_checkpoint_whose_training_has_not_ended_is_named(twins, capsys, has_ended):
     facts = {"config": {"n_val_pairs": 2}}

@@ -1896,6 +1896,45 @@ def test_finished_folds_do_not_need_the_starts_file(experiment, capsys):
     assert "This command tests each run on the fold" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_run_with_this_name_stays(experiment, run):
+    _, log = run("--freeze_backbone --epochs 2 --seed 2")
+    best = Path(log["best_checkpoint"])
+    content = torch.load(best, weights_only=True)
+    content["config"]["seed"] = 3
+    other = best.with_name(best.name.replace(f"epoch{log['best_epoch']}", "epoch7"))
+    torch.save(content, other)
+    code, _ = run("--freeze_backbone --epochs 2 --seed 2 --resume")
+    assert code == 0
+    assert other.exists()
+    content["config"]["seed"] = 2
+    torch.save(content, other)
+    run("--freeze_backbone --epochs 2 --seed 2 --resume")
+    assert not other.exists()
+
+
+def test_a_run_does_not_replace_the_network_that_it_starts_from(experiment, run, refusal):
+    _, log = run("--freeze_backbone --epochs 1")
+    start = Path(log["best_checkpoint"])
+    code, _ = run(f"--freeze_backbone --epochs 1 --pretrained {start} --overwrite")
+    assert code == 2
+    assert "would delete the network that it starts from" in refusal()
+    assert start.exists()
+
+
+def test_a_long_run_whose_state_is_gone_does_not_begin_again(
+    experiment, interrupt, run, refusal, monkeypatch
+):
+    interrupt("--epochs 4", 3)
+    (experiment.folder / "logs" / "run" / "last.pth").unlink()
+    monkeypatch.setattr(train_twins, "SAVE_SECONDS", 0)
+    before = experiment.files()
+    refusal()
+    code, _ = run("--epochs 4 --resume")
+    assert code == 2
+    assert "last.pth: it is gone, and with it " in refusal()
+    assert experiment.files() == before
+
+
 @pytest.mark.parametrize("mode", ["--freeze_backbone", ""])
 def test_the_state_of_a_run_is_no_network_to_start_from(experiment, run, refusal, mode):
     code, _ = run(f"{mode} --epochs 1")
