@@ -856,6 +856,8 @@ def read_jobs(args, pairs_flag):
 def refuse_to_replace_images(jobs):
     """Raise InputError if a crop would replace an image that is none of our crops."""
     for job in jobs:
+        if job.key is None:  # no such photograph
+            continue
         if os.path.realpath(job.target.parent) == os.path.dirname(os.path.realpath(job.source)):
             message = "crops would lie among the photographs; name another --aligned_folder"
             raise InputError(f"{job.target.parent}: {message}")
@@ -870,7 +872,7 @@ def refuse_to_replace_images(jobs):
 def refuse_to_replace_list(args):
     """Raise InputError if --aligned_json is there and lists images outside --aligned_folder.
 
-    Then it is a list that a user has made of other crops.
+    Then it is a list that a user has made of other crops; or it is no list of images at all.
     """
     if not os.path.exists(args.aligned_json):
         return

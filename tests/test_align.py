@@ -1374,10 +1374,11 @@ def test_wrong_input_is_one_line_and_leaves_the_mapping(tmp_path, photos, capsys
     content, points = one_photo(photos)
     (tmp_path / "a.jpg").write_bytes(content)
     write_data_set(tmp_path, images, {"a.jpg": points, "nothing.jpg": points})
-    (tmp_path / "aligned.json").write_text("as before")
+    before = '{"as": ["before"]}'
+    (tmp_path / "aligned.json").write_text(before)
     assert align.main(landmark_flags(tmp_path, tmp_path)) == 2
     assert message in error_of(capsys)
-    assert (tmp_path / "aligned.json").read_text() == "as before"
+    assert (tmp_path / "aligned.json").read_text() == before
 
 
 @pytest.mark.parametrize("flags", [["--device", "gpu"], ["--device", "mps"], ["--what"]])
