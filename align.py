@@ -200,8 +200,8 @@ def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
             message = f"{megapixels:.0f} megapixels, more than {MAX_MEGAPIXELS}"
             raise InputError(f"{message}: save it at half its size")
         if long_side:
-            shrink = min(1, long_side / max(photo.size))
-            size = [max(1, int(side * shrink)) for side in photo.size]
+            share = min(1, long_side / max(photo.size))
+            size = [max(1, int(side * share)) for side in photo.size]
             photo.draft(None, size)  # only JPEGs can be decoded smaller
         upright = turn_upright(photo)
         if upright.mode[0] in "IF":

@@ -1119,7 +1119,7 @@ def comparison_row(checkpoint, name, figure):
     }
 
 
-# The columns of the tables, {title: figure}, and what stands below the first one.
+# The columns of the tables, {title: figure}, and the notes below the one of all settings.
 STRATA_COLUMNS = {"AUC": "auc", "EER %": "eer", "FNMR %": "fnmr_0.001"}
 TABLE_COLUMNS = {
     "EER %": "eer",
@@ -1912,7 +1912,7 @@ def drop_empty_strata(strata):
 
 
 def open_checkpoints(args, pairs):
-    """([Checkpoint, ...], [warning, ...]) of the flags, copies once, the baseline first.
+    """([Checkpoint, ...], [warning, ...]): what the flags name, the baseline first, no copies.
 
     Raises InputError for one that was trained or validated on a test person, by its ID. The runs of
     a cross-validation are tested on the people of their own fold, if those are test people.
@@ -1972,7 +1972,7 @@ def note_on_spellings(checkpoint, test_ids):
     alike = sorted(name for name in tested if plain(name) in seen)
     if not alike:
         return []
-    example = f"such as {alike[0]!r}, for it was trained on {seen[plain(alike[0])]!r}"
+    example = f"such as {alike[0]!r}: it was trained or validated on {seen[plain(alike[0])]!r}"
     what = f"{len(alike)} test people may be people that it has seen, in another spelling"
     return [f"{checkpoint.path}: {what}, {example}"]
 
@@ -2091,7 +2091,7 @@ def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
     for checkpoint, embeddings in embed_images(args, checkpoints, images, crops, device):
         measure(args, checkpoint, checkpoints, evaluator, strata, embeddings)
         for name in ("comparison.json", "comparison.csv", "report.html"):
-            # If this evaluation ends early, that of an earlier one must not stand beside it.
+            # If this evaluation ends early, no earlier comparison may stand beside its results.
             Path(args.output_dir, name).unlink(missing_ok=True)
         folder = Path(args.output_dir, checkpoint.name)
         write_result(folder, evaluator, strata, checkpoint, crops, home, args.flip)

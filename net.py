@@ -255,7 +255,7 @@ def check_alive(embeddings, network, way_out="take another checkpoint"):
     That is: one of them is zero or not finite, or all of them are the same. `network` names it and
     `way_out` says what to do, for the message.
     """
-    norms = torch.linalg.vector_norm(embeddings, dim=1)  # of a living network's: 1
+    norms = torch.linalg.vector_norm(embeddings, dim=1)  # each is 1 if the network is alive
     if not ((norms - 1).abs() < 1e-3).all():  # written so that NaN is refused too
         reason = "the norm of an embedding is zero or not finite"
         raise InputError(f"{network} is dead: {reason}; {way_out}")
@@ -838,8 +838,8 @@ def fail(name, code, message, every_process=False):
     memory may be met by one alone, which then says so itself (every_process). A process that is not
     yet connected to others says all.
     """
-    is_first = not dist.is_initialized() or os.environ.get("RANK", "0") == "0"
-    if is_first or every_process:
+    is_first_or_alone = not dist.is_initialized() or os.environ.get("RANK", "0") == "0"
+    if is_first_or_alone or every_process:
         print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -470,7 +470,10 @@ class RunFolder:
             self.can_continue = True
 
     def refuse_to_replace(self):
-        """Raise InputError if there is a run of this name that no flag allows to replace."""
+        """Raise InputError if a new run would delete what no flag allows it to delete.
+
+        That is an earlier run of this name or, whatever the flags, the network to start from.
+        """
         start = Path(self.args.pretrained).resolve()
         if start in [path.resolve() for path in self.checkpoints()]:
             message = "a new run of this name would delete the network that it starts from"
@@ -665,7 +668,7 @@ def lock_file(path, shared=False):
     shared: only find out whether another process has locked it; any number of processes may do so
     at once. Raises InputError if another process has locked it.
     """
-    # For reading and writing: NFS asks for the first in shared locks, for the other in others.
+    # NFS grants a shared lock only on a file open for reading, an exclusive one only for writing.
     file = open(path, "a+b")  # noqa: SIM115 (it stays open as long as the lock is held)
     if fcntl:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -938,7 +941,9 @@ class TwinTrainer:
         args = self.args
         if not args.folds or not self.needs_start_file():
             return
-        known = {*lineage_of(self.load_start().facts)["seen_ids"]} & {*self.people.id_to_images}
+        lineage = lineage_of(self.load_start().facts)
+        known = {*lineage["seen_ids"]} & {*self.people.id_to_images}
+        known |= self.people.people_on(lineage["seen_images"])
         if known:
             message = f"was trained or validated on {len(known)} of these people"
             way_out = "the folds would test on people whom it knows; start from another network"
@@ -1605,7 +1610,9 @@ def run_sweep(runs):
         # What is wrong with these is found here, before any run is trained.
         leader.find_fold_ids()
         leader.refuse_folds_of_known_people()
-        read_values(leader.args, people)
+        args_of_column = {run_folder.args.cross: run_folder.args for run_folder in waiting}
+        for args in args_of_column.values():
+            read_values(args, people)
 
     def train(args):
         logs[args.run_name] = TwinTrainer(args, people).train()

@@ -609,7 +609,7 @@ def test_test_people_in_another_spelling_are_named(twins, capsys):
     evaluate(twins, "spelling", f"--checkpoints {twins.folder}/start.pth {path}")
     said = capsys.readouterr().out
     assert f"warning: {path}: 1 test people may be people that it has seen" in said
-    assert "such as 'test0a', for it was trained on 'Test0A '" in said
+    assert "such as 'test0a': it was trained or validated on 'Test0A '" in said
 
 
 def test_the_comparison_of_an_earlier_evaluation_is_gone_if_this_one_ends_early(twins, capsys):
