@@ -1094,10 +1094,8 @@ def write_comparison(args, checkpoints, settings, chosen, notes):
     write_csv(folder / "comparison.csv", table)
     plot_comparison(folder / "comparison.png", settings)
     plot_data_percentage(folder / "data_percentage.png", settings)
-    strata_file = folder / "strata.png"
-    strata_file.unlink(missing_ok=True)  # of an earlier evaluation
     if settings[0].strata:
-        plot_strata(strata_file, settings)
+        plot_strata(folder / "strata.png", settings)
 
 
 def comparison_row(checkpoint, name, figure):
@@ -1119,6 +1117,15 @@ def comparison_row(checkpoint, name, figure):
     }
 
 
+# What an evaluation writes into --output_dir itself, not into the folders of checkpoints.
+COMPARISON_FILES = (
+    "comparison.json",
+    "comparison.csv",
+    "comparison.png",
+    "data_percentage.png",
+    "strata.png",
+    "report.html",
+)
 # The columns of the tables, {title: figure}, and the notes below the one of all settings.
 STRATA_COLUMNS = {"AUC": "auc", "EER %": "eer", "FNMR %": "fnmr_0.001"}
 TABLE_COLUMNS = {
@@ -1434,9 +1441,10 @@ def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):
     names = [short_name(path) for path in evaluator.images.paths]
     title = {"twin": "twins taken for one person", "genuine": "one person refused"}[kind]
     note = note_on_suspect(rows, is_wrong, names)
-    # The empty lines leave room for the caption of the first pair.
-    heading = f"{title}: {is_wrong.sum()} of {len(rows)} pairs{note}\n\n"
-    grid[0, 0].set_title(heading, fontsize=7, loc="left")
+    # A longer line would make the first column wider. The empty ones leave room for the caption of
+    # the first pair.
+    heading = textwrap.fill(f"{title}: {is_wrong.sum()} of {len(rows)} pairs{note}", 50)
+    grid[0, 0].set_title(f"{heading}\n\n", fontsize=7, loc="left")
     worst = choose_hardest(evaluator, rows, excess, is_wrong, grid.size)
     for axes, k in zip(grid.flat, worst, strict=False):
         a, b = rows[k]
@@ -2090,8 +2098,8 @@ def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
     home = os.path.dirname(os.path.abspath(args.aligned_json))
     for checkpoint, embeddings in embed_images(args, checkpoints, images, crops, device):
         measure(args, checkpoint, checkpoints, evaluator, strata, embeddings)
-        for name in ("comparison.json", "comparison.csv", "report.html"):
-            # If this evaluation ends early, no earlier comparison may stand beside its results.
+        for name in COMPARISON_FILES:
+            # This evaluation may end early, or draw fewer pictures than an earlier one.
             Path(args.output_dir, name).unlink(missing_ok=True)
         folder = Path(args.output_dir, checkpoint.name)
         write_result(folder, evaluator, strata, checkpoint, crops, home, args.flip)

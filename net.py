@@ -494,7 +494,7 @@ def make_stand_in(name):
             "__init__": lambda self, *_, **__: None,
             "__setstate__": lambda self, _: None,
         }
-    else:  # a dict, since other objects become one too: PyTorch sets the items of dicts alone
+    else:  # an OrderedDict takes the items and the attributes that the file gives an object
         methods = {"__new__": lambda cls, *_, **__: OrderedDict()}
     return type(name, (), methods)
 

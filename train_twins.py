@@ -362,7 +362,9 @@ def parse_runs(argv: list[str] | None = None) -> list[argparse.Namespace]:
             setattr(run, name, value)
         run.run_name = args.run_name or default_name(run)
         if fold:
-            run.run_name = file_name(f"{run.run_name}_fold{fold}of{args.folds}")
+            run.run_name += f"_fold{fold}of{args.folds}"
+        if len(run.run_name.encode()) > LONGEST_NAME:
+            run.run_name = file_name(run.run_name)  # cuts it
         runs.append(run)
     refuse_equal_names(runs)
     return sorted(runs, key=lambda run: (not run.freeze_backbone, run.train_percentage))
@@ -401,8 +403,6 @@ def default_name(args):
             run_name += f"_{name}{text}"
     if args.seed != DEFAULT_SEED:
         run_name += f"_seed{args.seed}"
-    if len(run_name.encode()) > LONGEST_NAME:
-        return file_name(run_name)  # cuts it
     return run_name  # not through file_name, which would also replace the plus sign of "1e+06"
 
 
@@ -602,7 +602,7 @@ class RunFolder:
     def find_best_checkpoint(self):
         """Correct the path of the best checkpoint in `log`, if it has moved to --output_dir.
 
-        If the file is gone: raises InputError if the run is to go on, warns if it is finished.
+        Raises InputError if the file is gone and the run is to go on.
         """
         path = self.log["best_checkpoint"]
         if path is None:
@@ -610,13 +610,21 @@ class RunFolder:
         moved = Path(self.args.output_dir, Path(path).name)
         if moved.is_file():
             self.log["best_checkpoint"] = str(moved)
-        elif not Path(path).is_file():
-            if self.finished:
-                way_out = f"to train it again, delete {self.folder} and repeat the command"
-                print(f"warning: {path} is gone; {way_out}")
-                return
+        elif not self.finished and not Path(path).is_file():
             way_out = "put it back, or start again with --overwrite"
             raise InputError(f"{path}: the checkpoint of the best epoch so far is gone; {way_out}")
+
+    def describe_end(self):
+        """Lines: how a finished run ended, and whether it can go on or has lost its checkpoint."""
+        n_epochs = len(self.log["epochs"]) - 1
+        best = self.log["best_checkpoint"]
+        lines = [f"{self.name} is finished after {n_epochs} epochs; best: {best}"]
+        if self.log["stopped"] == "epochs" and self.args.epochs > n_epochs:
+            lines.append(f"It cannot go on: {self.state_file} is gone. --overwrite starts it anew.")
+        if not Path(best).is_file():
+            way_out = f"to train it again, delete {self.folder} and repeat the command"
+            lines.append(f"warning: {best} is gone; {way_out}")
+        return "\n".join(lines)
 
     def checkpoints(self):
         """The checkpoints of best epochs that this run has written to --output_dir."""
@@ -886,16 +894,10 @@ class TwinTrainer:
     def train(self) -> dict:
         """Stage 2: fine-tune and write all files; returns the content of training_log.json."""
         if self.run.finished:
-            log = self.run.log
-            n_epochs = len(log["epochs"]) - 1
-            best = log["best_checkpoint"]
             if self.processes.is_main:
                 self.run.delete_superseded()  # which a kill at the very end may have left
-            self.say(f"{self.run.name} is finished after {n_epochs} epochs; best: {best}")
-            if log["stopped"] == "epochs" and self.args.epochs > n_epochs:
-                state = self.run.state_file
-                self.say(f"It cannot go on: {state} is gone. --overwrite starts it anew.")
-            return log
+            self.say(self.run.describe_end())
+            return self.run.log
         try:
             state = self.load_network()
             self.load_data()
@@ -1564,21 +1566,22 @@ def train_runs(runs):
         people = trainer.load_people()
         trainer.run.refuse_other_recipe(hashes_of_data(people, read_values(args, people)))
     else:
-        align_if_asked(trainer)
+        align_if_asked(trainer, [args.cross])
     trainer.train()
     return []
 
 
-def align_if_asked(trainer):
-    """Run stage 1, unless --skip_alignment is given."""
+def align_if_asked(trainer, columns):
+    """Run stage 1, unless --skip_alignment is given; columns: the --cross of every run."""
     args = trainer.args
     if args.skip_alignment:
         return
     # Wrong files should fail now, not after an hour of alignment.
     if trainer.needs_start_file():
         trainer.load_start()
-    if args.cross:
-        read_flag(args, "metadata", read_csv, ("path", args.cross))
+    if args.metadata:
+        named = [column for column in columns if column]
+        read_flag(args, "metadata", read_csv, ("path", *named))
     trainer.align()
 
 
@@ -1599,9 +1602,10 @@ def run_sweep(runs):
         weights_hash = leader.hash_of_start()
         for run_folder in finished:
             run_folder.refuse_other_recipe({"weights_sha256": weights_hash})
+            leader.say(run_folder.describe_end())
     processes = leader.processes
     if waiting:
-        align_if_asked(leader)
+        align_if_asked(leader, {run_folder.args.cross for run_folder in waiting})
     people = leader.load_people()
     for run_folder in finished:
         value_of = read_values(run_folder.args, people)
@@ -1694,6 +1698,10 @@ def suggest_evaluation(logs, pretrained):
     columns = {log["config"]["cross"] for log in logs}
     if config["cross"] and len(columns) == 1:
         command += ["--metadata", config["metadata"], "--cross", config["cross"]]
+    parser = build_parser()
+    for name in ("id_to_images", "landmarks", "channels"):  # evaluation has them too
+        if config[name] != parser.get_default(name):
+            command += [f"--{name}", config[name]]
     return [purpose, shlex.join([*command, "--checkpoints", *checkpoints])]
 
 

@@ -617,13 +617,13 @@ def test_the_comparison_of_an_earlier_evaluation_is_gone_if_this_one_ends_early(
     for parameter in dead.parameters():
         torch.nn.init.zeros_(parameter)
     net.save_checkpoint(twins.folder / "dead.pth", dead)
-    result = evaluate(twins, "early")
-    assert (result.folder / "comparison.json").exists()
+    result = evaluate(twins, "early", f"--metadata {twins.folder}/metadata.csv --by glasses")
+    files = {path for path in result.folder.iterdir() if path.is_file()}
+    assert {path.name for path in files} == set(ev.COMPARISON_FILES)
     flags = f"--checkpoints {twins.folder}/start.pth {twins.folder}/dead.pth"
     assert ev.main(evaluation_flags(twins, "early", flags)) == 2
     assert (result.folder / "start" / "metrics.json").exists()
-    for name in ("comparison.json", "comparison.csv", "report.html"):
-        assert not (result.folder / name).exists()
+    assert not any(path.exists() for path in files)
 
 
 @pytest.mark.parametrize("has_ended", [True, False])
@@ -703,6 +703,13 @@ def test_the_suggested_evaluation_is_across_sessions_too(experiment, capsys):
     assert f" --metadata {experiment.folder}/metadata.csv --cross session " in line
 
 
+def test_the_suggested_evaluation_takes_the_same_list_of_photographs(experiment, capsys):
+    flags = "--epochs 1 --seed 1 2 --id_to_images photos.json --landmarks points.json"
+    assert train_twins.main(experiment.flags(flags, "")) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "evaluate_twins.py" in x]
+    assert " --id_to_images photos.json --landmarks points.json --checkpoints " in line
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -721,6 +728,19 @@ def test_wrong_metadata_ends_training_before_its_first_run(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (experiment.folder / "logs").exists()
+
+
+def test_a_missing_column_of_any_run_ends_a_sweep_before_the_alignment(
+    experiment, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_twins.TwinTrainer, "align", lambda self: pytest.fail("aligned"))
+    _, flags = sessions_of(experiment)
+    command = experiment.flags(flags.replace("session", "session day"), "")
+    command.remove("--skip_alignment")
+    assert train_twins.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "with the columns path, " in line
+    assert "day" in line
 
 
 def test_training_across_a_column_in_which_nobody_has_two_values_is_refused(

@@ -1962,6 +1962,27 @@ def test_a_finished_run_whose_checkpoint_is_gone_says_how_to_train_it_again(
     assert again["best_checkpoint"] == log["best_checkpoint"]
 
 
+def test_finished_runs_of_a_sweep_are_named_once(experiment, capsys):
+    flags = experiment.flags("--freeze_backbone --epochs 1 --seed 1 2 --resume", "")
+    assert train_twins.main(flags) == 0
+    names = [swept_name("frozen", seed=seed) for seed in (1, 2)]
+    first = experiment.log(names[0])["best_checkpoint"]
+    Path(first).unlink()
+    capsys.readouterr()
+    assert train_twins.main(flags) == 0
+    out = capsys.readouterr().out
+    for name in names:
+        assert out.count(f"{name} is finished after 1 epochs") == 1
+    assert out.count(f"warning: {first} is gone") == 1
+
+
+def test_the_name_of_a_fold_spells_a_column_as_that_of_a_run_does():
+    flags = "--cross a/b --metadata m.csv"
+    (args,) = parse_runs(flags.split())
+    first, _ = parse_runs([*flags.split(), "--folds", "2"])
+    assert first.run_name == f"{args.run_name}_fold1of2"
+
+
 def test_several_runs_cannot_share_a_name(run, refusal):
     code, _ = run(SWEEP, "one_name")
     assert code == 2
