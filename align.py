@@ -28,12 +28,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from net import (
     CROP_SIZE,
     InputError,
-    OwnError,
+    OneProcessError,
     Parser,
     Processes,
     file_name,
@@ -92,9 +92,7 @@ MAX_MEGAPIXELS = 500  # of a photograph, which takes three bytes a pixel
 Image.MAX_IMAGE_PIXELS = None  # no limit of Pillow's, which would print a warning
 NO_VALUE = ("", "na", "n/a", "nan", "null")  # how tables write that a value is missing
 RAW_SUFFIXES = (".nef", ".nrw", ".dng", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef")
-NEW_SUBFILE_TYPE = 254  # TIFF tag: what the first image in the file is
-REDUCED_IMAGE = 1  # the bit of that tag for a thumbnail
-EXIF_ORIENTATION = 0x0112  # EXIF tag: how the stored pixels are to be turned
+REDUCED_IMAGE = 1  # the bit for a thumbnail in the TIFF tag NewSubfileType
 RAW_MESSAGE = "a camera RAW file: export it as JPEG or TIFF"
 # Errors of writing a file whose name the file system does not take.
 BAD_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
@@ -203,12 +201,13 @@ def read_photo(path: str | Path, long_side: int | None = None) -> np.ndarray:
             share = min(1, long_side / max(photo.size))
             size = [max(1, int(side * share)) for side in photo.size]
             photo.draft(None, size)  # only JPEGs can be decoded smaller
-        upright = turn_upright(photo)
-        if upright.mode[0] in "IF":
-            upright = to_8_bits(upright)
-        if upright.mode != "RGB":  # even without a change, converting copies every pixel
-            upright = upright.convert("RGB")
-        return np.array(upright)
+        photo.load()
+        with suppress(Exception):  # damaged EXIF data can fail in any way; the pixels may be sound
+            ImageOps.exif_transpose(photo, in_place=True)
+        image = to_8_bits(photo) if photo.mode[0] in "IF" else photo
+        if image.mode != "RGB":  # even without a change, converting copies every pixel
+            image = image.convert("RGB")
+        return np.array(image)
 
 
 def open_photo(path):
@@ -227,18 +226,9 @@ def open_photo(path):
 
 def is_raw_thumbnail(photo):
     """Whether Pillow reads a thumbnail: most RAW files are TIFFs whose first image is one."""
-    return photo.format == "TIFF" and bool(photo.tag_v2.get(NEW_SUBFILE_TYPE, 0) & REDUCED_IMAGE)
-
-
-def turn_upright(photo):
-    """A photograph turned as its EXIF tag says; as it is if its EXIF data are damaged."""
-    photo.load()
-    try:
-        if photo.getexif().get(EXIF_ORIENTATION, 1) == 1:
-            return photo  # exif_transpose would copy it
-        return ImageOps.exif_transpose(photo)
-    except Exception:  # damaged data can fail in any way; the pixels may be sound
-        return photo
+    if photo.format != "TIFF":
+        return False
+    return bool(photo.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & REDUCED_IMAGE)
 
 
 def to_8_bits(image):
@@ -295,7 +285,7 @@ class FaceDetector:
             if is_out_of_memory(error):
                 raise
             folder = f"{torch.hub.get_dir()}/checkpoints"
-            raise OwnError(
+            raise OneProcessError(
                 f"face-alignment's weights cannot be loaded ({error}): "
                 f"put {DETECTOR_WEIGHTS} into {folder}, or give --landmarks"
             ) from error
@@ -326,7 +316,7 @@ class FaceDetector:
             if not is_out_of_memory(error):
                 raise
             way_out = "take --device cpu, or give --landmarks"
-            raise OwnError(f"out of memory while detecting faces: {way_out}") from error
+            raise OneProcessError(f"out of memory while detecting faces: {way_out}") from error
 
     def _find_faces(self, picture):
         """The boxes (N, 4) of the first look that settles which face is the main one."""
@@ -462,11 +452,11 @@ def points_of_entry(entry):
     return five_points(entry).tolist()
 
 
-def face_if_dlib(face):
-    """TEMPLATE for what looks like dlib's five points; other points as they are.
+def looks_like_dlibs(face):
+    """Whether five points look like dlib's.
 
-    dlib's are the two corners of the eye on the right of the picture, those of the other eye, and
-    the nose. They have no mouth, so they cannot be corrected.
+    Those are the two corners of the eye on the right of the picture, those of the other eye, and
+    the nose.
     """
     right_eye = face[:2].mean(0)
     left_eye = face[2:4].mean(0)
@@ -475,40 +465,33 @@ def face_if_dlib(face):
     eyes_are_level = np.ptp(face[:4, 1]) < 0.5 * eye_distance
     nose_is_below = 0.2 * eye_distance < nose[1] - face[:4, 1].mean() < 1.5 * eye_distance
     nose_is_between = left_eye[0] < nose[0] < right_eye[0]
-    return TEMPLATE if eyes_are_level and nose_is_below and nose_is_between else face
+    return eyes_are_level and nose_is_below and nose_is_between
 
 
-def face_if_normalised(face):
-    """TEMPLATE for points from 0 to 1; other points as they are.
-
-    Points from 0 to 1 cannot be corrected here, where the size of the photograph is not known.
-    """
-    if face.min() >= 0 and face.max() <= 1:
-        return TEMPLATE
-    return face
-
-
-# Mistakes that run through a whole landmark file. Each has its message, and a function of a face
-# that corrects the mistake: a face that is upright only then has been written down with it. Where
-# nothing can be corrected, the function gives the TEMPLATE, which is upright, for such a face.
+# Mistakes that run through a whole landmark file: the message about each, and a function that says
+# whether five points that are not an upright face may have been written down with this mistake.
 SLIPS = {
     "left and right are exchanged: the eye on the left of the picture comes first": (
-        lambda face: face[[1, 0, 2, 4, 3]]
+        lambda face: is_upright(face[[1, 0, 2, 4, 3]])
     ),
-    "x and y are exchanged: a point is [x, y], x from the left": lambda face: face[:, ::-1],
-    "y counts from the bottom: it counts from the top": lambda face: face * [1, -1],
+    "x and y are exchanged: a point is [x, y], x from the left": (
+        lambda face: is_upright(face[:, ::-1])
+    ),
+    "y counts from the bottom: it counts from the top": lambda face: is_upright(face * [1, -1]),
     "these are dlib's five points, eye corners and nose: give its 68 points, or eyes, nose and "
-    "mouth corners": face_if_dlib,
-    "the points are from 0 to 1: multiply them by width and height": face_if_normalised,
+    "mouth corners": looks_like_dlibs,
+    "the points are from 0 to 1: multiply them by width and height": (
+        lambda face: face.min() >= 0 and face.max() <= 1
+    ),
 }
 
 
 def find_slip(faces):
     """What is wrong with most of `faces`, (5, 2) each, in words; None if nothing is."""
     wrong = [face for face in faces if not is_upright(face)]
-    for slip, correct in SLIPS.items():
-        n_corrected = sum(is_upright(correct(face)) for face in wrong)
-        if n_corrected > len(faces) / 2:
+    for slip, may_have_slip in SLIPS.items():
+        n_with_slip = sum(may_have_slip(face) for face in wrong)
+        if n_with_slip > len(faces) / 2:
             return slip
     return None
 
@@ -568,8 +551,8 @@ def stored_orientation(path):
     """(EXIF orientation, size) of a photograph's stored pixels; 1 is upright, 2 is mirrored."""
     try:
         with Image.open(path) as photo:
-            return photo.getexif().get(EXIF_ORIENTATION, 1), photo.size
-    except Exception:  # what cannot be read is told of when its crop is made
+            return photo.getexif().get(ExifTags.Base.Orientation, 1), photo.size
+    except Exception:  # align_photo will say why the photograph cannot be read
         return 1, (0, 0)
 
 
@@ -579,7 +562,7 @@ class Job(NamedTuple):
 
     identity: str
     source: str
-    photograph: str  # `source` from the data set's folder on, which stays when that folder moves
+    photograph: str  # `source` relative to the data set's folder, which may move
     n_bytes: int | None  # its size; None if there is no such file
     target: Path
     landmarks: list | None  # five points; [] for no face; None if no landmark file has them
@@ -599,8 +582,8 @@ def plan_jobs(id_to_images, folder, landmarks, home):
             message = f"IDs {earlier!r} and {identity!r} differ in case alone"
             reason = "some file systems would put their crops into one folder"
             raise InputError(f"{message}, and {reason}; rename one")
-        for source, name in file_names(dict.fromkeys(sources), home).items():
-            photograph = Path(relative_path(source, home)).as_posix()
+        for source, name in file_names(sources, home).items():
+            photograph = relative_path(source, home)
             target = Path(folder, file_name(identity), f"{name}.png")
             points = landmarks.get(source)
             n_bytes = None
@@ -608,7 +591,8 @@ def plan_jobs(id_to_images, folder, landmarks, home):
             if os.path.isfile(source):
                 info = os.stat(source)
                 n_bytes = info.st_size
-                # A crop that a detector made is not one that a landmark file left out.
+                # So a crop that was made by the detector is not "already done" in a run with a
+                # landmark file that leaves this photograph out.
                 origin = points if landmarks else "detected"
                 key = make_key(photograph, n_bytes, info.st_mtime_ns, origin)
             jobs.append(Job(identity, source, photograph, n_bytes, target, points, key))
@@ -624,9 +608,10 @@ def make_key(*photograph_and_landmarks):
 
 def earlier_outcome(job):
     """The facts stored in a job's crop, if it was made from the same input; else None."""
-    with suppress(Exception), Image.open(job.target) as crop:  # such a file was not written by us
+    # Any failure means that the file is not there, is damaged, or is none of our crops.
+    with suppress(Exception), Image.open(job.target) as crop:
         facts = json.loads(crop.info["alignment"])
-        crop.load()  # fails for a damaged crop, which is then made anew
+        crop.load()  # fails for a damaged crop
         if facts["key"] == job.key:
             return facts | {"status": "already done"}
     return None
@@ -657,7 +642,7 @@ def rejection(job, entry):
         if entry["crop"] is None:
             return None
         if job.target.with_name(Path(entry["crop"]).name).is_file():
-            return None  # it is there under the name that it had before others had the same stem
+            return None  # its name was that one, until another photograph got the same stem
     facts = {name: entry[name] for name in ("residual", "eyes")}
     reason = "its crop was deleted; --realign makes all crops again"
     return facts | {"status": "rejected", "reason": reason, "flag": "", "key": job.key}
@@ -793,6 +778,7 @@ def align_files(args, pairs_flag="pairs", processes=None):
     """
     processes = processes or Processes(args.device)
     ids, jobs = read_jobs(args, pairs_flag)
+    refuse_to_replace_inputs(args, pairs_flag)
     refuse_to_replace_images(jobs)
     refuse_to_replace_list(args)
     if processes.is_main:
@@ -841,16 +827,20 @@ def read_jobs(args, pairs_flag):
     landmarks = {}
     if args.landmarks:
         landmarks = read_flag(args, "landmarks", read_landmarks, home)
-    for flag in ("id_to_images", pairs_flag, "landmarks"):
-        path = getattr(args, flag)
-        if path and os.path.realpath(path) == os.path.realpath(args.aligned_json):
-            message = f"the list of crops would replace the file of --{flag}; name another file"
-            raise InputError(f"--aligned_json {args.aligned_json}: {message}")
     jobs = plan_jobs(photos, args.aligned_folder, landmarks, home)
     if landmarks and all(job.landmarks is None for job in jobs):
         message = f"no photograph of {args.id_to_images} is in it; compare the paths"
         raise InputError(f"--landmarks {args.landmarks}: {message}")
     return list(photos), jobs
+
+
+def refuse_to_replace_inputs(args, pairs_flag):
+    """Raise InputError if --aligned_json is one of the files that the stage reads."""
+    for flag in ("id_to_images", pairs_flag, "landmarks"):
+        path = getattr(args, flag)
+        if path and os.path.realpath(path) == os.path.realpath(args.aligned_json):
+            message = f"the list of crops would replace the file of --{flag}; name another file"
+            raise InputError(f"--aligned_json {args.aligned_json}: {message}")
 
 
 def refuse_to_replace_images(jobs):
@@ -872,7 +862,8 @@ def refuse_to_replace_images(jobs):
 def refuse_to_replace_list(args):
     """Raise InputError if --aligned_json is there and lists images outside --aligned_folder.
 
-    Then it is a list that a user has made of other crops; or it is no list of images at all.
+    Such a list was made by someone else, of other crops. A file that holds no list of images is
+    refused too.
     """
     if not os.path.exists(args.aligned_json):
         return
@@ -882,7 +873,10 @@ def refuse_to_replace_list(args):
             is_own = Path(os.path.realpath(image)).is_relative_to(folder)
             if os.path.isfile(image) and not is_own:
                 message = f"it lists {image}, which is not in --aligned_folder"
-                way_out = "say --skip_alignment to use this list, or name another file"
+                way_out = (
+                    "say --skip_alignment to use this list in training or evaluation, or name "
+                    "another file"
+                )
                 raise InputError(f"--aligned_json {args.aligned_json}: {message}; {way_out}")
 
 
@@ -897,6 +891,7 @@ def warn_of_another_data_set(jobs, folder):
         entry = made_from.get((job.identity, job.target.name))
         if entry is None or job.key is None:
             continue
+        # A photograph that has moved, or was edited where it lies, is no other photograph.
         is_another = entry["source"] != job.source and entry["n_bytes"] != job.n_bytes
         if is_another and os.path.isfile(entry["source"]):
             n_replaced += 1
@@ -911,13 +906,15 @@ def find_earlier_outcomes(jobs, folder):
     """{target: facts} of the photographs that were aligned before, or whose crop was rejected."""
     earlier_entries = {}
     for entry in read_report(folder):
-        # The data set may have moved, or its list alone.
+        # If the whole data set has moved, `photograph` is still the same; if only the list of the
+        # photographs has moved, `source` is.
         for path in (entry["photograph"], entry["source"]):
             earlier_entries[entry["id"], path, entry["n_bytes"]] = entry
     outcomes = {}
     for job in jobs:
         interrupt.raise_if_asked()
-        # Not by the key: a copied data set has other times, and rejected crops still stay out.
+        # The key is no help here: a copied photograph has another time, and so another key, but its
+        # rejected crop has to stay out.
         entry = earlier_entries.get((job.identity, job.photograph, job.n_bytes))
         if entry is None:
             entry = earlier_entries.get((job.identity, job.source, job.n_bytes))
@@ -980,9 +977,9 @@ def count_outcomes(report):
 def entries_to_keep(report, folder):
     """The entries of earlier reports that the next runs must know, beside those of `report`.
 
-    They are those of photographs that this run does not list, since runs with other pairs or lists
-    may use the same folder, and of photographs that cannot be read now, on a drive that is not
-    there, for instance: if their crops have been rejected, they stay rejected when they are back.
+    They say which crops have been rejected. Some are about photographs that this run does not list:
+    runs with other pairs or lists may use the same folder. The others are about photographs that
+    could be read then, but not now, for instance because their drive is not connected.
     """
 
     def name_of(entry):
@@ -991,9 +988,10 @@ def entries_to_keep(report, folder):
     status_now = {name_of(entry): entry["status"] for entry in report}
     kept = []
     for entry in read_report(folder):
-        now = status_now.get(name_of(entry), "not listed")
-        was_readable = entry["status"] != "unreadable"
-        if now == "not listed" or (now == "unreadable" and was_readable):
+        status = status_now.get(name_of(entry))
+        is_listed = status is not None
+        has_become_unreadable = status == "unreadable" and entry["status"] != "unreadable"
+        if not is_listed or has_become_unreadable:
             kept.append(entry)
     return kept
 
@@ -1037,7 +1035,7 @@ def write_mapping(path, mapping):
     folder = os.path.dirname(os.path.abspath(path))
     relative = {}
     for identity, crops in mapping.items():
-        relative[identity] = [Path(relative_path(crop, folder)).as_posix() for crop in crops]
+        relative[identity] = [relative_path(crop, folder) for crop in crops]
     write_json(path, relative)
 
 
@@ -1067,7 +1065,7 @@ class CropFinder:
     def _add_photographs(self, args, aligned):
         for identity, sources in read_flag(args, "id_to_images", read_id_to_images).items():
             crop_named = {Path(crop).stem: crop for crop in aligned.get(identity, [])}
-            names = file_names(dict.fromkeys(sources), home_of_photographs(args))
+            names = file_names(sources, home_of_photographs(args))
             for source, name in names.items():
                 self.known.setdefault(source, (identity, crop_named.get(name)))
 

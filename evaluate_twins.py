@@ -19,7 +19,7 @@ import textwrap
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -71,7 +71,8 @@ OPERATING_POINTS = {
     "val_eer": ("eer_threshold", "equal errors on twins"),
     "val_general": ("general_threshold_0.001", "a general FMR of 0.1 %"),
 }
-RATES = ("twin_fmr", "general_fmr", "fnmr")  # at each general threshold and operating point
+# The rates at each general threshold and operating point: {name: in words}.
+RATES = {"twin_fmr": "twin FMR", "general_fmr": "general FMR", "fnmr": "FNMR"}
 MAX_GENERAL_PAIRS = 2_000_000  # if there are more general impostor pairs, they are sampled
 NORMAL_QUANTILE = 1.96  # of 95 % intervals
 MIN_FAMILIES = 6  # with fewer families there is no interval and no verdict
@@ -227,8 +228,9 @@ class RankedPairs:
         """
         genuine_weights = weights[self.genuine.code]
         twin_weights = weights[self.twin.code]
-        # At the lowest threshold all pairs are accepted, which is right for the genuine ones. From
-        # there on, each pair that is rejected makes one right decision less, or one more.
+        # At the lowest threshold all pairs are accepted, which is right for the genuine ones. As
+        # the threshold rises, each genuine pair that is rejected is one right decision less, and
+        # each twin pair that is rejected one more.
         n_genuine = np.bincount(self.genuine.fold, genuine_weights, N_FOLDS)
         n_twin = np.bincount(self.twin.fold, twin_weights, N_FOLDS)
         gains = np.concatenate([-genuine_weights, twin_weights])
@@ -416,15 +418,15 @@ class TwinEvaluator:
     def _refuse_to_measure_nothing(self, listed):
         """Raise InputError if there is no genuine or no twin pair."""
         reasons = {
-            "genuine": "none of the people has two images",
-            "twin": "there is no pair with images of both twins",
+            "genuine": "none of the people has two images; check the aligned crops",
+            "twin": "there is no pair with images of both twins; check the aligned crops",
         }
         for kind, reason in reasons.items():
             if len(self.rows[kind]):
                 continue
             if listed:
-                reason = f"--pair_list has no {kind} pair whose images both have a crop"
-            raise InputError(f"nothing to evaluate: {reason}; check the aligned crops")
+                reason = f"--pair_list has no {kind} pair whose images both have a crop; add some"
+            raise InputError(f"nothing to evaluate: {reason}")
 
     def _count_families(self, kind):
         """How many families have pairs of a kind."""
@@ -693,7 +695,7 @@ def share_interval(value, samples, n_families, n_at_edge):
     deviation = np.nanstd(samples) * np.sqrt(n_families / (n_families - 3))
     margin = NORMAL_QUANTILE * deviation / (value * (1 - value))
     bounds = np.log(value / (1 - value)) + np.array([-margin, margin])
-    return (0.5 + 0.5 * np.tanh(bounds / 2)).tolist()  # from log odds, without overflow
+    return torch.from_numpy(bounds).sigmoid().tolist()  # from log odds
 
 
 def figure_interval(metric, value, samples, n_families):
@@ -702,8 +704,9 @@ def figure_interval(metric, value, samples, n_families):
     tests/STUDY.md has measured how often each kind of interval holds the true value; hence the
     choice.
     """
-    # A threshold is no share. TAR at FAR can be many times as high in a resample without the
-    # family of the highest twin scores, so that the deviation of its log odds says little.
+    # Thresholds, and the standard deviation over folds, are no shares. TAR at FAR can be many
+    # times as high in a resample without the family of the highest twin scores, so that the
+    # deviation of its log odds says little.
     if metric.better is None or metric.name.startswith("tar_at_far"):
         return interval(samples)
     # Pairs of the same families are not independent: each family counts as one pair, and for
@@ -822,7 +825,7 @@ class Checkpoint:
         return {*self.config.get("fold_ids", [])}
 
     def tested_ids(self, test_ids):
-        """Those of the test IDs that it is tested on: of its own fold, if it has one; else all."""
+        """The test IDs that it is tested on: those of its own fold; if there are none, all."""
         return (test_ids & self.fold_ids) or test_ids
 
     @property
@@ -917,11 +920,9 @@ def differing_flags(checkpoints):
     Without the precision, which frozen and full runs differ in by themselves.
     """
     recipes = [checkpoint.recipe for checkpoint in checkpoints if checkpoint.recipe]
-    all_flags = {}  # a dict keeps the order
-    for recipe in recipes:
-        all_flags.update(dict.fromkeys(recipe))
+    all_flags = [flag for recipe in recipes for flag in recipe]
     flags = []
-    for flag in all_flags:
+    for flag in dict.fromkeys(all_flags):  # each once, in their order
         values = {repr(recipe.get(flag)) for recipe in recipes}
         if len(values) > 1 and flag != "precision":
             flags.append(flag)
@@ -1126,8 +1127,9 @@ COMPARISON_FILES = (
     "strata.png",
     "report.html",
 )
-# The columns of the tables, {title: figure}, and the notes below the one of all settings.
+# What the table of the strata shows of each setting, {title: figure}.
 STRATA_COLUMNS = {"AUC": "auc", "EER %": "eer", "FNMR %": "fnmr_0.001"}
+# The columns of the table of the settings, {title: figure}, and the notes below it.
 TABLE_COLUMNS = {
     "EER %": "eer",
     "AUC": "auc",
@@ -1225,10 +1227,9 @@ def describe_cross(args):
 def describe_operating_points(setting):
     """The lines of the table that say what the thresholds of the validation people really give."""
     lines = []
-    labels = {"twin_fmr": "twin FMR", "general_fmr": "general FMR", "fnmr": "FNMR"}
     for point, (_, purpose) in OPERATING_POINTS.items():
         texts = []
-        for rate, label in labels.items():
+        for rate, label in RATES.items():
             figure = setting.figures[f"{rate}_{point}"]
             if figure["value"] is None:
                 continue
@@ -1259,15 +1260,15 @@ def strata_table(settings, strata):
     return "\n".join(lines)
 
 
-def describe_hardest_families(setting, n=3):
-    """The families with the lowest twin AUC, a mean over the setting's checkpoints, as text."""
-    values = {}
+def describe_hardest_families(setting):
+    """The three families with the lowest twin AUC, a mean over the checkpoints, as text."""
+    aucs_of_family = {}
     for checkpoint in setting.checkpoints:
         for row in checkpoint.families:
             if row["twin_auc"] is not None:
-                values.setdefault(row["ids"], []).append(row["twin_auc"])
-    means = {ids: sum(of_seeds) / len(of_seeds) for ids, of_seeds in values.items()}
-    hardest = sorted(means, key=means.get)[:n]
+                aucs_of_family.setdefault(row["ids"], []).append(row["twin_auc"])
+    means = {ids: sum(aucs) / len(aucs) for ids, aucs in aucs_of_family.items()}
+    hardest = sorted(means, key=means.get)[:3]
     return ", ".join(f"{ids} (twin AUC {means[ids]:.3f})" for ids in hardest)
 
 
@@ -1337,16 +1338,15 @@ def plot_rates(axes, curves, kind):
             markevery=[at_eer],
         )
     axes.set(xscale="log", xlim=(lowest, 100))
+    label_logarithmic_axis(axes.xaxis)
     axes.set_xlabel("false match rate on twin impostors (%); dot: EER")
     axes.set_title(kind.upper())
     if kind == "roc":
         axes.set(ylim=(0, 100), ylabel="true accept rate, 1 - FNMR (%)")
-        label_logarithmic_axis(axes.xaxis)
     else:
         lowest_eer = 100 * min(figures["eer"] for _, _, figures in curves)
         bottom = max(0.01, lowest_eer / 10)
         axes.set(yscale="log", ylim=(bottom, 100), ylabel="FNMR (%)")
-        label_logarithmic_axis(axes.xaxis)
         label_logarithmic_axis(axes.yaxis)
 
 
@@ -1428,7 +1428,8 @@ def plot_hardest(path, evaluator, checkpoint, crops):
         for kind, part in (("twin", grid[:2]), ("genuine", grid[2:])):
             plot_mistakes(part, evaluator, checkpoint, crops, kind, excess[kind], is_wrong[kind])
         heading = f"mistakes at the EER threshold {threshold:.3f}, the worst first"
-        grid[0, 0].figure.suptitle(f"{checkpoint.name}\n{heading}", fontsize=9)
+        name = wrap_name(checkpoint.name, 100)
+        grid[0, 0].figure.suptitle(f"{name}\n{heading}", fontsize=9)
 
 
 def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):
@@ -1475,9 +1476,8 @@ def choose_hardest(evaluator, rows, excess, is_wrong, n):
     chosen = []
     images = set()
     times_shown = Counter()
-    # No pair that was decided rightly has more excess than a wrong one: the wrong ones lead.
     worst_first = np.argsort(-excess, kind="stable")
-    for k in worst_first[: is_wrong.sum()]:
+    for k in worst_first[is_wrong[worst_first]]:
         a, b = rows[k].tolist()
         family = evaluator.family[a]
         if a in images or b in images or times_shown[family] == 2:
@@ -1519,7 +1519,8 @@ def plot_comparison(path, settings):
             (dots,) = left.plot(100 * change, y, "o")
             left.hlines(y, *(100 * bounds), color=dots.get_color(), linewidth=1.2)
         left.set(yticks=range(len(shown)), yticklabels=shown.values())
-        left.set(ylim=(len(shown) - 0.5, -0.5), title=f"difference to {settings[0].name}")
+        baseline = wrap_name(settings[0].name, 50)
+        left.set(ylim=(len(shown) - 0.5, -0.5), title=f"difference to {baseline}")
         left.set_xlabel("change in percentage points (AUC: in 0.01), with 95 % interval")
         curves = []
         for setting in settings:
@@ -1558,8 +1559,8 @@ def plot_data_percentage(path, settings):
     Settings that differ in nothing but the share are one line; several seeds are a band.
     """
     baseline = settings[0]
-    lines = {}
-    ticks = {}
+    lines = {}  # {label of a line: {share: figures}}
+    ticks = {}  # {share: its label on the axis}
     for setting in settings[1:]:
         first = setting.checkpoints[0]
         share = first.recipe.get("train_percentage")
@@ -1576,7 +1577,7 @@ def plot_data_percentage(path, settings):
     panels = {"auc": "twins", "general_auc": "everyone else"}
     with plot_figure(path, 8.6, 6.2, 2) as grid:
         for axes, (name, people) in zip(grid, panels.items(), strict=True):
-            start = baseline.figures[name]["value"]
+            baseline_value = baseline.figures[name]["value"]
             # From left of the smallest share to right of 100 %.
             whole_width = [0.7 * min(ticks, default=1), 140]
             axes.plot(whole_width, [0, 0], label=f"{baseline.name} (baseline)")
@@ -1584,7 +1585,7 @@ def plot_data_percentage(path, settings):
                 shares = sorted(points)
                 entries = [points[share][name] for share in shares]
                 beside_each_other = np.array(shares) * 1.04**number  # none hides another
-                plot_line_with_band(axes, beside_each_other, entries, label, start)
+                plot_line_with_band(axes, beside_each_other, entries, label, baseline_value)
             axes.set(xscale="log", ylabel=f"change of the AUC, {people}")
             axes.set_xticks(list(ticks), ticks.values(), fontsize=7)
             axes.set_xticks([], minor=True)
@@ -1592,14 +1593,17 @@ def plot_data_percentage(path, settings):
         grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 
-def plot_line_with_band(axes, x, entries, label, start):
-    """A line through differences, with intervals, and a band for the range of several seeds."""
+def plot_line_with_band(axes, x, entries, label, baseline_value):
+    """A line through differences, with intervals, and a band for the range of several seeds.
+
+    entries: of `compare`. baseline_value: what the differences are to; it may be None.
+    """
     change, bounds = differences(entries)
     (line,) = axes.plot(x, change, marker="o", label=label)
     axes.vlines(x, *bounds, color=line.get_color(), linewidth=1)
-    if start is not None:
+    if baseline_value is not None:
         ranges = [entry.get("range") or [None, None] for entry in entries]
-        low, high = np.array(ranges, float).T - start  # None becomes NaN
+        low, high = np.array(ranges, float).T - baseline_value  # None becomes NaN
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
@@ -1614,7 +1618,6 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
 img { max-width: 100%; height: auto; }
 figcaption { color: #444; }
-code { overflow-wrap: anywhere; }
 """
 CAPTIONS = {
     "comparison.png": "Left: the change of each network against the first one, with 95 % "
@@ -1665,8 +1668,6 @@ def write_report(args, settings, chosen, strata, evaluator, notes, device):
 def html_of_answer(settings, chosen, notes):
     """Yield the paragraphs that say whether the settings are better, and what to mind."""
     baseline = settings[0]
-    if len(settings) > 1:
-        yield html_paragraph(f"Do these networks do it better than {baseline.name}?")
     important = []
     for setting in settings[1:]:
         important += describe_setting(setting, baseline)
@@ -1833,8 +1834,8 @@ def make_evaluators(args, people, checkpoints):
 def group_by_network(checkpoints):
     """{ID: number of a group} for general pairs; {} without a cross-validation.
 
-    People of one group are in one fold of every cross-validation: there, one network embeds both
-    images of a pair of them.
+    Two people are in one group if each cross-validation has both in one of its folds, so that one
+    network embeds the images of both.
     """
     folds_of = {}  # {ID: [its fold in each cross-validation]}
     for checkpoint in checkpoints:
@@ -1935,17 +1936,10 @@ def open_checkpoints(args, pairs):
     notes = []
     path_of_network = {}
     for path in paths:
-        model = load_checkpoint(path, channels=args.channels)
-        checkpoint = Checkpoint(
-            path,
-            folders[path],
-            model.facts,
-            weights_hash=weights_sha256(model),
-            backbone_hash=weights_sha256(model, backbone_only=True),
-            overlap=[],
-        )
-        # Not by the weights alone. Runs that differ in --monitor may keep the same weights; and a
-        # copy without a config does not say whom it was trained on, so the other is needed too.
+        checkpoint = open_checkpoint(path, folders[path], args.channels)
+        # A copy has the same weights and the same config. Equal weights alone are not enough: runs
+        # that differ in --monitor may keep the same ones, and of two files one may not say whom
+        # the network was trained on.
         network = (checkpoint.weights_hash, repr(checkpoint.config))
         first = path_of_network.setdefault(network, path)
         if first != path:
@@ -1961,12 +1955,32 @@ def open_checkpoints(args, pairs):
             refuse_overlap(checkpoint, f"{number}: {', '.join(checkpoint.overlap)}")
         notes += note_on_spellings(checkpoint, test_ids)
         checkpoints.append(checkpoint)
+    notes += notes_on_lengths(checkpoints[1:])  # the baseline is in no mean
+    return checkpoints, notes
+
+
+def open_checkpoint(path, name, channels):
+    """The Checkpoint in a file; its overlap is not known yet."""
+    model = load_checkpoint(path, channels=channels)
+    return Checkpoint(
+        path,
+        name,
+        model.facts,
+        weights_hash=weights_sha256(model),
+        backbone_hash=weights_sha256(model, backbone_only=True),
+        overlap=[],
+    )
+
+
+def notes_on_lengths(checkpoints):
+    """A warning for each setting whose seeds have different --epochs or --patience."""
+    notes = []
     for group in group_by_recipe(checkpoints):
         lengths = {(run.config.get("epochs"), run.config.get("patience")) for run in group}
         if len(lengths) > 1:
             names = ", ".join(run.name for run in group)
             notes.append(f"{names}: their mean is of runs with different --epochs or --patience")
-    return checkpoints, notes
+    return notes
 
 
 def note_on_spellings(checkpoint, test_ids):
@@ -1982,7 +1996,7 @@ def note_on_spellings(checkpoint, test_ids):
         return []
     example = f"such as {alike[0]!r}: it was trained or validated on {seen[plain(alike[0])]!r}"
     what = f"{len(alike)} test people may be people that it has seen, in another spelling"
-    return [f"{checkpoint.path}: {what}, {example}"]
+    return [f"{checkpoint.path}: {what}, {example}; if they are, test on others"]
 
 
 def refuse_overlap(checkpoint, what):
@@ -2061,15 +2075,8 @@ def pool_runs(runs, pairs):
             f"{first.path}: {problem}; give --checkpoints one run of each of the {n_folds} folds, "
             "and --test_pairs the pairs that the folds were made of"
         )
-    return Checkpoint(
-        first.path,
-        first.name,
-        first.facts,
-        weights_hash=first.weights_hash,
-        backbone_hash=first.backbone_hash,
-        overlap=sorted({name for run in runs for name in run.overlap}),
-        fold_runs=runs,
-    )
+    overlap = {name for run in runs for name in run.overlap}
+    return replace(first, overlap=sorted(overlap), fold_runs=runs)
 
 
 def name_cross_validations(checkpoints):
@@ -2092,7 +2099,10 @@ def name_cross_validations(checkpoints):
 
 
 def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
-    """Embed the images with all checkpoints, measure each, and write its results."""
+    """Embed the images with all checkpoints, measure each, and write its results.
+
+    As soon as there are some, the comparison of an earlier evaluation is deleted.
+    """
     images = evaluator.images
     crops = people.crops.pixels[people.rows(images.paths)]
     home = os.path.dirname(os.path.abspath(args.aligned_json))
@@ -2129,14 +2139,14 @@ def embed_images(args, checkpoints, images, crops, device):
                 yield checkpoint, join_folds(incomplete.pop(checkpoint.path), images)
 
 
-def join_folds(of_runs, images):
+def join_folds(runs_and_embeddings, images):
     """(N, 512): for each image, the embedding by the run that has not seen its person.
 
-    of_runs: [(run, its embeddings (N, 512) of all images), ...].
+    runs_and_embeddings: [(run, its embeddings (N, 512) of all images), ...].
     """
-    _, embeddings_of_first = of_runs[0]
+    _, embeddings_of_first = runs_and_embeddings[0]
     joined = torch.zeros_like(embeddings_of_first)
-    for run, embeddings in of_runs:
+    for run, embeddings in runs_and_embeddings:
         is_tested = torch.from_numpy(np.isin(images.ids, list(run.fold_ids))[images.person])
         joined[is_tested] = embeddings[is_tested]
     return joined

@@ -335,8 +335,8 @@ def load_checkpoint(
 
 def network_of(path, content, arch=None, channels=None):
     """The network in the content of a checkpoint file, as `load_checkpoint` returns it."""
-    # last.pth does not say what it was trained on in the way of a checkpoint, so no leak would be
-    # found.
+    # last.pth has the lineage of the network that its run began with, without the people of the
+    # run itself, so evaluation would not notice if some of them were test people.
     if "lineage" in content:
         message = "this is the state from which --resume goes on"
         raise InputError(f"{path}: {message}; take the checkpoint of that run, in --output_dir")
@@ -428,7 +428,7 @@ def check_weights(path, model):
         impossible = key.endswith("running_var") and (value < 0).any()
         if impossible or not torch.isfinite(value).all():
             raise InputError(
-                f"{path}: {key} holds NaN, infinite or impossible values; take an earlier one"
+                f"{path}: {key} holds NaN, infinite or impossible values; take another checkpoint"
             )
 
 
@@ -544,8 +544,8 @@ class InputError(ValueError):
     """A file, an entry or a setting that a user gave is wrong; the message is one line for them."""
 
 
-class OwnError(InputError):
-    """An InputError that one of torchrun's processes may meet alone, and so has to tell itself."""
+class OneProcessError(InputError):
+    """An InputError that may come up in one of torchrun's processes alone; see `fail`."""
 
 
 @contextmanager
@@ -668,17 +668,22 @@ def file_name(text):
     name = re.sub(r"[^\w .-]", lambda found: quote(found[0], safe="", errors="surrogatepass"), text)
     encoded = name.encode()
     if len(encoded) > LONGEST_NAME:
-        digest = hashlib.sha256(encoded).hexdigest()
-        name = f"{encoded[: LONGEST_NAME - 17].decode(errors='ignore')}+{digest[:16]}"
+        ending = f"+{hashlib.sha256(encoded).hexdigest()[:16]}"
+        beginning = encoded[: LONGEST_NAME - len(ending)]
+        name = beginning.decode(errors="ignore") + ending
     return name
 
 
 def relative_path(path, folder):
-    """`path` relative to `folder`; as it is where there is no such path, from drive to drive."""
+    """`path` relative to `folder`, with slashes on every system.
+
+    Where there is no such path, as between two drives of Windows, the full path.
+    """
     try:
-        return os.path.relpath(path, folder)
+        relative = os.path.relpath(path, folder)
     except ValueError:
-        return os.path.abspath(path)
+        relative = os.path.abspath(path)
+    return Path(relative).as_posix()
 
 
 def file_names(paths, home="."):
@@ -693,7 +698,7 @@ def file_names(paths, home="."):
     for path, stem in stems.items():
         names[path] = file_name(stem)
         if counts[stem.casefold()] > 1:
-            relative = Path(relative_path(path, home)).as_posix()
+            relative = relative_path(path, home)
             digest = hashlib.sha256(ascii(relative).encode()).hexdigest()
             names[path] += f"+{digest[:8]}"  # file_name leaves no "+" of the stem's own
     return names
@@ -809,7 +814,7 @@ def report_errors(name, work, interrupted_message, memory_advice):
     except KeyboardInterrupt:
         return fail(name, 130, interrupted_message)
     except InputError as error:
-        return fail(name, 2, str(error), every_process=isinstance(error, OwnError))
+        return fail(name, 2, str(error), every_process=isinstance(error, OneProcessError))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -834,9 +839,9 @@ def is_out_of_memory(error):
 def fail(name, code, message, every_process=False):
     """Print the one line of an error on stderr; returns the exit code.
 
-    All processes of torchrun meet the same wrong input, so only the first says so. A full disk or
-    memory may be met by one alone, which then says so itself (every_process). A process that is not
-    yet connected to others says all.
+    All processes of torchrun meet the same wrong input, so only the first one prints the line.
+    every_process: print it in whichever process this is, since a full disk or too little memory may
+    be met by one alone. A process that is not yet connected to the others prints every line.
     """
     is_first_or_alone = not dist.is_initialized() or os.environ.get("RANK", "0") == "0"
     if is_first_or_alone or every_process:
