@@ -24,7 +24,6 @@ import textwrap
 import time
 import traceback
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +55,6 @@ from net import (
     ARCHITECTURES,
     IMAGES_AT_ONCE,
     LONGEST_NAME,
-    Backbone,
     InputError,
     Parser,
     Processes,
@@ -443,10 +441,10 @@ class RunFolder:
             args.epochs = self.first_config.get("epochs", DEFAULT_EPOCHS)
         if not self.finished and not self.can_continue:
             self.refuse_to_replace()
-        # What is known before alignment is compared here. TwinTrainer compares precision, weights,
-        # crops and pairs when it knows them.
-        flags = {name: getattr(args, name) for name in RECIPE if name != "precision"}
-        self.refuse_other_recipe(flags)
+        # What is known before alignment is compared here. TwinTrainer compares weights, crops,
+        # pairs and what --precision auto means when it knows them.
+        known = [name for name in RECIPE if name != "precision" or args.precision != "auto"]
+        self.refuse_other_recipe({name: getattr(args, name) for name in known})
 
     def look_at_earlier_run(self):
         """Set `finished` or `can_continue`, and `first_config`, by the files of an earlier run.
@@ -474,27 +472,29 @@ class RunFolder:
 
         That is an earlier run of this name or, whatever the flags, the network to start from.
         """
+        checkpoints = self.checkpoints()
         start = Path(self.args.pretrained).resolve()
-        if start in [path.resolve() for path in self.checkpoints()]:
+        if start in [path.resolve() for path in checkpoints]:
             message = "a new run of this name would delete the network that it starts from"
             raise InputError(f"--pretrained {start}: {message}; name the run with --run_name")
         if self.args.overwrite:
             return
-        replace = "--overwrite replaces it, --run_name NAME starts another"
-        if self.log_file.is_file() and not self.args.resume:
+        replace = "--overwrite replaces the run, --run_name NAME starts another"
+        has_log = self.log_file.is_file()
+        if has_log and not self.args.resume:
             raise InputError(f"{self.folder}: this run exists; --resume continues it, {replace}")
-        checkpoints = self.checkpoints()
-        if checkpoints and self.log_file.is_file():
-            # The log may name one more epoch than the state that was written last. A run that was
-            # killed before it wrote a state begins again.
-            epochs = read_json(self.log_file, "a training log")["epochs"]
-            seconds = sum(entry["timing"]["seconds"] for entry in epochs[:-1])
-            if seconds > SAVE_SECONDS:
-                message = f"it is gone, and with it {len(epochs) - 1} epochs; put it back, or"
-                raise InputError(f"{self.state_file}: {message} {replace}")
-        if checkpoints and not self.log_file.is_file():
+        if not checkpoints:
+            return
+        if not has_log:
             message = "a run of this name has written it, but its log is gone"
             raise InputError(f"{checkpoints[0]}: {message}; {replace}")
+        # --resume, but last.pth is not there. A run that was killed before it first wrote it begins
+        # again. It had written it if the epochs before the last one took this long.
+        epochs = read_json(self.log_file, "a training log")["epochs"]
+        seconds = sum(entry["timing"]["seconds"] for entry in epochs[:-1])
+        if seconds > SAVE_SECONDS:
+            message = f"it is gone, and with it {len(epochs) - 1} epochs; put it back, or"
+            raise InputError(f"{self.state_file}: {message} {replace}")
 
     def refuse_other_recipe(self, recipe):
         """Raise InputError if an earlier run began with another recipe, network, data or seed.
@@ -615,7 +615,7 @@ class RunFolder:
             raise InputError(f"{path}: the checkpoint of the best epoch so far is gone; {way_out}")
 
     def describe_end(self):
-        """Lines: how a finished run ended, and whether it can go on or has lost its checkpoint."""
+        """Text: how a finished run ended, and whether it can go on or has lost its checkpoint."""
         n_epochs = len(self.log["epochs"]) - 1
         best = self.log["best_checkpoint"]
         lines = [f"{self.name} is finished after {n_epochs} epochs; best: {best}"]
@@ -632,9 +632,10 @@ class RunFolder:
         return sorted(path for path in paths if path.stem.removeprefix(self.prefix).isdigit())
 
     def delete_superseded(self):
-        """Delete this run's checkpoints but the best one, and none of another run of this name.
+        """Delete the checkpoints that this run has written, but for the best one.
 
-        Call it only after the log or the state that names the best one is on disk.
+        Those that another run of this name has left stay. Call it only after the log or the state
+        that names the best one is on disk.
         """
         best = Path(self.log["best_checkpoint"] or "").name
         for path in self.checkpoints():
@@ -642,7 +643,7 @@ class RunFolder:
                 path.unlink()
 
     def has_written(self, path):
-        """Whether a checkpoint with a name of this run's is of this run, and not of another one."""
+        """Whether this run has written a checkpoint, and not another run of the same name."""
         try:
             config = read_checkpoint(path).get("config", {})
         except InputError:  # this program writes no damaged file
@@ -807,11 +808,6 @@ def lineage_of(facts):
     }
 
 
-def hash_of_pairs(pairs):
-    """A hash of the pairs, in their order: the split and the triplets depend on it."""
-    return hashlib.sha256(repr([tuple(pair) for pair in pairs]).encode()).hexdigest()
-
-
 def read_values(args, people):
     """{crop: value} of the column that --cross names; None without it."""
     if not args.cross:
@@ -829,13 +825,14 @@ def hashes_of_data(people, value_of):
 
     value_of: what `read_values` returns.
     """
+    pairs = repr(people.pairs)  # in their order, since the split depends on it
     return {
         "crops_sha256": hash_of_crops(people, value_of),
-        "pairs_sha256": hash_of_pairs(people.pairs),
+        "pairs_sha256": hashlib.sha256(pairs.encode()).hexdigest(),
     }
 
 
-def hash_of_crops(people, value_of=None):
+def hash_of_crops(people, value_of):
     """A hash of who has which images, by their pixels, and of the images' values for --cross."""
     content = {}
     for name, paths in people.id_to_images.items():
@@ -955,39 +952,44 @@ class TwinTrainer:
         """Read the crops, split the pairs and make the triplets."""
         args = self.args
         people = self.load_people()
-        id_to_images, pairs = people.id_to_images, people.pairs
         self.fold_ids = self.find_fold_ids()
         self.value_of = read_values(args, people)
-        # Its `pairs` are only those that make a triplet.
-        try:
-            usable = TwinTripletDataset(id_to_images, pairs, value_of=self.value_of)
-        except InputError as error:
-            if not args.cross:
-                raise
-            raise InputError(f"--cross {args.cross}: {error}") from error
-        self.n_skipped = usable.n_skipped
-        if self.value_of:
-            self.say(describe_values(args.cross, usable, TwinTripletDataset(id_to_images, pairs)))
-        if self.n_skipped:
-            reason = "no triplet can be made of their crops"
-            self.say(f"warning: {self.n_skipped} of {len(pairs)} pairs are skipped: {reason}")
+        usable_pairs = self.find_usable_pairs()
+        pairs_of_run = [pair for pair in usable_pairs if pair[0] not in self.fold_ids]
+        if not pairs_of_run:
+            raise InputError(f"{args.run_name}: the other folds have no pair that makes a triplet")
         # People that the start was trained on cannot validate it.
         never_validate = {*self.lineage["trained_ids"]}
         never_validate |= people.people_on(self.lineage["trained_images"])
-        pairs_of_run = [pair for pair in usable.pairs if pair[0] not in self.fold_ids]
-        if not pairs_of_run:
-            raise InputError(f"{args.run_name}: the other folds have no pair that makes a triplet")
         # Pairs that are skipped still join people to families.
         train_pairs, val_pairs = split_pairs(
-            pairs_of_run, args.validation_split, args.split_seed, pairs, never_validate
+            pairs_of_run, args.validation_split, args.split_seed, people.pairs, never_validate
         )
         self.train_set = TwinTripletDataset(
-            id_to_images, train_pairs, args.train_percentage, args.seed, self.value_of
+            people.id_to_images, train_pairs, args.train_percentage, args.seed, self.value_of
         )
         self.train_rows = people.rows(self.train_set.images.paths)
         # The triplets used so far, each once: their train_set.possible_numbers, ascending.
         self.used_triplets = np.zeros(0, np.int64)
         self.prepare_validation(val_pairs)
+
+    def find_usable_pairs(self):
+        """The pairs that make a triplet. Says how many others are skipped, and sets `n_skipped`."""
+        column = self.args.cross
+        id_to_images, pairs = self.people.id_to_images, self.people.pairs
+        try:
+            usable = TwinTripletDataset(id_to_images, pairs, value_of=self.value_of)
+        except InputError as error:
+            if not column:
+                raise
+            raise InputError(f"--cross {column}: {error}") from error
+        if column:
+            self.say(describe_values(column, usable, TwinTripletDataset(id_to_images, pairs)))
+        self.n_skipped = usable.n_skipped
+        if self.n_skipped:
+            reason = "no triplet can be made of their crops"
+            self.say(f"warning: {self.n_skipped} of {len(pairs)} pairs are skipped: {reason}")
+        return usable.pairs
 
     def prepare_validation(self, val_pairs):
         """Set what is measured after each epoch.
@@ -1057,22 +1059,18 @@ class TwinTrainer:
         self.run.refuse_other_recipe(self.recipe)
 
     def make_average(self):
-        """Make the running average of the trained weights, and the network that has them.
+        """Make the network whose weights are the running average of the trained ones.
 
-        `average` follows `trained`, the part of the model that is trained. `averaged_model` is
-        what is validated and saved: averaged weights change less from epoch to epoch, and are
-        better.
+        This `averaged_model` is what is validated and saved: averaged weights change less from
+        epoch to epoch, and are better. `average`, a part of it, follows `trained`, the part of the
+        model that is trained.
         """
-        self.trained = self.model.output_layer if self.args.freeze_backbone else self.model
-        self.average = copy.deepcopy(self.trained).requires_grad_(False)
-        if not self.args.freeze_backbone:
-            self.averaged_model = self.average
-            return
-        with torch.device("meta"):  # without weights: all layers are replaced
-            self.averaged_model = Backbone(self.model.arch)
-        self.averaged_model.input_layer = self.model.input_layer
-        self.averaged_model.body = self.model.body
-        self.averaged_model.output_layer = self.average
+        self.averaged_model = copy.deepcopy(self.model).requires_grad_(False)
+        self.average = self.averaged_model
+        self.trained = self.model
+        if self.args.freeze_backbone:
+            self.average = self.averaged_model.output_layer
+            self.trained = self.model.output_layer
 
     def update_average(self):
         """Move the averaged weights towards the trained ones.
@@ -1105,8 +1103,7 @@ class TwinTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         self.used_triplets = state["used_triplets"].numpy()
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
         self.start_embeddings = state["start_embeddings"].to(self.device)
         for name, embeddings in state["watched_embeddings"].items():
             self.watched_embeddings[name] = embeddings.to(self.device)
@@ -1179,7 +1176,7 @@ class TwinTrainer:
             "used_device": str(self.device),
             "device_name": device_name,
             "processes": self.processes.world,
-            "versions": versions | {"torchvision": version("torchvision")},
+            "versions": versions,
         }
 
     def announce(self):
@@ -1328,9 +1325,10 @@ class TwinTrainer:
         self.say(f"at most about {minutes:.0f} min: {text}")
 
     def refuse_if_diverged(self, sums, where):
-        """Raise InputError if the loss, a weight or the last step's embeddings say so.
+        """Raise InputError if the loss or a weight is not finite, or the network is dead.
 
-        sums: of the statistics. where: the epoch and the step, for the message. Waits for a GPU.
+        sums: those of the statistics so far. where: the epoch and the step, for the message. The
+        CPU waits for the GPU here.
         """
         place = f"{self.run.name}, {where}"
         way_out = self.advice_on_divergence()
@@ -1580,8 +1578,7 @@ def align_if_asked(trainer, columns):
     if trainer.needs_start_file():
         trainer.load_start()
     if args.metadata:
-        named = [column for column in columns if column]
-        read_flag(args, "metadata", read_csv, ("path", *named))
+        read_flag(args, "metadata", read_csv, ("path", *columns))
     trainer.align()
 
 
@@ -1594,29 +1591,12 @@ def run_sweep(runs):
     run_folders = [RunFolder(args) for args in runs]
     finished = [run_folder for run_folder in run_folders if run_folder.finished]
     waiting = [run_folder for run_folder in run_folders if not run_folder.finished]
-    logs = {run_folder.name: run_folder.log for run_folder in finished}
     # A new run leads, if there is one: it needs the start's file, so a wrong one fails now.
     candidates = sorted(waiting, key=lambda run_folder: run_folder.can_continue) or finished
     leader = TwinTrainer(candidates[0].args)
-    if finished:
-        weights_hash = leader.hash_of_start()
-        for run_folder in finished:
-            run_folder.refuse_other_recipe({"weights_sha256": weights_hash})
-            leader.say(run_folder.describe_end())
+    people = prepare_sweep(leader, finished, waiting)
+    logs = {run_folder.name: run_folder.log for run_folder in finished}
     processes = leader.processes
-    if waiting:
-        align_if_asked(leader, {run_folder.args.cross for run_folder in waiting})
-    people = leader.load_people()
-    for run_folder in finished:
-        value_of = read_values(run_folder.args, people)
-        run_folder.refuse_other_recipe(hashes_of_data(people, value_of))
-    if waiting:
-        # What is wrong with these is found here, before any run is trained.
-        leader.find_fold_ids()
-        leader.refuse_folds_of_known_people()
-        args_of_column = {run_folder.args.cross: run_folder.args for run_folder in waiting}
-        for args in args_of_column.values():
-            read_values(args, people)
 
     def train(args):
         logs[args.run_name] = TwinTrainer(args, people).train()
@@ -1639,6 +1619,33 @@ def run_sweep(runs):
         way_out = "when it is mended, repeat the command with --resume and without --overwrite"
         leader.say(f"FAILED: {name}, for the reason above; {way_out}")
     return failed
+
+
+def prepare_sweep(leader, finished, waiting):
+    """Align and read the crops of a sweep; returns the People that all its runs share.
+
+    finished, waiting: the RunFolders of the sweep. What is wrong with any of them is refused here,
+    before the first run is trained.
+    """
+    if finished:
+        weights_hash = leader.hash_of_start()
+        for run_folder in finished:
+            run_folder.refuse_other_recipe({"weights_sha256": weights_hash})
+            if leader.processes.is_main:
+                run_folder.delete_superseded()  # which a kill at the very end may have left
+            leader.say(run_folder.describe_end())
+    if waiting:
+        align_if_asked(leader, {run_folder.args.cross for run_folder in waiting})
+    people = leader.load_people()
+    for run_folder in finished:
+        value_of = read_values(run_folder.args, people)
+        run_folder.refuse_other_recipe(hashes_of_data(people, value_of))
+    if waiting:
+        leader.find_fold_ids()
+        leader.refuse_folds_of_known_people()
+    for run_folder in waiting:
+        read_values(run_folder.args, people)
+    return people
 
 
 def train_one_of_several(name, train):

@@ -135,6 +135,7 @@ class TripletLoss(nn.Module):
             sums += torch.stack(totals)
         return sums
 
+    @torch.no_grad()
     def statistics(self, to_positive, to_negative):
         """(5,) tensor without gradients: the means named in STATISTICS, of distances (T,).
 
@@ -142,8 +143,6 @@ class TripletLoss(nn.Module):
         loss above zero, since only these have a gradient; and "violated_triplets", the share with
         d(a, p) > d(a, n), where the twin is nearer to the anchor than the same person is.
         """
-        to_positive = to_positive.detach()
-        to_negative = to_negative.detach()
         excess = to_positive - to_negative + self.margin
         values = (
             F.relu(excess),

@@ -1498,8 +1498,12 @@ def test_resume_keeps_the_precision(run, interrupt):
     assert log["config"]["recipe"]["precision"] == "bf16"
 
 
-def test_another_precision_is_refused_on_resume(experiment, run, interrupt, capsys):
-    interrupt(f"{QUICK} --precision bf16", 2)
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_precision_is_refused_on_resume(experiment, run, interrupt, capsys, finished):
+    if finished:
+        run(f"{QUICK} --precision bf16")
+    else:
+        interrupt(f"{QUICK} --precision bf16", 2)
     line = refused_resume(experiment, run, capsys, f"{QUICK} --precision fp32")
     assert "precision was bf16, is fp32" in line
 
@@ -1966,10 +1970,14 @@ def test_finished_runs_of_a_sweep_are_named_once(experiment, capsys):
     flags = experiment.flags("--freeze_backbone --epochs 1 --seed 1 2 --resume", "")
     assert train_twins.main(flags) == 0
     names = [swept_name("frozen", seed=seed) for seed in (1, 2)]
-    first = experiment.log(names[0])["best_checkpoint"]
-    Path(first).unlink()
+    first, second = (Path(experiment.log(name)["best_checkpoint"]) for name in names)
+    first.unlink()
+    # As a kill between the last log and the deletion of superseded checkpoints leaves it.
+    superseded = second.with_name(second.name.replace("epoch1", "epoch7"))
+    shutil.copy(second, superseded)
     capsys.readouterr()
     assert train_twins.main(flags) == 0
+    assert not superseded.exists()
     out = capsys.readouterr().out
     for name in names:
         assert out.count(f"{name} is finished after 1 epochs") == 1
