@@ -47,7 +47,7 @@ from net import (
 MAX_DIFFERING_BITS = 15
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")  # of photographs that Pillow reads with pillow-heif
 GROUP_SIZE = 8  # images of a person that meet in a grouped step, at most
-TRIPLETS_AT_ONCE = 1 << 20  # in one part of `by_pair`, at most
+TRIPLETS_AT_ONCE = 1 << 16  # that `count_touched_images` has in memory, at most
 
 
 # ---- the files that describe a data set ----------------------------------------------------------
@@ -67,13 +67,8 @@ def resolve(folder, path):
     return candidates[0]
 
 
-def compose_accents(name, where):
-    """An ID with its accents composed (NFC), so that both spellings of a name are one ID.
-
-    Raises InputError for an ID that is not a string; the message begins with `where`.
-    """
-    if not isinstance(name, str):
-        raise InputError(f"{where}: an ID must be a string, not {reprlib.repr(name)}")
+def compose_accents(name):
+    """An ID with its accents composed (NFC), so that both spellings of a name are one ID."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -83,17 +78,19 @@ def read_id_to_images(path):
     Relative paths start at the file's own folder. Raises InputError for any other content.
     """
     if os.path.isdir(path):
-        return list_people(path)
-    content = read_json(path, '{"ID": ["path", ...], ...} with at least one ID')
-    folder = os.path.dirname(os.path.abspath(path))
+        folder = path
+        content = list_people(path)
+    else:
+        folder = os.path.dirname(os.path.abspath(path))
+        content = read_json(path, '{"ID": ["path", ...], ...} with at least one ID')
     id_to_images = {}
     for name, images in content.items():
         is_list = isinstance(images, list)
         if not is_list or not all(isinstance(image, str) and image for image in images):
             raise InputError(f"{path}: the images of ID {name!r} must be a list of paths")
-        spelling = compose_accents(name, path)
+        spelling = compose_accents(name)
         if spelling in id_to_images:
-            raise InputError(f"{path}: ID {name!r} is there in two spellings; merge the entries")
+            raise InputError(f"{path}: ID {name!r} is there in two spellings; merge the two")
         id_to_images[spelling] = [resolve(folder, image) for image in images]
     return id_to_images
 
@@ -104,11 +101,7 @@ def list_people(folder):
     for person in sorted(Path(folder).iterdir()):
         if person.is_dir() and not person.name.startswith("."):
             images = sorted(path for path in person.iterdir() if is_image(path))
-            name = compose_accents(person.name, folder)
-            if name in id_to_images:
-                message = f"ID {name!r} is there in two spellings; merge the folders"
-                raise InputError(f"{folder}: {message}")
-            id_to_images[name] = [os.path.abspath(image) for image in images]
+            id_to_images[person.name] = [os.path.abspath(image) for image in images]
     if not any(id_to_images.values()):
         raise InputError(f"{folder}: expected a folder for each ID, with photographs in it")
     return id_to_images
@@ -118,8 +111,10 @@ def is_image(path):
     """Whether a file is an image by its name; those that systems leave behind are not."""
     is_hidden = path.name.startswith(".")  # .DS_Store, ._photo.jpg
     suffix = path.suffix.lower()
-    # HEIC counts even if nothing can read it here: the aligner says what to install.
-    return not is_hidden and (suffix in Image.registered_extensions() or suffix in HEIC_SUFFIXES)
+    # HEIC counts even if nothing can read it here: the aligner says what to install. Pillow
+    # registers PDF too, which it can write but not read.
+    suffixes = {*Image.registered_extensions(), *HEIC_SUFFIXES} - {".pdf"}
+    return not is_hidden and suffix in suffixes
 
 
 def count_other_files(folder):
@@ -127,10 +122,10 @@ def count_other_files(folder):
 
     A kind is the ending of a file's name, or its whole name if it has none.
     """
+    listed = {image for images in list_people(folder).values() for image in images}
     kinds = Counter()
     for path in Path(folder).rglob("*"):
-        is_in_place = path.parent.parent == Path(folder) and not path.parent.name.startswith(".")
-        if path.is_file() and not (is_in_place and is_image(path)):
+        if path.is_file() and os.path.abspath(path) not in listed:
             kinds[path.suffix.lower() or path.name] += 1
     return kinds
 
@@ -143,7 +138,7 @@ def read_csv_pairs(path, id_to_images):
     expected = "expected a CSV file in UTF-8 of two columns, ID and twin's ID"
     rows = read_csv_rows(path, expected)
     notes = []
-    if rows and not any(compose_accents(name, path) in id_to_images for name in rows[0]):
+    if rows and not any(compose_accents(name) in id_to_images for name in rows[0]):
         notes.append(f"{path}: the first line, {','.join(rows[0])}, is taken for titles")
         rows = rows[1:]
     if not rows:
@@ -179,9 +174,10 @@ def parse_pair(where, entry, id_to_images, missing):
 
     where: how the message begins. missing: how it ends for an ID that is not listed.
     """
-    if not isinstance(entry, list) or len(entry) != 2:
+    has_length_two = isinstance(entry, list) and len(entry) == 2
+    if not has_length_two or not all(isinstance(name, str) for name in entry):
         raise InputError(f"{where} is {reprlib.repr(entry)}; expected two IDs, both strings")
-    first, second = (compose_accents(name, where) for name in entry)
+    first, second = (compose_accents(name) for name in entry)
     if first == second:
         message = f"ID {first!r} is paired with itself; correct or delete the entry"
         raise InputError(f"{where}: {message}")
@@ -290,8 +286,7 @@ def split_pairs(
     stay in train_pairs; if these are all families, val_pairs is empty.
     """
     if not 0 <= validation_split < 1:
-        message = f"must be at least 0 and below 1, not {validation_split}"
-        raise InputError(f"validation_split {message}")
+        raise InputError(f"validation_split must be at least 0 and below 1, not {validation_split}")
     pairs = [tuple(pair) for pair in pairs]
     family_of = find_families([*pairs, *related])
     families = {}
@@ -350,13 +345,13 @@ class TwinImages:
         self.pairs = np.array(indices, np.int64).reshape(-1, 2)  # also without a pair
 
     def count_triplets(self, positives):
-        """(P,) the number of triplets of each pair, with either twin as the anchor's person.
+        """(P, 2) how many triplets of each pair have its first, and its second twin as anchor.
 
         positives: the Positives of these images.
         """
         n_positives = positives.count[self.pairs]
         n_negatives = self.count[self.pairs[:, ::-1]]
-        return (n_positives * n_negatives).sum(1)
+        return n_positives * n_negatives
 
 
 def read_crop(path):
@@ -379,7 +374,7 @@ def read_crop(path):
             hint = "its path was written on Windows, so run the alignment stage here"
         raise InputError(f"{path}: no such aligned crop; {hint}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        message = f"unreadable crop ({error}); align it again with --realign"
+        message = f"unreadable crop ({error}); run the alignment stage again"
         raise InputError(f"{path}: {message}") from error
     raise InputError(
         f"{path}: {description}, but a crop is 112x112 RGB; run the alignment stage on it"
@@ -389,7 +384,8 @@ def read_crop(path):
 class Crops(NamedTuple):
     """Decoded crops.
 
-    `pixels` (N, 112, 112, 3): uint8 RGB. `row`: {path: its row in `pixels`}. `sha256`: of each row.
+    `pixels` (N, 112, 112, 3): uint8 RGB. `row`: {path: its row in `pixels`}. `sha256`: [the
+    SHA-256 of each row's pixels, in hexadecimal digits, ...].
     """
 
     pixels: torch.Tensor
@@ -428,7 +424,7 @@ def perceptual_hashes(pixels):
         down = F.adaptive_avg_pool2d(face, (13, 12)).diff(dim=2) > 0
         bits = torch.cat([across.flatten(1), down.flatten(1)], 1)
         hashes.append(torch.from_numpy(np.packbits(bits.numpy(), axis=1)))
-    return torch.cat(hashes) if hashes else torch.zeros((0, 36), dtype=torch.uint8)
+    return torch.cat(hashes)
 
 
 def find_copies(hashes, others, earlier=False):
@@ -613,7 +609,7 @@ class TwinTripletDataset(Dataset):
             names = {name for pair in pairs for name in pair}
             id_to_images = {name: sorted(id_to_images[name], key=value_of.get) for name in names}
         everyone = TwinImages(id_to_images, pairs)
-        n_triplets = everyone.count_triplets(Positives(everyone, value_of))
+        n_triplets = everyone.count_triplets(Positives(everyone, value_of)).sum(1)
         self.pairs = [tuple(pair) for pair, n in zip(pairs, n_triplets, strict=True) if n]
         self.n_skipped = len(pairs) - len(self.pairs)
         if not self.pairs:
@@ -624,22 +620,22 @@ class TwinTripletDataset(Dataset):
         self.images = TwinImages(id_to_images, self.pairs)
         self.positives = Positives(self.images, value_of)
         # Of both twins of each pair, (P, 2): the first row and the number of images, and where
-        # their (anchor, positive) pairs begin and how many there are.
+        # their (anchor, positive) pairs begin.
         self._first = self.images.first[self.images.pairs]
         self._count = self.images.count[self.images.pairs]
         self._begin_of_positives = self.positives.begin[self.images.pairs]
-        self._n_positives = self.positives.count[self.images.pairs]
-        # Of each pair, (P,): the possible triplets, how many of them have their anchor in the first
-        # twin, and where its sampled ones begin and end.
-        self._maximum = self.images.count_triplets(self.positives)
-        self._n_of_first = self._n_positives[:, 0] * self._count[:, 1]
-        n_sampled = (percentage * self._maximum + 99) // 100
+        # Of each pair, (P,): how many triplets have the first twin as anchor, and where the sampled
+        # ones of both begin and end.
+        n_triplets = self.images.count_triplets(self.positives)
+        self._n_with_first_as_anchor = n_triplets[:, 0]
+        maximum = n_triplets.sum(1)
+        n_sampled = (percentage * maximum + 99) // 100
         self._end = np.cumsum(n_sampled)
         self._begin = self._end - n_sampled
-        self.n_possible = int(self._maximum.sum())
+        self.n_possible = int(maximum.sum())
         # Seeded by the IDs, so a pair's sample does not depend on what other pairs there are.
         codes = [zlib.crc32(f"{a}\0{b}".encode(errors="surrogatepass")) for a, b in self.pairs]
-        self._shuffle = Shuffle(self._maximum, [[seed, code] for code in codes])
+        self._shuffle = Shuffle(maximum, [[seed, code] for code in codes])
 
     def __len__(self) -> int:
         return int(self._end[-1])
@@ -667,53 +663,34 @@ class TwinTripletDataset(Dataset):
         if self.percentage < 100:  # the sample begins the shuffled order of the pair's triplets
             within_pair = self._shuffle.number_at(pair, place)
         # From here on the inverse of `_number_within_pair`.
-        own = (within_pair >= self._n_of_first[pair]).astype(np.int64)
-        twin = 1 - own
-        number = within_pair - own * self._n_of_first[pair]
-        image_pair, negative = np.divmod(number, self._count[pair, twin])
-        anchor, positive = self.positives.pair_at(self._begin_of_positives[pair, own] + image_pair)
-        return np.stack([anchor, positive, self._first[pair, twin] + negative], 1)
+        anchor_twin = (within_pair >= self._n_with_first_as_anchor[pair]).astype(np.int64)
+        negative_twin = 1 - anchor_twin
+        number = within_pair - anchor_twin * self._n_with_first_as_anchor[pair]
+        image_pair, place_of_negative = np.divmod(number, self._count[pair, negative_twin])
+        begin = self._begin_of_positives[pair, anchor_twin]
+        anchor, positive = self.positives.pair_at(begin + image_pair)
+        negative = self._first[pair, negative_twin] + place_of_negative
+        return np.stack([anchor, positive, negative], 1)
 
-    def _number_within_pair(self, triplets, pair, own):
+    def _number_within_pair(self, triplets, pair, anchor_twin):
         """(K, 3) int64 rows -> (K,) numbers of these triplets among all of their pair.
 
-        pair, own: (K,) or one number, the pair and which of its twins the anchor shows, 0 for the
-        first or 1. The triplets of the first twin come before those of the second. For each
-        (anchor, positive) pair of one twin follow all images of the other, as negatives.
+        pair: the pair's number. anchor_twin: which of its twins all anchors show, 0 for the first
+        or 1. The triplets of the first twin come before those of the second. For each (anchor,
+        positive) pair of one twin follow all images of the other, as negatives.
         """
         anchor, positive, negative = triplets.T
-        twin = 1 - own
+        negative_twin = 1 - anchor_twin
         image_pair = self.positives.number_of(anchor, positive)
-        image_pair -= self._begin_of_positives[pair, own]
-        number = image_pair * self._count[pair, twin] + negative - self._first[pair, twin]
-        return own * self._n_of_first[pair] + number
-
-    @cached_property
-    def _pair_keys(self):
-        """(ascending keys, order) to look up pairs by the people of anchor and negative.
-
-        Pair p of P has two keys, one for either twin as the anchor's person. For each key, `order`
-        holds p if the anchor is in the pair's first twin, and P + p if it is in the second.
-        """
-        n_people = len(self.images.ids)
-        first, second = self.images.pairs.T
-        keys = np.concatenate([first * n_people + second, second * n_people + first])
-        order = np.argsort(keys)
-        return keys[order], order
+        image_pair -= self._begin_of_positives[pair, anchor_twin]
+        place_of_negative = negative - self._first[pair, negative_twin]
+        number = image_pair * self._count[pair, negative_twin] + place_of_negative
+        return anchor_twin * self._n_with_first_as_anchor[pair] + number
 
     def possible_numbers(self, triplets):
-        """(K, 3) int64 rows -> (K,) numbers of these triplets, in [0, n_possible).
-
-        The numbers go over all possible triplets, sampled or not.
-        """
-        anchor, _, negative = triplets.T
-        keys, order = self._pair_keys
-        n_people = len(self.images.ids)
-        key = self.images.person[anchor] * n_people + self.images.person[negative]
-        found = order[np.searchsorted(keys, key)]
-        own, pair = np.divmod(found, len(self.pairs))  # own: 0 for the pair's first twin, else 1
-        n_before_pair = np.cumsum(self._maximum) - self._maximum
-        return n_before_pair[pair] + self._number_within_pair(triplets, pair, own)
+        """(K, 3) int64 rows -> (K,) int64 numbers, a different one for each triplet."""
+        n_images = len(self.images.paths)
+        return np.ravel_multi_index(triplets.T, (n_images, n_images, n_images))
 
     def triplets_among(self, pair, groups):
         """The sampled triplets of a pair that use only some images: (K, 3) int64 rows.
@@ -723,38 +700,27 @@ class TwinTripletDataset(Dataset):
         """
         n_sampled = self._end[pair] - self._begin[pair]
         found = []
-        for own, twin in ((0, 1), (1, 0)):
-            own_rows = self._first[pair, own] + groups[own]
-            twin_rows = self._first[pair, twin] + groups[twin]
-            grid = np.meshgrid(own_rows, own_rows, twin_rows, indexing="ij")
+        for anchor_twin, negative_twin in ((0, 1), (1, 0)):
+            anchors = self._first[pair, anchor_twin] + groups[anchor_twin]
+            negatives = self._first[pair, negative_twin] + groups[negative_twin]
+            grid = np.meshgrid(anchors, anchors, negatives, indexing="ij")
             triplets = np.stack(grid, -1).reshape(-1, 3)
             anchor_value, positive_value = self.positives.value_number[triplets[:, :2]].T
             triplets = triplets[anchor_value != positive_value]
             if self.percentage < 100:
-                number = self._number_within_pair(triplets, pair, own)
+                number = self._number_within_pair(triplets, pair, anchor_twin)
                 triplets = triplets[self._shuffle.place_of(pair, number) < n_sampled]
             found.append(triplets)
         return np.concatenate(found)
-
-    def by_pair(self):
-        """Yield all sampled triplets, pair by pair, as (rows, triplets).
-
-        rows: the distinct images of these triplets; triplets (K, 3): indices of `rows`. A pair with
-        more than TRIPLETS_AT_ONCE triplets comes in several parts.
-        """
-        for begin, end in zip(self._begin, self._end, strict=True):
-            for start in range(begin, end, TRIPLETS_AT_ONCE):
-                numbers = np.arange(start, min(start + TRIPLETS_AT_ONCE, end))
-                rows, index = np.unique(self.triplets(numbers), return_inverse=True)
-                yield rows, index.reshape(-1, 3)
 
     def count_touched_images(self):
         """How many distinct images are part of at least one sampled triplet."""
         if self.percentage == 100:
             return len(self.images.paths)
         touched = np.zeros(len(self.images.paths), bool)
-        for rows, _ in self.by_pair():
-            touched[rows] = True
+        for start in range(0, len(self), TRIPLETS_AT_ONCE):
+            numbers = np.arange(start, min(start + TRIPLETS_AT_ONCE, len(self)))
+            touched[self.triplets(numbers)] = True
             if touched.all():  # a small share of many triplets touches all images soon
                 break
         return int(touched.sum())
@@ -780,7 +746,8 @@ class Shuffle:
     def __init__(self, sizes, seeds):
         """sizes (P,): n of each pair; seeds: P lists of ints."""
         self.sizes = np.asarray(sizes, np.uint64)
-        half_bits = [math.ceil(max(int(n - 1).bit_length(), 2) / 2) for n in sizes]
+        n_bits = [int(n - 1).bit_length() for n in sizes]
+        half_bits = [max(1, math.ceil(n / 2)) for n in n_bits]
         self.half_bits = np.array(half_bits, np.uint64)
         keys = [np.random.SeedSequence(seed).generate_state(self.ROUNDS) for seed in seeds]
         self.keys = np.array(keys, np.uint64)
@@ -811,13 +778,13 @@ class Shuffle:
         return values.astype(np.int64)
 
     def _round(self, left, right, key, mask):
-        return right, left ^ (mixed(right, key) & mask)
+        return right, left ^ (keyed_hash(right, key) & mask)
 
     def _inverse_round(self, left, right, key, mask):
-        return right ^ (mixed(left, key) & mask), left
+        return right ^ (keyed_hash(left, key) & mask), left
 
 
-def mixed(values, key):
+def keyed_hash(values, key):
     """A hash of uint64 numbers and a key: the finaliser of SplitMix64 (Steele et al., 2014)."""
     x = values + key * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -855,13 +822,10 @@ class GroupedSteps:
     that meet are a block. Blocks are shuffled, and a step takes blocks as long as its images are
     no more than `images_per_batch`.
     `[i]` is the (T, 3) int64 rows of all sampled triplets inside a step's blocks. Everything
-    follows from the seed and the epoch. Raises InputError if a block would not fit into a step.
+    follows from the seed and the epoch.
     """
 
     def __init__(self, dataset, epoch, images_per_batch):
-        if images_per_batch < 2 * GROUP_SIZE:
-            message = f"must be at least {2 * GROUP_SIZE}, a group of each of two twins"
-            raise InputError(f"--images_per_batch {message}")
         self.dataset = dataset
         generator = np.random.default_rng([dataset.seed, epoch])
         blocks = self._make_blocks(generator)

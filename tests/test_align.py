@@ -960,7 +960,13 @@ def people(tmp_path, photos):
         shutil.copy(photos / path, folder / identity)
         moved[f"{identity}/{Path(path).name}"] = points
     (folder / "landmarks.json").write_text(json.dumps(moved))
-    for name in ("notes.txt", "family00A/.DS_Store", "family00A/._1.jpg", "family01B/Thumbs.db"):
+    in_folders = (
+        "family00A/.DS_Store",
+        "family00A/._1.jpg",
+        "family01B/Thumbs.db",
+        "family01B/a.pdf",
+    )
+    for name in ("notes.txt", *in_folders):
         (folder / name).write_bytes(b"x")
     return folder
 
@@ -974,7 +980,7 @@ def test_photographs_may_be_given_as_a_folder_of_people(people, tmp_path, photos
     for identity, crops in mapping.items():
         assert crops == [f"crops/{identity}/{Path(path).stem}.png" for path in images[identity]]
     # One of them is the file of the landmarks.
-    kinds = "1 .DS_Store, 1 .db, 1 .jpg, 1 .json, 1 .txt"
+    kinds = "1 .DS_Store, 1 .db, 1 .jpg, 1 .json, 1 .pdf, 1 .txt"
     line = f"other files in {people}, which are passed over: {kinds}"
     assert line in capsys.readouterr().out
 

@@ -80,7 +80,7 @@ FILES = {
         "[]",
         PAIR,
         '["p", 1]',
-        "pair 1: an ID must be a string, not 1",
+        "pair 1 is ['p', 1]; expected two IDs, both strings",
     ),
     "landmarks": JsonFile(
         "align.py",
@@ -287,8 +287,8 @@ def test_a_value_out_of_range_names_its_flag(refuses, script, flag):
 # ---- crops ---------------------------------------------------------------------------------------
 # {kind: (the bytes of the file; what is said of it)}
 CROPS = {
-    "empty": (b"", "--realign"),
-    "truncated": (png()[:-40], "--realign"),
+    "empty": (b"", "run the alignment stage again"),
+    "truncated": (png()[:-40], "run the alignment stage again"),
     "wrong size": (png((112, 111)), "112x111 RGB, but a crop is 112x112 RGB"),
     "a scan": (png((10_000, 10_000), "1"), "10000x10000 1, but a crop is 112x112 RGB"),
     "16 bits": (png(mode="I;16"), "112x112 I;16, but a crop is"),
