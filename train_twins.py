@@ -87,7 +87,7 @@ from triplet_dataset import (
     read_people,
     split_pairs,
 )
-from triplet_loss import DISTANCES, TripletLoss
+from triplet_loss import DISTANCES, MarginSoftmax, TripletLoss
 
 try:
     import fcntl
@@ -102,6 +102,7 @@ WARM_UP_STEPS = 20  # over which the learning rate rises; afterwards it stays
 # Differences of the monitored figure that do not count: 15 pairs cannot tell such epochs apart.
 TOLERANCE = {"val_auc": 0.002, "val_eer": 0.002, "val_loss": 0.0}
 AVERAGE_DECAY = 0.98  # of the running average of the weights, for each step
+CENTRES_RATE = 10  # the centres of a MarginSoftmax learn at this many times --learning_rate
 DEFAULT_EPOCHS = 40  # at most
 FROZEN_BATCH = 256  # images whose features pass the embedding layer at once
 OUT_OF_MEMORY = "lower --images_per_batch or --batch_size, or take another --device"
@@ -163,6 +164,12 @@ RECIPE = {
         non_negative,
         "weight of the drift in the loss: the mean cosine distance of the embeddings from those "
         "before training",
+    ),
+    "identity_weight": RecipeFlag(
+        0.0,
+        non_negative,
+        "weight of a margin softmax over the training people in the loss (ArcFace, margin 0.3, "
+        "scale 30)",
     ),
     "learning_rate": RecipeFlag(
         1e-4,
@@ -737,9 +744,11 @@ def make_optimizer(model, learning_rate, weight_decay):
     One-dimensional ones, which are those of BatchNorm, PReLU and biases, have no weight decay.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [  # rate_factor: see train_epoch
+        {"params": matrices, "weight_decay": weight_decay, "rate_factor": 1},
+        {"params": vectors, "weight_decay": 0.0, "rate_factor": 1},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
@@ -1053,6 +1062,7 @@ class TwinTrainer:
         self.make_average()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.start_embeddings = None  # of the training images, before training
+        self.identity_loss = None  # a MarginSoftmax, with --identity_weight
         self.watched_embeddings = {}  # {"start", "best"}: of the watched images
         self.saved_at = time.monotonic()  # SAVE_SECONDS count from here, then from each save
         self.recipe = self.make_recipe(self.weights_hash)
@@ -1100,11 +1110,13 @@ class TwinTrainer:
 
     def restore(self, state):
         """Take over what last.pth holds, besides what `load_network` has taken from it."""
+        self.set_start_embeddings(state["start_embeddings"].to(self.device))
+        if self.identity_loss:
+            self.identity_loss.load_state_dict(state["identity_loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         self.used_triplets = state["used_triplets"].numpy()
         self.scaler.load_state_dict(state["scaler"])
-        self.start_embeddings = state["start_embeddings"].to(self.device)
         for name, embeddings in state["watched_embeddings"].items():
             self.watched_embeddings[name] = embeddings.to(self.device)
 
@@ -1219,10 +1231,30 @@ class TwinTrainer:
             self.run.write_log()
         self.say(describe_epoch(entry, is_kept))
 
+    def set_start_embeddings(self, embeddings):
+        """Set `start_embeddings` and, with --identity_weight, `identity_loss`, which needs them.
+
+        The optimizer then trains the centres of `identity_loss` too. So this comes before the
+        state of a resumed run's optimizer is loaded.
+        """
+        self.start_embeddings = embeddings
+        if not self.args.identity_weight:
+            return
+        images = self.train_set.images
+        person = torch.from_numpy(images.person)
+        # It is made on a CPU, where all processes get the same bits.
+        identity_loss = MarginSoftmax(len(images.ids), embeddings.cpu(), person)
+        self.identity_loss = identity_loss.to(self.device)
+        self.person = person.to(self.device)
+        centres = list(self.identity_loss.parameters())
+        self.optimizer.add_param_group(
+            {"params": centres, "weight_decay": 0.0, "rate_factor": CENTRES_RATE}
+        )
+
     def measure_start(self):
-        """Set `start_embeddings`; returns what epoch 0 logs in place of `train_epoch`'s part."""
+        """Embed all training images; returns what epoch 0 logs in place of `train_epoch`'s part."""
         with torch.no_grad():
-            self.start_embeddings = self.embed(self.model, self.train_rows)
+            self.set_start_embeddings(self.embed(self.model, self.train_rows))
         statistics = mean_statistics(self.criterion, self.train_set, self.start_embeddings)
         return {**statistics, "steps": 0, "distinct_triplets_used": 0}
 
@@ -1246,7 +1278,7 @@ class TwinTrainer:
             n_done = i + 1
             warm_up = min(1, (n_before + n_done) / WARM_UP_STEPS)
             for group in self.optimizer.param_groups:
-                group["lr"] = args.learning_rate * warm_up
+                group["lr"] = args.learning_rate * group["rate_factor"] * warm_up
             sums += self.step(triplets)  # stays on the GPU: reading it would make the CPU wait
             used.append(self.train_set.possible_numbers(triplets))
             if epoch == 1 and n_done == min(5, len(steps)):
@@ -1275,7 +1307,8 @@ class TwinTrainer:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             embeddings = self.embed(self.model, self.train_rows[positions])
         self.step_embeddings = embeddings.detach()
-        at_start = self.start_embeddings[positions.to(self.device, non_blocking=True)]
+        positions_on_device = positions.to(self.device, non_blocking=True)
+        at_start = self.start_embeddings[positions_on_device]
 
         to_positive, to_negative = criterion.distances(embeddings, embedding_rows)
         triplet_loss = criterion.loss(to_positive, to_negative)
@@ -1284,6 +1317,9 @@ class TwinTrainer:
         loss = (1 - args.quadruplet_weight) * triplet_loss
         loss = loss + args.quadruplet_weight * quadruplet_loss
         loss = loss + args.drift_weight * drift
+        if self.identity_loss:
+            identity_loss = self.identity_loss(embeddings, self.person[positions_on_device])
+            loss = loss + args.identity_weight * identity_loss
 
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -1422,6 +1458,7 @@ class TwinTrainer:
             watched_embeddings=embeddings,
             used_triplets=torch.from_numpy(self.used_triplets),
             lineage=self.lineage,
+            identity_loss=self.identity_loss.state_dict() if self.identity_loss else {},
         )
 
     def conclude(self):
@@ -1512,6 +1549,8 @@ def plot_curves(folder, log):
     w = config["quadruplet_weight"]
     drift = config["drift_weight"]
     minimised = f"minimised: {1 - w:g} triplet + {w:g} quadruplet loss + {drift:g} drift"
+    if config["identity_weight"]:
+        minimised += f" + {config['identity_weight']:g} margin softmax"
     loss = f"triplet loss ({config['distance']})"
     losses = {"train_loss": f"{loss},\ntraining", "val_loss": f"{loss},\nvalidation"}
     plot_panels(folder / "loss_curves.png", log, minimised, losses)

@@ -1,4 +1,4 @@
-"""The triplet margin loss on face embeddings, with cosine or euclidean distances.
+"""What is minimised: the triplet margin loss on face embeddings, and a margin softmax beside it.
 
     criterion = TripletLoss(margin=0.3, distance="cosine")
     loss = criterion(anchor, positive, negative)                    # three (B, 512) tensors
@@ -13,6 +13,8 @@ The loss is `mean(max(0, d(a, p) - d(a, n) + margin))` (Schroff et al., FaceNet,
 The distance d is `1 - cos`, or the euclidean distance of the L2-normalised embeddings; both lie in
 [0, 2].
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -152,3 +154,36 @@ class TripletLoss(nn.Module):
             (to_positive > to_negative).float(),
         )
         return torch.stack([value.mean() for value in values])
+
+
+class MarginSoftmax(nn.Module):
+    """Margin softmax over the training people (Deng et al., ArcFace, CVPR 2019).
+
+    Every person has a centre in the space of embeddings, which is trained along with the network.
+    The loss is the cross-entropy of recognising the person of an embedding by its angles to all
+    centres, with the logits `scale * cos(angle)`. The angle to the person's own centre counts as
+    larger by `margin`, in radians.
+    """
+
+    def __init__(self, n_people, embeddings, person, margin: float = 0.3, scale: float = 30.0):
+        """A centre begins as the mean direction of its person's embeddings.
+
+        embeddings: (N, D) float32 on the CPU. person: (N,) int64, the number of the person of each
+        embedding, in [0, n_people).
+        """
+        super().__init__()
+        sums = torch.zeros(n_people, embeddings.shape[1])
+        sums.index_add_(0, person, F.normalize(embeddings, dim=1))
+        self.centres = nn.Parameter(F.normalize(sums, dim=1))
+        self.margin = margin
+        self.scale = scale
+
+    def forward(self, embeddings: torch.Tensor, person: torch.Tensor) -> torch.Tensor:
+        """(B, D) float32 embeddings and the (B,) int64 numbers of their people -> scalar loss."""
+        cosine = F.normalize(embeddings, dim=1) @ F.normalize(self.centres, dim=1).T
+        own = person[:, None]
+        # The slope of acos has no bound at -1 and 1.
+        own_angle = cosine.gather(1, own).clamp(-1 + 1e-6, 1 - 1e-6).acos()
+        own_angle = (own_angle + self.margin).clamp(max=math.pi)
+        logits = self.scale * cosine.scatter(1, own, own_angle.cos())
+        return F.cross_entropy(logits, person)

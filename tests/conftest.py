@@ -113,7 +113,7 @@ def quick_features(self, x):
 def sgd(model, learning_rate, weight_decay):
     """In place of train_twins.make_optimizer: Adam would make whole steps of rounding noise."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr=learning_rate)
+    return torch.optim.SGD([{"params": trained, "rate_factor": 1}], lr=learning_rate)
 
 
 class Experiment:

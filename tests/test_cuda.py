@@ -185,7 +185,8 @@ def prepare(flags):
 
     A trainer for the CPU gets the fake device in its place.
     """
-    (args,) = parse_runs([*flags, "--quadruplet_weight", "0.5", "--drift_weight", "0.5"])
+    terms = ("quadruplet_weight", "drift_weight", "identity_weight")
+    (args,) = parse_runs([*flags, *(f"--{term}=0.5" for term in terms)])
     trainer = TwinTrainer(args)
     if trainer.device.type == "cpu":
         trainer.device = META

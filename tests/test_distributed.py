@@ -24,7 +24,8 @@ from tests.runner import finish, launch
 from tests.synthetic import write_photos
 
 FAMILIES = [[3, 2], [2, 2, 2], [2, 3], [3, 3], [4, 3]]
-TERMS = "--learning_rate 0.002 --quadruplet_weight 0.5 --drift_weight 1 --train_percentage 61"
+WEIGHTS = "--quadruplet_weight 0.5 --drift_weight 1 --identity_weight 0.1"
+TERMS = f"--learning_rate 0.002 {WEIGHTS} --train_percentage 61"
 RUNS = {
     "full_shuffled": f"--batch_size 17 {TERMS}",  # the last step has one triplet
     "full_grouped": f"--images_per_batch 16 {TERMS}",

@@ -93,7 +93,14 @@ def half_written(experiment):
 
 
 # ---- interrupted ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags", [f"--freeze_backbone {SHUFFLED}", f"{GROUPED} --drift_weight 1"])
+INTERRUPTED_RUNS = [
+    f"--freeze_backbone {SHUFFLED}",
+    f"{GROUPED} --drift_weight 1",
+    f"{GROUPED} --identity_weight 1",
+]
+
+
+@pytest.mark.parametrize("flags", INTERRUPTED_RUNS)
 def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(experiment, run, interrupt, flags):
     flags += " --epochs 3"
     _, whole = run(flags, "whole")

@@ -5,6 +5,7 @@ All of it on a tiny network.
 
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_metric_learning.losses import ArcFaceLoss
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 
@@ -117,11 +119,21 @@ def embed_one_by_one(model, crops):
     return [model(crop[None])[0][0] for crop in crops]
 
 
-def naive_loss(args, model, at_start, crops, triplets):
+def mean_directions(embeddings, person):
+    """For each person, the mean of its embeddings, of unit length."""
+    means = []
+    for number in sorted(set(person.tolist())):
+        own = [e for e, p in zip(embeddings, person, strict=True) if p == number]
+        means.append(nn.functional.normalize(torch.stack(own).mean(0), dim=0))
+    return torch.stack(means)
+
+
+def naive_loss(args, model, at_start, margin_softmax, person, crops, triplets):
     """(loss of a step, its plain triplet loss) by the formulas.
 
     There are three forward passes, all pairs of triplets, and a list of images. at_start: the
-    embeddings of the crops before training.
+    embeddings of the crops before training. margin_softmax: of another library. person: of each
+    crop, a number.
     """
     anchor, positive, negative = (model(crops[triplets[:, i]])[0] for i in range(3))
     plain = TripletLoss(args.margin, args.distance)(anchor, positive, negative)
@@ -138,14 +150,18 @@ def naive_loss(args, model, at_start, crops, triplets):
     embeddings = embed_one_by_one(model, crops[images])
     drifts = [1 - e @ at_start[row] for row, e in zip(images, embeddings, strict=True)]
     drift = torch.stack(drifts).mean()
+    identity = margin_softmax(torch.stack(embeddings), torch.from_numpy(person[images]))
 
     w = args.quadruplet_weight
-    return (1 - w) * plain + w * quadruplets + args.drift_weight * drift, plain
+    triplet_terms = (1 - w) * plain + w * quadruplets
+    return triplet_terms + args.drift_weight * drift + args.identity_weight * identity, plain
 
 
 @pytest.mark.parametrize("mode", ["True", "False --distance euclidean", "False"])
 @pytest.mark.parametrize("steps", [SHUFFLED, GROUPED])
-@pytest.mark.parametrize("terms", ["", "--quadruplet_weight 0.7 --drift_weight 2"])
+@pytest.mark.parametrize(
+    "terms", ["", "--quadruplet_weight 0.7 --drift_weight 2", "--identity_weight 0.5"]
+)
 def test_a_step_equals_the_naive_three_forward_computation(
     experiment, monkeypatch, mode, steps, terms
 ):
@@ -156,6 +172,10 @@ def test_a_step_equals_the_naive_three_forward_computation(
     reference = net.load_checkpoint(experiment.start)
     with torch.no_grad():
         at_start = embed_one_by_one(reference, crops)
+    images = trainer.train_set.images
+    margin = math.degrees(0.3)
+    arcface = ArcFaceLoss(len(images.ids), 512, margin=margin, scale=30)
+    arcface.W.data = mean_directions(at_start, images.person).T
     step = trainer.step
     sizes = []
 
@@ -164,8 +184,11 @@ def test_a_step_equals_the_naive_three_forward_computation(
         # another slope from there on.
         reference.load_state_dict(trainer.model.state_dict())
         reference.zero_grad()
+        arcface.zero_grad()
         statistics = step(triplets)
-        loss, plain = naive_loss(trainer.args, reference, at_start, crops, triplets)
+        loss, plain = naive_loss(
+            trainer.args, reference, at_start, arcface, images.person, crops, triplets
+        )
         loss.backward()
         assert statistics[0].item() == pytest.approx(plain.item(), abs=1e-6)
         parameters = trainer.model.named_parameters()
@@ -174,6 +197,11 @@ def test_a_step_equals_the_naive_three_forward_computation(
                 torch.testing.assert_close(p.grad, q.grad, atol=2e-5, rtol=1e-4, msg=name)
                 stepped = q - 0.1 * q.grad
                 torch.testing.assert_close(p, stepped, atol=2e-6, rtol=1e-5, msg=name)
+        if trainer.args.identity_weight:
+            centres = trainer.identity_loss.centres
+            torch.testing.assert_close(centres.grad.T, arcface.W.grad, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(centres.T, arcface.W - arcface.W.grad, atol=2e-5, rtol=1e-5)
+            arcface.W.data = centres.detach().T.clone()
         sizes.append(len(triplets))
         return statistics
 
@@ -850,6 +878,7 @@ OTHER_VALUES = {
     "batch_size": "16",
     "quadruplet_weight": "0.25",
     "drift_weight": "2",
+    "identity_weight": "0.1",
     "learning_rate": "0.001",
     "weight_decay": "0.01",
     "validation_split": "0.3",

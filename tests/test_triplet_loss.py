@@ -1,6 +1,7 @@
 """The losses equal slow loops over their definitions and the losses of two libraries."""
 
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pytorch_metric_learning import distances, losses
 from pytorch_metric_learning.reducers import MeanReducer
 
 import triplet_loss
-from triplet_loss import TripletLoss
+from triplet_loss import MarginSoftmax, TripletLoss
 
 KINDS = ["cosine", "euclidean"]
 MARGIN = 0.3
@@ -338,3 +339,50 @@ def test_all_triplets_of_a_thousand_images_each_take_little_time_and_memory():
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must be"):
         TripletLoss(**settings)
+
+
+# ---- the margin softmax --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def people():
+    """(embeddings (12, 512), the number of each one's person (12,)); people 0 to 4."""
+    person = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 4, 4, 4, 4])
+    return torch.randn(12, 512), person
+
+
+def test_centres_begin_as_the_mean_directions_of_people(people):
+    embeddings, person = people
+    centres = MarginSoftmax(5, embeddings, person).centres
+    for number in range(5):
+        directions = [e / e.norm() for e, p in zip(embeddings, person, strict=True) if p == number]
+        mean = sum(directions) / len(directions)
+        torch.testing.assert_close(centres[number], mean / mean.norm())
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("scale", [16.0, 64.0])
+def test_margin_softmax_equals_that_of_pytorch_metric_learning(people, margin, scale):
+    embeddings, person = people
+    ours = MarginSoftmax(5, embeddings, person, margin, scale)
+    theirs = losses.ArcFaceLoss(5, 512, margin=math.degrees(margin), scale=scale)
+    ours.centres.data = torch.randn(5, 512)
+    theirs.W.data = ours.centres.detach().T.clone()
+    first, second = copies([embeddings, embeddings])
+    loss = ours(first, person)
+    expected = theirs(second, person)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(first.grad, second.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours.centres.grad.T, theirs.W.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_margin_softmax_has_a_finite_slope_at_a_centre_and_opposite_to_it(sign):
+    embeddings = torch.eye(3, 512)
+    margin_softmax = MarginSoftmax(3, embeddings, torch.arange(3))
+    (moved,) = copies([sign * embeddings])
+    margin_softmax(moved, torch.arange(3)).backward()
+    assert moved.grad.isfinite().all()
+    assert margin_softmax.centres.grad.isfinite().all()
