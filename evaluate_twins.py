@@ -1444,8 +1444,9 @@ def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):
     note = note_on_suspect(rows, is_wrong, names)
     # A longer line would make the first column wider. The empty ones leave room for the caption of
     # the first pair.
-    heading = textwrap.fill(f"{title}: {is_wrong.sum()} of {len(rows)} pairs{note}", 50)
-    grid[0, 0].set_title(f"{heading}\n\n", fontsize=7, loc="left")
+    heading = f"{title}: {is_wrong.sum()} of {len(rows)} pairs{note}"
+    lines = textwrap.wrap(heading, 50, break_on_hyphens=False)
+    grid[0, 0].set_title("\n".join([*lines, "", ""]), fontsize=7, loc="left")
     worst = choose_hardest(evaluator, rows, excess, is_wrong, grid.size)
     for axes, k in zip(grid.flat, worst, strict=False):
         a, b = rows[k]

@@ -1457,7 +1457,7 @@ def halves(evaluated):
     grid = evaluated.figures["b", "hardest_pairs.png"].axes
     halves = []
     for kind, wrong_decision, part in (("twin", "1", grid[:8]), ("genuine", "0", grid[8:])):
-        heading = part[0].get_title("left")
+        heading = " ".join(part[0].get_title("left").split())  # it is wrapped
         titles = [axes.get_title() for axes in part if axes.get_title()]
         pairs = [row for row in evaluated.pairs if row["kind"] == kind]
         mistakes = [row for row in pairs if row["accepted_at_eer"] == wrong_decision]
