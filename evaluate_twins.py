@@ -812,7 +812,7 @@ class Checkpoint:
     fold_runs: list | tuple = ()  # the Checkpoints of a cross-validation, one for each fold
     scores: dict | None = None  # see TwinEvaluator.score
     estimate: Estimate | None = None
-    strata: dict | None = None  # {label: Estimate}, see make_strata
+    stratum_estimates: dict | None = None  # {label: Estimate}, see make_strata
     families: list | tuple = ()  # the rows of families.csv
 
     @property
@@ -855,7 +855,7 @@ class Setting(NamedTuple):
     differing: dict  # what tells its recipe from the others', {flag: its value in words}
     checkpoints: list
     figures: dict  # of `compare`: their means, against the baseline
-    strata: dict | None = None  # {label: figures of the stratum, likewise}
+    stratum_figures: dict | None = None  # {label: figures of the stratum, likewise}
 
 
 def group_settings(checkpoints):
@@ -865,8 +865,8 @@ def group_settings(checkpoints):
     their number; else, or if that name is taken, by its first checkpoint.
     """
     baseline, *others = checkpoints
-    figures, strata = compare_group([baseline])
-    settings = [Setting(baseline.name, {}, [baseline], figures, strata)]
+    figures, stratum_figures = compare_group([baseline])
+    settings = [Setting(baseline.name, {}, [baseline], figures, stratum_figures)]
     flags = differing_flags(others)
     taken = {baseline.name}
     for group in group_by_recipe(others):
@@ -878,8 +878,8 @@ def group_settings(checkpoints):
         if not name or name in taken:
             name = group[0].name
         taken.add(name)
-        figures, strata = compare_group(group, baseline)
-        settings.append(Setting(name, differing, group, figures, strata))
+        figures, stratum_figures = compare_group(group, baseline)
+        settings.append(Setting(name, differing, group, figures, stratum_figures))
     return settings
 
 
@@ -887,11 +887,12 @@ def compare_group(group, baseline=None):
     """(figures, {label of a stratum: figures}) of Checkpoints that are one setting."""
     against = None if baseline is None else baseline.estimate
     figures = compare([checkpoint.estimate for checkpoint in group], against)
-    strata = {}
-    for label in group[0].strata or {}:
-        against = None if baseline is None else baseline.strata[label]
-        strata[label] = compare([checkpoint.strata[label] for checkpoint in group], against)
-    return figures, strata
+    stratum_figures = {}
+    for label in group[0].stratum_estimates or {}:
+        against = None if baseline is None else baseline.stratum_estimates[label]
+        estimates = [checkpoint.stratum_estimates[label] for checkpoint in group]
+        stratum_figures[label] = compare(estimates, against)
+    return figures, stratum_figures
 
 
 def group_by_recipe(checkpoints):
@@ -980,9 +981,9 @@ def write_result(folder, evaluator, strata, checkpoint, crops, home, flip):
     }
     if checkpoint.fold_runs:
         content["folds"] = [run.path for run in checkpoint.fold_runs]
-    if checkpoint.strata:
+    if checkpoint.stratum_estimates:
         content["strata"] = {}
-        for label, estimate in checkpoint.strata.items():
+        for label, estimate in checkpoint.stratum_estimates.items():
             counts = strata[label].counts
             content["strata"][label] = {"counts": counts, "figures": compare([estimate])}
     write_json(folder / "metrics.json", content)
@@ -1085,7 +1086,7 @@ def write_comparison(args, checkpoints, settings, chosen, notes):
                 "name": setting.name,
                 "checkpoints": [checkpoint.name for checkpoint in setting.checkpoints],
                 "figures": setting.figures,
-                "strata": setting.strata,
+                "strata": setting.stratum_figures,
             }
             for setting in settings
         ],
@@ -1095,7 +1096,7 @@ def write_comparison(args, checkpoints, settings, chosen, notes):
     write_csv(folder / "comparison.csv", table)
     plot_comparison(folder / "comparison.png", settings)
     plot_data_percentage(folder / "data_percentage.png", settings)
-    if settings[0].strata:
+    if settings[0].stratum_figures:
         plot_strata(folder / "strata.png", settings)
 
 
@@ -1254,7 +1255,7 @@ def strata_table(settings, strata):
         for setting in settings:
             cells = []
             for column, name in STRATA_COLUMNS.items():
-                text = describe_figure_with_interval(setting.strata[label], name)
+                text = describe_figure_with_interval(setting.stratum_figures[label], name)
                 cells.append(f"{column} {text}")
             lines.append(f"  {setting.name:{width}}  {', '.join(cells)}")
     return "\n".join(lines)
@@ -1535,13 +1536,13 @@ def plot_comparison(path, settings):
 def plot_strata(path, settings):
     """Twin AUC and FNMR of all settings in each stratum, with 95 % intervals."""
     panels = {"auc": "twin AUC", "fnmr_0.001": "FNMR at a general FMR of 0.1 % (%)"}
-    labels = list(settings[0].strata)
+    labels = list(settings[0].stratum_figures)
     height = 2 + 0.25 * len(labels) * len(settings)
     with plot_figure(path, 13.0, height, 1, 2) as grid:
         for axes, (name, title) in zip(grid, panels.items(), strict=True):
             scale = 1 if name == "auc" else 100
             for number, setting in enumerate(settings):
-                figures = [setting.strata[label][name] for label in labels]
+                figures = [setting.stratum_figures[label][name] for label in labels]
                 values = np.array([figure["value"] for figure in figures], float)
                 bounds = [figure["interval"] or [None, None] for figure in figures]
                 offset = 0.8 * ((number + 0.5) / len(settings) - 0.5)  # beside each other
@@ -1698,7 +1699,7 @@ def html_of_figures(args, settings, strata):
 def html_of_comparison_pictures(folder, settings):
     """Yield the pictures that show all settings, those that have something to show."""
     yield html_figure(folder / "comparison.png")
-    if settings[0].strata:
+    if settings[0].stratum_figures:
         yield html_figure(folder / "strata.png")
     if any("train_percentage" in setting.checkpoints[0].recipe for setting in settings[1:]):
         yield html_figure(folder / "data_percentage.png")
@@ -2181,10 +2182,12 @@ def measure(args, checkpoint, checkpoints, evaluator, strata, embeddings):
     label = f"resampling {checkpoint.name}"
     checkpoint.estimate = evaluator.estimate(checkpoint.scores, thresholds, label)
     checkpoint.families = list_families(evaluator, checkpoint)
-    checkpoint.strata = {}
+    checkpoint.stratum_estimates = {}
     for stratum, part in strata.items():
         scores = part.score(embeddings)
-        checkpoint.strata[stratum] = part.estimate(scores, thresholds, f"{label}, {stratum}")
+        label_of_stratum = f"{label}, {stratum}"
+        estimate = part.estimate(scores, thresholds, label_of_stratum)
+        checkpoint.stratum_estimates[stratum] = estimate
 
 
 def validation_thresholds(checkpoint, checkpoints):

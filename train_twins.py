@@ -168,8 +168,8 @@ RECIPE = {
     "identity_weight": RecipeFlag(
         0.0,
         non_negative,
-        "weight of a margin softmax over the training people in the loss (ArcFace, margin 0.3, "
-        "scale 30)",
+        "weight in the loss of a margin softmax (ArcFace, margin 0.3, scale 30), by which the "
+        "network learns to recognise every training person",
     ),
     "learning_rate": RecipeFlag(
         1e-4,
