@@ -463,7 +463,8 @@ def looks_like_dlibs(face):
     nose = face[4]
     eye_distance = np.hypot(*(right_eye - left_eye))
     eyes_are_level = np.ptp(face[:4, 1]) < 0.5 * eye_distance
-    nose_is_below = 0.2 * eye_distance < nose[1] - face[:4, 1].mean() < 1.5 * eye_distance
+    drop_to_nose = nose[1] - face[:4, 1].mean()
+    nose_is_below = 0.2 * eye_distance < drop_to_nose < 1.5 * eye_distance
     nose_is_between = left_eye[0] < nose[0] < right_eye[0]
     return eyes_are_level and nose_is_below and nose_is_between
 
@@ -591,8 +592,8 @@ def plan_jobs(id_to_images, folder, landmarks, home):
             if os.path.isfile(source):
                 info = os.stat(source)
                 n_bytes = info.st_size
-                # So a crop that was made by the detector is not "already done" in a run with a
-                # landmark file that leaves this photograph out.
+                # None if the landmark file leaves this photograph out. That gives another key than
+                # "detected", so a crop that the detector made does not count as already done.
                 origin = points if landmarks else "detected"
                 key = make_key(photograph, n_bytes, info.st_mtime_ns, origin)
             jobs.append(Job(identity, source, photograph, n_bytes, target, points, key))
@@ -891,7 +892,8 @@ def warn_of_another_data_set(jobs, folder):
         entry = made_from.get((job.identity, job.target.name))
         if entry is None or job.key is None:
             continue
-        # A photograph that has moved, or was edited where it lies, is no other photograph.
+        # The same photograph has another path if it has moved, another size if it was edited. Only
+        # if both differ is it taken for another photograph.
         is_another = entry["source"] != job.source and entry["n_bytes"] != job.n_bytes
         if is_another and os.path.isfile(entry["source"]):
             n_replaced += 1

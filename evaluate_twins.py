@@ -425,7 +425,8 @@ class TwinEvaluator:
             if len(self.rows[kind]):
                 continue
             if listed:
-                reason = f"--pair_list has no {kind} pair whose images both have a crop; add some"
+                reason = f"--pair_list has no {kind} pair whose images both have a crop"
+                reason += "; check the list and the aligned crops"
             raise InputError(f"nothing to evaluate: {reason}")
 
     def _count_families(self, kind):
@@ -1457,8 +1458,9 @@ def plot_mistakes(grid, evaluator, checkpoint, crops, kind, excess, is_wrong):
 
 
 def short_name(path):
-    """The ID's folder and the file of a crop, cut to what fits under a picture."""
-    return "/".join(Path(path).parts[-2:])[-17:]
+    """The ID's folder and the file of a crop; of a long name the end, which tells crops apart."""
+    folder_and_file = "/".join(Path(path).parts[-2:])
+    return folder_and_file[-17:]  # as many characters as fit under a picture
 
 
 def note_on_suspect(rows, is_wrong, names):
@@ -2103,7 +2105,7 @@ def name_cross_validations(checkpoints):
 def evaluate_checkpoints(args, checkpoints, evaluator, strata, people, device):
     """Embed the images with all checkpoints, measure each, and write its results.
 
-    As soon as there are some, the comparison of an earlier evaluation is deleted.
+    Once the first is measured, the comparison of an earlier evaluation is deleted.
     """
     images = evaluator.images
     crops = people.crops.pixels[people.rows(images.paths)]

@@ -496,12 +496,12 @@ class RunFolder:
             message = "a run of this name has written it, but its log is gone"
             raise InputError(f"{checkpoints[0]}: {message}; {replace}")
         # --resume, but last.pth is not there. A run that was killed before it first wrote it begins
-        # again. It had written it if the epochs before the last one took this long.
+        # again. If the epochs before the last one took longer than SAVE_SECONDS, it had written it.
         epochs = read_json(self.log_file, "a training log")["epochs"]
-        seconds = sum(entry["timing"]["seconds"] for entry in epochs[:-1])
-        if seconds > SAVE_SECONDS:
-            message = f"it is gone, and with it {len(epochs) - 1} epochs; put it back, or"
-            raise InputError(f"{self.state_file}: {message} {replace}")
+        seconds_before_last = sum(entry["timing"]["seconds"] for entry in epochs[:-1])
+        if seconds_before_last > SAVE_SECONDS:
+            message = f"it is gone, and with it {len(epochs) - 1} epochs; put it back"
+            raise InputError(f"{self.state_file}: {message}; or {replace}")
 
     def refuse_other_recipe(self, recipe):
         """Raise InputError if an earlier run began with another recipe, network, data or seed.
@@ -978,7 +978,7 @@ class TwinTrainer:
             people.id_to_images, train_pairs, args.train_percentage, args.seed, self.value_of
         )
         self.train_rows = people.rows(self.train_set.images.paths)
-        # The triplets used so far, each once: their train_set.possible_numbers, ascending.
+        # The triplets used so far, each once: their train_set.triplet_numbers, ascending.
         self.used_triplets = np.zeros(0, np.int64)
         self.prepare_validation(val_pairs)
 
@@ -1280,7 +1280,7 @@ class TwinTrainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = args.learning_rate * group["rate_factor"] * warm_up
             sums += self.step(triplets)  # stays on the GPU: reading it would make the CPU wait
-            used.append(self.train_set.possible_numbers(triplets))
+            used.append(self.train_set.triplet_numbers(triplets))
             if epoch == 1 and n_done == min(5, len(steps)):
                 self.announce_time(began, n_done, len(steps))
             if n_done % CHECK_EVERY == 0 or n_done == len(steps):
@@ -1323,7 +1323,8 @@ class TwinTrainer:
 
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        # Each process has the gradients of its own images only, so they are summed, not averaged.
+        # Each process has the network's gradients of its own images only, so they are summed, not
+        # averaged. The centres of identity_loss are left out: every process has all of theirs.
         self.processes.sum_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -1670,15 +1671,15 @@ def prepare_sweep(leader, finished, waiting):
         weights_hash = leader.hash_of_start()
         for run_folder in finished:
             run_folder.refuse_other_recipe({"weights_sha256": weights_hash})
-            if leader.processes.is_main:
-                run_folder.delete_superseded()  # which a kill at the very end may have left
-            leader.say(run_folder.describe_end())
     if waiting:
         align_if_asked(leader, {run_folder.args.cross for run_folder in waiting})
     people = leader.load_people()
     for run_folder in finished:
         value_of = read_values(run_folder.args, people)
         run_folder.refuse_other_recipe(hashes_of_data(people, value_of))
+        if leader.processes.is_main:
+            run_folder.delete_superseded()  # which a kill at the very end may have left
+        leader.say(run_folder.describe_end())
     if waiting:
         leader.find_fold_ids()
         leader.refuse_folds_of_known_people()
@@ -1731,7 +1732,10 @@ def summarize_runs(logs, pretrained):
 
 def suggest_evaluation(logs, pretrained):
     """Lines: the command that evaluates these runs and the start, and what it does."""
-    checkpoints = [log["best_checkpoint"] for log in logs]
+    paths = [log["best_checkpoint"] for log in logs]
+    checkpoints = [path for path in paths if Path(path).is_file()]  # describe_end tells of others
+    if not checkpoints:
+        return []
     if pretrained != "none":
         checkpoints.insert(0, pretrained)
     config = logs[0]["config"]

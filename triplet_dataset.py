@@ -174,8 +174,8 @@ def parse_pair(where, entry, id_to_images, missing):
 
     where: how the message begins. missing: how it ends for an ID that is not listed.
     """
-    has_length_two = isinstance(entry, list) and len(entry) == 2
-    if not has_length_two or not all(isinstance(name, str) for name in entry):
+    is_pair = isinstance(entry, list) and len(entry) == 2
+    if not is_pair or not all(isinstance(name, str) for name in entry):
         raise InputError(f"{where} is {reprlib.repr(entry)}; expected two IDs, both strings")
     first, second = (compose_accents(name) for name in entry)
     if first == second:
@@ -419,7 +419,8 @@ def perceptual_hashes(pixels):
     """
     hashes = []
     for chunk in pixels.split(1024):
-        face = chunk[:, 8:-8, 8:-8].float().mean(3)[:, None]  # the border differs between copies
+        inner = chunk[:, 8:-8, 8:-8].float()  # the border differs between copies
+        face = inner.mean(3)[:, None]  # grey, (B, 1, 96, 96)
         across = F.adaptive_avg_pool2d(face, (12, 13)).diff(dim=3) > 0
         down = F.adaptive_avg_pool2d(face, (13, 12)).diff(dim=2) > 0
         bits = torch.cat([across.flatten(1), down.flatten(1)], 1)
@@ -548,7 +549,8 @@ class Positives:
             values = np.array([value_of[path] for path in images.paths])
             is_new = np.ones(n_images, bool)
             is_same_person = images.person[1:] == images.person[:-1]
-            is_new[1:] = ~(is_same_person & (values[1:] == values[:-1]))
+            is_same_value = values[1:] == values[:-1]
+            is_new[1:] = ~(is_same_person & is_same_value)
             self.value_number = np.cumsum(is_new) - 1
         # The images with an anchor's value, it among them, are excluded from its positives.
         n_images_of_value = np.bincount(self.value_number)
@@ -687,7 +689,7 @@ class TwinTripletDataset(Dataset):
         number = image_pair * self._count[pair, negative_twin] + place_of_negative
         return anchor_twin * self._n_with_first_as_anchor[pair] + number
 
-    def possible_numbers(self, triplets):
+    def triplet_numbers(self, triplets):
         """(K, 3) int64 rows -> (K,) int64 numbers, a different one for each triplet."""
         n_images = len(self.images.paths)
         return np.ravel_multi_index(triplets.T, (n_images, n_images, n_images))

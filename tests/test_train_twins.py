@@ -2013,6 +2013,27 @@ def test_finished_runs_of_a_sweep_are_named_once(experiment, capsys):
     assert out.count(f"warning: {first} is gone") == 1
 
 
+def test_a_refused_sweep_leaves_the_files_of_its_finished_runs(experiment, refusal):
+    flags = experiment.flags("--freeze_backbone --epochs 1 --seed 1 2 --resume", "")
+    assert train_twins.main(flags) == 0
+    best = Path(experiment.log(swept_name("frozen", seed=1))["best_checkpoint"])
+    shutil.copy(best, best.with_name(best.name.replace("epoch1", "epoch7")))
+    experiment.change_a_crop()
+    before = experiment.files()
+    assert train_twins.main(flags) == 2
+    assert "the crops are others than at its start" in refusal()
+    assert experiment.files() == before
+
+
+def test_a_sweep_without_any_checkpoint_left_suggests_no_evaluation(experiment, capsys):
+    flags = experiment.flags("--freeze_backbone --epochs 1 --seed 1 2 --resume", "")
+    assert train_twins.main(flags) == 0
+    shutil.rmtree(experiment.folder / "models")
+    capsys.readouterr()
+    assert train_twins.main(flags) == 0
+    assert "evaluate_twins.py" not in capsys.readouterr().out
+
+
 def test_the_name_of_a_fold_spells_a_column_as_that_of_a_run_does():
     flags = "--cross a/b --metadata m.csv"
     (args,) = parse_runs(flags.split())

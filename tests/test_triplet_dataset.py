@@ -114,10 +114,10 @@ def rows_of_all_possible_triplets(dataset):
 
 @pytest.mark.parametrize("percentage", [1, 60, 100])
 @pytest.mark.parametrize("pairs", [couples(3), [("p0", "p1"), ("p2", "p0"), ("p1", "p2")]])
-def test_possible_numbers_tell_all_possible_triplets_apart(pairs, percentage):
+def test_triplet_numbers_tell_all_possible_triplets_apart(pairs, percentage):
     dataset = td.TwinTripletDataset(people([4, 3, 5, 1, 2, 2]), pairs, percentage)
     triplets = rows_of_all_possible_triplets(dataset)
-    numbers = dataset.possible_numbers(np.array(sorted(triplets)))
+    numbers = dataset.triplet_numbers(np.array(sorted(triplets)))
     assert len(triplets) == dataset.n_possible
     assert len(set(numbers.tolist())) == dataset.n_possible
 
