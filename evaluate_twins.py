@@ -1593,7 +1593,10 @@ def plot_data_percentage(path, settings):
             axes.set(xscale="log", ylabel=f"change of the AUC, {people}")
             axes.set_xticks(list(ticks), ticks.values(), fontsize=7)
             axes.set_xticks([], minor=True)
-        grid[0].set_title("means with 95 % intervals; band: the range of several seeds")
+        title = "differences with 95 % intervals"
+        if any(len(setting.checkpoints) > 1 for setting in settings):
+            title = "means over seeds with 95 % intervals; band: the range of the seeds"
+        grid[0].set_title(title)
         grid[1].set_xlabel("share of the training triplets, and distinct images in it")
 
 
